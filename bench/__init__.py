@@ -1,0 +1,1 @@
+"""Accuracy-regression benchmarks for judges."""

@@ -1,0 +1,1 @@
+"""Export: from a full-precision checkpoint to artifacts, with no loss beyond the dtype."""

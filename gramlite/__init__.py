@@ -1,0 +1,1 @@
+"""Small, local, trustworthy generative reward models."""

@@ -1,0 +1,115 @@
+"""Artifacts: a model file or folder, its format, and the manifest `gramlite.json` that says where it came from.
+
+A manifest lies inside a folder artifact as `gramlite.json` and beside a one-file artifact as `<file>.json`.
+A bare file or folder from elsewhere has no manifest, and works.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .storage import sha256_cached, sha256_file, write_json
+
+FOLDER_MANIFEST = "gramlite.json"
+MANIFEST_VERSION = 1
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is recorded of an artifact.
+
+    `format` is a backend's file name (gguf, onnx, gptq, hf, bnb); `quantization` is spelled as llama.cpp spells it
+    where it has a name for it; `source` names the checkpoint and its sha256; `settings` are the method's own
+    options; `calibration` says what data calibrated it, with its hash; `tools` maps package to version;
+    `template` holds `name`, `sha256` and, where the artifact cannot hold it itself, `text`; `files` maps each
+    relative path to its sha256; `smoke` holds the figures of the smoke judging.
+    """
+
+    format: str
+    name: str
+    quantization: str | None = None
+    method: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    template: dict[str, Any] | None = None
+    bits_per_weight: float | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    smoke: dict[str, Any] | None = None
+    manifest_version: int = MANIFEST_VERSION
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model on disk: `path` is the file or the folder, `format` the name of the backend that runs it."""
+
+    path: Path
+    format: str
+    manifest: Manifest | None
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name if self.manifest else self.path.stem if self.path.is_file() else self.path.name
+
+
+def manifest_path(artifact_path: Path) -> Path:
+    """Where the manifest of a file or folder artifact lies."""
+    if artifact_path.is_dir():
+        return artifact_path / FOLDER_MANIFEST
+    return artifact_path.with_name(artifact_path.name + ".json")
+
+
+def write_manifest(artifact_path: Path, manifest: Manifest) -> None:
+    """Write the manifest of an artifact that is already in place (the manifest always comes last)."""
+    write_json(manifest_path(artifact_path), asdict(manifest))
+
+
+def read_manifest(artifact_path: Path) -> Manifest | None:
+    """Read an artifact's manifest, or None where it has none.
+
+    Raises ModelError when the file is there and is not a manifest.
+    """
+    path = manifest_path(artifact_path)
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The manifest {path} cannot be read ({error}). Delete it to use the bare model.") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), str) or not isinstance(raw.get("name"), str):
+        raise ModelError(f"{path} is no gramlite manifest: it lacks 'format' or 'name'. Delete it to use the bare model.")
+    known = {f.name for f in fields(Manifest)}
+    return Manifest(**{key: value for key, value in raw.items() if key in known})
+
+
+def hash_files(artifact_path: Path) -> dict[str, str]:
+    """sha256 of every file of an artifact, by its path relative to the artifact (a file maps its own name)."""
+    if artifact_path.is_file():
+        return {artifact_path.name: sha256_file(artifact_path)}
+    return {
+        str(path.relative_to(artifact_path)): sha256_file(path)
+        for path in sorted(artifact_path.rglob("*"))
+        if path.is_file() and path.name != FOLDER_MANIFEST
+    }
+
+
+def verify_files(artifact_path: Path, manifest: Manifest) -> None:
+    """Check every file that the manifest lists; raises ModelError that names the first one that differs."""
+    root = artifact_path.parent if artifact_path.is_file() else artifact_path
+    for relative, expected in manifest.files.items():
+        path = root / relative
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ModelError(f"The manifest of {artifact_path} lists {relative!r}, which lies outside of it.")
+        if not path.is_file():
+            raise ModelError(f"{path} is listed in the manifest and is missing. Export or download it again.")
+        if sha256_cached(path) != expected:
+            raise ModelError(
+                f"{path} does not have the sha256 its manifest lists. Export or download it again, "
+                f"or delete {manifest_path(artifact_path)} if you changed the file on purpose."
+            )

@@ -1,0 +1,96 @@
+"""Backends: each runs one artifact format, token ids in, finished generations out. They know nothing of judging."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ..artifact import Artifact
+from ..decoding import Decoder, Generation
+from ..errors import ModelError
+from ..vocabulary import Vocabulary
+
+Device = Literal["auto", "cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to make: `prompt` (token ids, scaffold included) and the `decoder` to run on it.
+
+    `splits` are lengths of the prompt's beginning, ascending, that other requests are likely to share; a backend may
+    keep them computed. `key` comes back with the generation.
+    """
+
+    key: int
+    prompt: tuple[int, ...]
+    decoder: Decoder
+    splits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """How an artifact is opened.
+
+    `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
+    short); `parallel` the most sequences decoded together; `adapter` a LoRA file; `deterministic` keeps to one
+    sequence at a time so that the same input gives the same bits.
+    """
+
+    device: Device = "auto"
+    threads: int | None = None
+    context: int | None = None
+    parallel: int = 1
+    adapter: str | None = None
+    deterministic: bool = False
+
+
+class Backend(Protocol):
+    """An opened artifact. It is used by one thread at a time."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def context(self) -> int:
+        """The most tokens one sequence may hold, prompt and generation together."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it runs, in words: `cpu`, `cuda (28 of 28 layers)`."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the artifact says of itself: `quantization`, `chat_template`, `template` (name, sha256, text)."""
+        ...
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """Run requests, taken one by one as there is room, and yield (key, generation) as each one ends."""
+        ...
+
+    def abort(self) -> None:
+        """Make a running `generate` stop soon; safe to call from another thread."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
+    """Open an artifact with the backend that is named after its format.
+
+    Raises ModelError for a format that has no backend or whose packages are missing, ResourceError when it does not fit.
+    """
+    try:
+        module = importlib.import_module(f"{__name__}.{artifact.format}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith(__name__):
+            raise ModelError(f"No backend runs the format {artifact.format!r} ({artifact.path}).") from error
+        raise ModelError(
+            f"The {artifact.format} backend needs the package {error.name!r}. "
+            f"Type: pip install 'gramlite[{artifact.format}]'"
+        ) from error
+    backend: Backend = module.open_artifact(artifact, options)
+    return backend

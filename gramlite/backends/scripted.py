@@ -1,0 +1,78 @@
+"""A backend without a model, for tests and for trying a pipeline: its verdicts are a hash of the prompt.
+
+Its artifact is a JSON file `{"format": "scripted", "name": ..., "seconds": 0.01, "rationale": "..."}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..decoding import Generation
+from . import Request, RuntimeOptions
+
+END = 256
+
+
+@dataclass(frozen=True)
+class ByteVocabulary:
+    """One token a byte, and a few special tokens after them."""
+
+    special_tokens: Mapping[str, int] = field(default_factory=lambda: {"<|im_start|>": 257, "<|im_end|>": END})
+    end_tokens: frozenset[int] = frozenset({END})
+    size: int = 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < END else b""
+
+
+class ScriptedBackend:
+    """Writes the scripted rationale, then prefers A or B by a hash of the prompt."""
+
+    vocabulary = ByteVocabulary()
+    context = 1 << 20
+    device = "cpu"
+
+    def __init__(self, script: Mapping[str, Any]) -> None:
+        self.metadata: dict[str, Any] = {"quantization": None, "chat_template": None, "template": None}
+        self.metadata |= script.get("metadata", {})
+        self._rationale = str(script.get("rationale", "Feedback:\nfine\n\nConclusion:\nscripted\n</think>")).encode()
+        self._stop = threading.Event()
+        self._seconds = float(script.get("seconds", 0.0))
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        for request in requests:
+            yield request.key, self._run(request)
+
+    def _run(self, request: Request) -> Generation:
+        self._stop.wait(self._seconds)
+        digest = hashlib.sha256(np.asarray(request.prompt, dtype=np.uint32).tobytes()).digest()
+        logits = np.zeros(self.vocabulary.size, dtype=np.float32)
+        logits[ord("A")] = int.from_bytes(digest[:2], "big") / 8192 - 4
+        while not request.decoder.finished:
+            position = request.decoder.generated
+            step = logits.copy()
+            step[self._rationale[position] if position < len(self._rationale) else END] += 100
+            request.decoder.advance(step if not request.decoder.answering else logits)
+        return request.decoder.result()
+
+    def abort(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        pass
+
+
+def open_artifact(artifact: Artifact, options: RuntimeOptions) -> ScriptedBackend:
+    """Open a scripted artifact; the runtime options change nothing."""
+    return ScriptedBackend(json.loads(artifact.path.read_text(encoding="utf-8")))

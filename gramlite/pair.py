@@ -1,0 +1,119 @@
+"""The input and the output of a judge: `Pair` in, `Verdict` out, and the JSON row that a verdict becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import InputError
+
+Winner = Literal["A", "B", "tie"]
+Order = Literal["ab", "ba"]
+
+FIELD_LIMIT_BYTES = 1 << 20
+TEXT_FIELDS = ("prompt", "response_a", "response_b")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question and two responses to it.
+
+    `label` is the known better response ("A", "B" or "tie") where there is one; it is carried, never shown to a judge.
+    Text must be valid Unicode without NUL, at most 1 MiB a field in UTF-8; see `check`.
+    """
+
+    prompt: str
+    response_a: str
+    response_b: str
+    id: str | None = None
+    label: Winner | None = None
+    meta: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise InputError unless every field is judgeable text."""
+        for name in TEXT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise InputError(f"{name} must be a string, not {type(value).__name__}.")
+            try:
+                size = len(value.encode("utf-8"))
+            except UnicodeEncodeError as error:
+                raise InputError(f"{name} holds a lone surrogate at character {error.start}; send valid Unicode.") from None
+            if size > FIELD_LIMIT_BYTES:
+                raise InputError(f"{name} has {size:,} bytes; the limit is {FIELD_LIMIT_BYTES:,}. Shorten it.")
+            if "\0" in value:
+                raise InputError(f"{name} holds a NUL character at {value.index(chr(0))}; remove it.")
+        if not self.response_a.strip() and not self.response_b.strip():
+            raise InputError("both responses are empty: there is nothing to compare.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderVerdict:
+    """What the judge said of a pair in one order of presentation, un-swapped.
+
+    `p_a` is the probability that the pair's response_a is better, `margin` its log-odds in nats. With votes, `p_a` is
+    the mean over the votes and `margin` the mean of their log-odds. `rationale` is the first vote's thinking.
+    """
+
+    order: Order
+    verdict: Winner | None
+    p_a: float | None
+    margin: float | None
+    rationale: str | None
+    forced: bool
+    votes: Mapping[str, int]
+    tokens: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "order": self.order,
+            "verdict": self.verdict,
+            "p_a": self.p_a,
+            "margin": self.margin,
+            "rationale": self.rationale,
+            "forced": self.forced,
+            "votes": dict(self.votes),
+            "tokens": dict(self.tokens),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A judged pair. `winner` is None where there is no verdict, and then `reason` says why.
+
+    `p_a` is the mean of the orders' p_a, `margin` the mean of their log-odds in nats (positive favours response_a),
+    `consistent` whether the orders agree (None with one order), `flags` what was noticed in the input.
+    """
+
+    id: str | None
+    winner: Winner | None
+    p_a: float | None
+    margin: float | None
+    consistent: bool | None
+    reason: str | None
+    flags: tuple[str, ...] = ()
+    orders: tuple[OrderVerdict, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    settings: str = ""
+
+    @property
+    def rationale(self) -> str | None:
+        """The thinking of the first order that agrees with the winner, or of the first order."""
+        agreeing = [o.rationale for o in self.orders if o.verdict == self.winner and o.rationale]
+        return agreeing[0] if agreeing else next((o.rationale for o in self.orders if o.rationale), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The judged row of the JSON contract."""
+        return {
+            "id": self.id,
+            "verdict": self.winner,
+            "p_a": self.p_a,
+            "margin": self.margin,
+            "consistent": self.consistent,
+            "reason": self.reason,
+            "flags": list(self.flags),
+            "orders": [order.to_json() for order in self.orders],
+            "model": dict(self.model),
+            "settings": self.settings,
+        }
