@@ -1,0 +1,281 @@
+"""Paired statistics on verdicts: two judges, the same pairs, and what can honestly be said of the difference.
+
+Every interval is two-sided at 95 % unless told otherwise, and every random draw is seeded. Rates are
+fractions here; percent and percentage points are a matter of printing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+POWER = 0.80
+RESAMPLES = 5000
+MULTINOMIAL_TYPES = 512  # above this many distinct clusters, drawing indices is cheaper than drawing counts
+CHUNK_DRAWS = 1 << 22
+PROBABILITY_FLOOR = 1e-9
+MOST_PAIRS = 10_000_000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its interval and the number of rows behind it; NaN where there are no rows."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        def finite(x: float) -> float | None:
+            return x if math.isfinite(x) else None
+
+        return {"value": finite(self.value), "low": finite(self.low), "high": finite(self.high), "n": self.n}
+
+
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def mcnemar_exact(lost: int, gained: int) -> float:
+    """Two-sided exact p of McNemar's test: a binomial test of 1/2 on the discordant pairs."""
+    from scipy.stats import binom
+
+    discordant = lost + gained
+    if discordant == 0:
+        return 1.0
+    return min(1.0, 2.0 * float(binom.cdf(min(lost, gained), discordant, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values, in the order given (Holm 1979)."""
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def wilson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval for a rate (Wilson 1927)."""
+    from scipy.stats import norm
+
+    if n <= 0:
+        return 0.0, 1.0
+    z = float(norm.ppf(0.5 + confidence / 2))
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clopper_pearson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The exact interval for a rate (Clopper & Pearson 1934); `n` may be an effective, fractional size."""
+    from scipy.stats import beta
+
+    if n <= 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return low, high
+
+
+def cluster_totals(values: ArrayLike, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
+    """Sum and size of each cluster; without clusters each row is its own."""
+    data = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return data, np.ones(len(data))
+    if len(clusters) != len(data):
+        raise ValueError(f"{len(clusters)} clusters for {len(data)} values")
+    numbers: dict[Hashable, int] = {}
+    labels = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
+    return np.bincount(labels, weights=data).astype(np.float64), np.bincount(labels).astype(np.float64)
+
+
+def design_effect(values: ArrayLike, clusters: Sequence[Hashable] | None) -> float:
+    """How much clustering inflates the variance of the mean: 1.0 without clusters, never less than 1."""
+    data = np.asarray(values, dtype=np.float64)
+    sums, sizes = cluster_totals(data, clusters)
+    if clusters is None or len(data) < 2 or len(sums) < 2:
+        return 1.0
+    mean = data.mean()
+    simple = float(((data - mean) ** 2).sum()) / (len(data) * (len(data) - 1))
+    if simple == 0:
+        return len(data) / len(sums)  # nothing varies, nothing is known of the correlation: assume the worst
+    clustered = len(sums) / (len(sums) - 1) * float(((sums - mean * sizes) ** 2).sum()) / len(data) ** 2
+    return max(1.0, clustered / simple)
+
+
+def rate_interval(
+    hits: ArrayLike, *, clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE
+) -> Estimate:
+    """The rate of true values with its exact interval, at the effective size where rows share a cluster.
+
+    Without clusters this is Clopper-Pearson; with them it is Korn & Graubard (1998).
+    """
+    from scipy.stats import t
+
+    data = np.asarray(hits, dtype=np.float64)
+    n = len(data)
+    if n == 0:
+        return NOTHING
+    rate = float(data.mean())
+    effective = n / design_effect(data, clusters)
+    count = n if clusters is None else len(set(clusters))
+    if 1 < count < n:
+        tail = 0.5 + confidence / 2
+        effective *= float(t.ppf(tail, n - 1) / t.ppf(tail, count - 1)) ** 2
+    low, high = clopper_pearson(rate * effective, effective, confidence=confidence)
+    return Estimate(rate, low, high, n)
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    step: float | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """The mean with its percentile bootstrap interval; clusters are resampled whole (Efron 1979).
+
+    `step` is the largest difference one row can make (1.0 for verdicts): where no row moved in one of the
+    two directions, a resample could never show such a move and the interval would shrink to nothing, so half
+    a row of each direction and one without a move are added before resampling (Agresti & Min 2005). With it,
+    coverage is 93.5 to 96 % at usual rates and above where moves are very rare.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if len(data) == 0:
+        return NOTHING
+    sums, sizes = cluster_totals(data, clusters)
+    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    weights = counts.astype(np.float64)
+    if step is not None and not (np.any(sums > 0) and np.any(sums < 0)):
+        kinds = np.concatenate([kinds, [[step, 1.0], [-step, 1.0], [0.0, 1.0]]])
+        weights = np.concatenate([weights, [0.5, 0.5, 1.0]])
+    means = resampled_means(kinds, weights, resamples, np.random.default_rng(seed))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    value = float(data.mean())
+    return Estimate(value, min(float(low), value), max(float(high), value), len(data))
+
+
+def resampled_means(kinds: Floats, weights: Floats, resamples: int, generator: np.random.Generator) -> Floats:
+    """Sum of sums over sum of sizes in each resample of the clusters, drawn by weight with replacement."""
+    draws = round(float(weights.sum()))
+    share = weights / weights.sum()
+    if len(kinds) <= MULTINOMIAL_TYPES:
+        totals = generator.multinomial(draws, share, size=resamples) @ kinds
+        return np.asarray(totals[:, 0] / totals[:, 1])
+    means = np.empty(resamples)
+    chunk = max(1, CHUNK_DRAWS // draws)
+    for start in range(0, resamples, chunk):
+        stop = min(start + chunk, resamples)
+        chosen = generator.choice(len(kinds), size=(stop - start, draws), p=share)
+        totals = kinds[chosen].sum(axis=1)
+        means[start:stop] = totals[:, 0] / totals[:, 1]
+    return means
+
+
+def mcnemar_power(n: int, discordance: float, difference: float, *, alpha: float = 1 - CONFIDENCE) -> float:
+    """Power of McNemar's exact test at `n` pairs, computed without approximation.
+
+    `discordance` is the share of pairs on which one judge is right and the other wrong, `difference` the true
+    accuracy difference; a difference larger than the discordance raises the latter.
+    """
+    from scipy.stats import binom
+
+    difference = abs(difference)
+    rate = min(1.0, max(discordance, difference))
+    if n <= 0 or rate == 0:
+        return 0.0
+    tilt = (1 + difference / rate) / 2
+    discordant = np.arange(int(binom.ppf(1e-10, n, rate)), int(binom.isf(1e-10, n, rate)) + 1)
+    quantile = np.asarray(binom.ppf(alpha / 2, discordant, 0.5))
+    critical = quantile - (np.asarray(binom.cdf(quantile, discordant, 0.5)) > alpha / 2)
+    reject = binom.cdf(critical, discordant, tilt) + binom.sf(discordant - critical - 1, discordant, tilt)
+    return float((binom.pmf(discordant, n, rate) * np.where(critical >= 0, reject, 0.0)).sum())
+
+
+def minimum_detectable_effect(n: int, discordance: float, *, power: float = POWER) -> float | None:
+    """The smallest true accuracy difference McNemar's exact test finds with `power`; None if n is too small."""
+    from scipy.optimize import brentq
+
+    if n < 1 or mcnemar_power(n, discordance, 1.0) < power:
+        return None
+    return float(brentq(lambda d: mcnemar_power(n, discordance, d) - power, 1e-9, 1.0, xtol=1e-7))
+
+
+def pairs_needed(difference: float, discordance: float, *, power: float = POWER) -> int | None:
+    """How many pairs find a true accuracy difference of this size with `power`; None above ten million."""
+    if not 0 < abs(difference) <= 1:
+        raise ValueError("the difference must lie between 0 and 1")
+    high = 8
+    while mcnemar_power(high, discordance, difference) < power:
+        high *= 2
+        if high > MOST_PAIRS:
+            return None
+    low = high // 2
+    while high - low > max(1, high // 2000):
+        middle = (low + high) // 2
+        if mcnemar_power(middle, discordance, difference) < power:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def pairs_to_settle(estimate: Estimate, threshold: float, *, power: float = POWER) -> int | None:
+    """How many pairs bring the interval's bound clear of `threshold`, if the truth is the estimate of now.
+
+    The half width shrinks with the square root of n and the estimate itself wanders, hence the factor
+    1 + z(power) / z(confidence). None where the estimate sits on the threshold or nothing was measured.
+    """
+    from scipy.stats import norm
+
+    distance = abs(estimate.value - threshold)
+    half = (estimate.high - estimate.low) / 2
+    if estimate.n == 0 or not math.isfinite(half) or distance == 0:
+        return None
+    factor = 1 + float(norm.ppf(power)) / float(norm.ppf(0.5 + CONFIDENCE / 2))
+    pairs = math.ceil(estimate.n * (half * factor / distance) ** 2)
+    return max(estimate.n + 1, pairs) if pairs <= MOST_PAIRS else None
+
+
+def verdict_divergence(base: ArrayLike, other: ArrayLike) -> Floats:
+    """KL(base || other) in nats of each row's two-way verdict distribution, given p(A) of both judges."""
+    p = np.clip(np.asarray(base, dtype=np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    q = np.clip(np.asarray(other, dtype=np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    return np.asarray(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """Indices of the points that no other equals or beats in both cost and quality, and beats in one."""
+
+    points = list(zip(costs, qualities, strict=True))
+
+    def beaten(cost: float, quality: float) -> bool:
+        return any(c <= cost and q >= quality and (c < cost or q > quality) for c, q in points)
+
+    return [index for index, point in enumerate(points) if not beaten(*point)]
+
+
+def agreement_table(base_correct: ArrayLike, other_correct: ArrayLike) -> dict[str, int]:
+    """The 2 by 2 table of right and wrong: both, lost (base alone right), gained (other alone), neither."""
+    first = np.asarray(base_correct, dtype=bool)
+    second = np.asarray(other_correct, dtype=bool)
+    return {
+        "both": int((first & second).sum()),
+        "lost": int((first & ~second).sum()),
+        "gained": int((~first & second).sum()),
+        "neither": int((~first & ~second).sum()),
+    }
