@@ -1,1 +1,30 @@
-"""Small, local, trustworthy generative reward models."""
+"""Small, local, trustworthy generative reward models: judge which of two responses is better, with a rationale.
+
+    import gramlite
+    judge = gramlite.load()                    # the reference judge; or a path to a GGUF file
+    verdict = judge(prompt="…", response_a="…", response_b="…")
+    verdict.winner, verdict.p_a, verdict.rationale
+"""
+
+from .backends import RuntimeOptions
+from .errors import GramliteError, InputError, IntegrityError, ModelError, ResourceError
+from .judge import Judge, Settings
+from .loading import load
+from .pair import OrderVerdict, Pair, Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GramliteError",
+    "InputError",
+    "IntegrityError",
+    "Judge",
+    "ModelError",
+    "OrderVerdict",
+    "Pair",
+    "ResourceError",
+    "RuntimeOptions",
+    "Settings",
+    "Verdict",
+    "load",
+]

@@ -77,13 +77,13 @@ class Template:
         """What a manifest and a GGUF's metadata record of a template."""
         return {"name": self.name, "sha256": self.sha256, "text": self.text}
 
-    def segments(self, fields: Mapping[str, str]) -> list[Segment]:
-        """The user message: trusted text and the untrusted fields in place of their placeholders, filled in once."""
+    def segments(self, fields: Mapping[str, Segment]) -> list[Segment]:
+        """The user message: our own text, and the fields' segments in place of their placeholders, filled in once."""
         parts: list[Segment] = []
         done = 0
         for match in _PLACEHOLDER.finditer(self.text):
             field = _FIELD_OF[match.group(1)]
-            parts += [Segment(self.text[done : match.start()]), Segment(fields[field], field)]
+            parts += [Segment(self.text[done : match.start()]), fields[field]]
             done = match.end()
         return [*parts, Segment(self.text[done:])]
 
@@ -105,10 +105,11 @@ def screen(template: Template, pair: Pair, policy: Policy) -> tuple[Pair, tuple[
     return Pair(**texts, id=pair.id), tuple(flags)
 
 
-def presented(pair: Pair, order: Order) -> dict[str, str]:
-    """The fields as a template shows them: in order "ba" the pair's response_b stands first."""
-    first, second = (pair.response_a, pair.response_b) if order == "ab" else (pair.response_b, pair.response_a)
-    return {"prompt": pair.prompt, "response_a": first, "response_b": second}
+def presented(pair: Pair, order: Order) -> dict[str, Segment]:
+    """What stands at each placeholder: in order "ba" the pair's response_b stands first. Segments keep their own name."""
+    names = ("response_a", "response_b") if order == "ab" else ("response_b", "response_a")
+    shown = zip(PLACEHOLDERS, ("prompt", *names), strict=True)
+    return {place: Segment(getattr(pair, name), name) for place, name in shown}
 
 
 def packaged_template() -> Template:

@@ -1,0 +1,367 @@
+"""The GGUF backend: llama.cpp through llama-cpp-python's low-level API.
+
+One context with a unified KV cache holds every sequence. Sequence 0 is the trunk: the computed beginning that the
+next prompt is likely to share (scaffold and instructions, then the question). A request shares the trunk's cells,
+computes its own suffix in a sequence of its own, and only its last position's logits are asked for. Sequences that
+are thinking take their steps together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+import unicodedata
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from ..artifact import Artifact
+from ..decoding import Generation, Logits
+from ..device import Gpu, Machine, Offload, free_memory, plan_offload, thread_count
+from ..errors import GramliteError, ModelError, ResourceError
+from ..gguf_header import Header, read_header
+from ..quantization import quantization_name
+from ..prompt import common_prefix
+from . import Request, RuntimeOptions
+
+BATCH_TOKENS = 512
+SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+TRUNK = 0
+GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
+NO_ROOM = 1  # llama_decode's return values
+ABORTED = 2
+
+_log_tail: deque[str] = deque(maxlen=40)
+_started = threading.Lock()
+
+
+@llama_cpp.llama_log_callback
+def _keep_log(level: int, text: bytes, data: object) -> None:
+    _log_tail.append(text.decode("utf-8", "replace"))
+
+
+def _start_library() -> None:
+    with _started:
+        llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+
+
+def _last_words() -> str:
+    """What llama.cpp said last, for an error message."""
+    lines = [line.strip() for line in "".join(_log_tail).splitlines() if "rror" in line or "fail" in line]
+    return lines[-1] if lines else "no reason given"
+
+
+def machine() -> Machine:
+    """This machine as llama.cpp's build sees it."""
+    if not llama_cpp.llama_supports_gpu_offload():
+        return Machine(free_memory(), (), "this build of llama-cpp-python has no GPU support")
+    return Machine(free_memory(), _gpus(), "llama.cpp found no GPU that answers")
+
+
+def _gpus() -> list[Gpu]:
+    """The GPUs that ggml enumerates, through its own device interface (ggml-backend.h)."""
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml.so"))
+    base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype = ctypes.c_void_p
+    base.ggml_backend_dev_description.restype = ctypes.c_char_p
+    found = []
+    for index in range(library.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(library.ggml_backend_dev_get(ctypes.c_size_t(index)))
+        if base.ggml_backend_dev_type(device) != GPU_DEVICE:
+            continue
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name = (base.ggml_backend_dev_description(device) or b"GPU").decode("utf-8", "replace")
+        found.append(Gpu(name, free.value, total.value))
+    return found
+
+
+class LlamaVocabulary:
+    """llama.cpp's tokenizer of one model."""
+
+    def __init__(self, model: Any, *, normalize: bool) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._normalize = normalize
+        self._buffer = ctypes.create_string_buffer(1024)
+        self._pieces: dict[int, bytes] = {}
+        self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & SPECIAL]
+        self.special_tokens: Mapping[str, int] = {
+            llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"): token for token in special
+        }
+        ends = [token for token in special if llama_cpp.llama_vocab_is_eog(self._vocab, token)]
+        self.end_tokens = frozenset([*ends, int(llama_cpp.llama_vocab_eos(self._vocab))])
+
+    def encode(self, text: str) -> list[int]:
+        if self._normalize:
+            text = unicodedata.normalize("NFC", text)
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, False, False)
+        if count < 0:
+            raise GramliteError(f"llama.cpp could not tokenize a text of {len(data)} bytes.")
+        return tokens[:count]
+
+    def piece(self, token: int) -> bytes:
+        known = self._pieces.get(token)
+        if known is None:
+            length = llama_cpp.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
+            known = self._pieces[token] = self._buffer.raw[: max(length, 0)]
+        return known
+
+
+@dataclass
+class _Running:
+    """A request that has a sequence: `fed` tokens are in the cache, `waiting` are fed in the next step."""
+
+    request: Request
+    sequence: int
+    fed: int
+    cached: int
+    waiting: Sequence[int]
+    own: int  # cells that it may come to need beyond the trunk's
+
+
+class GgufBackend:
+    """An open GGUF file. Use `open_artifact`."""
+
+    def __init__(self, artifact: Artifact, header: Header, options: RuntimeOptions) -> None:
+        _start_library()
+        self._model: Any = None
+        self._context: Any = None
+        self._adapter: Any = None
+        self._batch: Any = None
+        self.metadata = _metadata(header)
+        parallel = 1 if options.deterministic else max(1, options.parallel)
+        plan = plan_offload(header, options, machine())
+        self.context = plan.context
+        self.device = plan.device
+        try:
+            self._load(artifact, options, plan, parallel)
+        except BaseException:
+            self.close()
+            raise
+        normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
+        self.vocabulary = LlamaVocabulary(self._model, normalize=normalize)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._free = list(range(parallel, 0, -1))
+        self._trunk: tuple[int, ...] = ()
+        self._orphans = 0  # cells of former trunks that running sequences still hold
+        self._running: list[_Running] = []
+
+    def _load(self, artifact: Artifact, options: RuntimeOptions, plan: Offload, parallel: int) -> None:
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = plan.gpu_layers
+        self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), model_params)
+        if not self._model:
+            raise ModelError(f"llama.cpp could not load {artifact.path}: {_last_words()}. Export or download it again.")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = plan.context
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_seq_max = parallel + 1
+        params.n_outputs_max = parallel + 1
+        params.n_threads = params.n_threads_batch = thread_count(options.threads)
+        params.kv_unified = True
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if plan.gpu_layers else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.offload_kqv = plan.gpu_layers > 0
+        params.no_perf = True
+        # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
+        self._abort_text = ctypes.create_string_buffer(2)
+        address = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value
+        self._abort_callback = llama_cpp.ggml_abort_callback(address)
+        params.abort_callback = self._abort_callback
+        params.abort_callback_data = ctypes.cast(self._abort_text, ctypes.c_void_p)
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ResourceError(
+                f"llama.cpp could not make a context of {plan.context:,} tokens: {_last_words()}. "
+                "Try a smaller --context, or --device cpu."
+            )
+        if options.adapter:
+            self._attach(options.adapter)
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def _attach(self, path: str) -> None:
+        self._adapter = llama_cpp.llama_adapter_lora_init(self._model, path.encode())
+        if not self._adapter:
+            raise ModelError(f"llama.cpp could not load the adapter {path}: {_last_words()}. Does it fit this model?")
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        if llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+            raise ModelError(f"llama.cpp could not apply the adapter {path}: {_last_words()}.")
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """See Backend.generate; the order of what is yielded is that of finishing."""
+        self._abort_text.value = b""
+        waiting = iter(requests)
+        upcoming = next(waiting, None)
+        try:
+            while upcoming or self._running:
+                if upcoming and self._has_room(upcoming):
+                    running = self._begin(upcoming)
+                    upcoming = next(waiting, None)
+                    if running.request.decoder.finished:
+                        yield self._end(running)
+                    else:
+                        self._running.append(running)
+                    continue
+                self._step()
+                for running in [r for r in self._running if r.request.decoder.finished]:
+                    self._running.remove(running)
+                    yield self._end(running)
+        finally:
+            if self._running:  # given up half way
+                self._forget()
+
+    def _has_room(self, request: Request) -> bool:
+        if not self._running:
+            return True
+        used = len(self._trunk) + self._orphans + sum(running.own for running in self._running)
+        return bool(self._free) and used + len(request.prompt) + request.decoder.most_tokens <= self.context
+
+    def _begin(self, request: Request) -> _Running:
+        """Compute a request's prompt and take its first step."""
+        prompt = request.prompt
+        shared = request.splits[-1] if request.splits else 0
+        cached = self._extend_trunk(prompt[:shared], request.splits)
+        sequence = self._free.pop()
+        if shared:
+            llama_cpp.llama_memory_seq_cp(self._memory, TRUNK, sequence, 0, shared)
+        logits = self._prefill(prompt[shared:], sequence, shared, want_logits=True)
+        own = len(prompt) - shared + request.decoder.most_tokens
+        return _Running(request, sequence, len(prompt), cached, request.decoder.advance(logits), own)
+
+    def _extend_trunk(self, prefix: tuple[int, ...], splits: Sequence[int]) -> int:
+        """Make the trunk hold `prefix`; returns how many tokens of it were there already.
+
+        Only whole stretches between splits are kept, so that what is computed together, and with it the last bits of
+        a verdict, does not depend on what was judged before.
+        """
+        common = common_prefix(self._trunk, prefix)
+        kept = max((split for split in splits if split <= common), default=0)
+        if kept < len(self._trunk):
+            llama_cpp.llama_memory_seq_rm(self._memory, TRUNK, kept, -1)
+            self._orphans += len(self._trunk) - kept if self._running else 0
+            self._trunk = self._trunk[:kept]
+        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
+            self._prefill(prefix[start:end], TRUNK, start, want_logits=False)
+            self._trunk = prefix[:end]
+        return kept
+
+    def _prefill(self, tokens: Sequence[int], sequence: int, position: int, *, want_logits: bool) -> Logits:
+        for start in range(0, len(tokens), BATCH_TOKENS):
+            part = tokens[start : start + BATCH_TOKENS]
+            self._batch.n_tokens = 0
+            self._add(part, sequence, position + start)
+            self._batch.logits[len(part) - 1] = want_logits and start + len(part) == len(tokens)
+            self._decode()
+        return self._logits(self._batch.n_tokens - 1) if want_logits else np.empty(0, np.float32)
+
+    def _step(self) -> None:
+        """Feed every running sequence's waiting tokens at once and let each take its next step."""
+        self._batch.n_tokens = 0
+        last = []
+        for running in self._running:
+            self._add(running.waiting, running.sequence, running.fed)
+            running.fed += len(running.waiting)
+            last.append(self._batch.n_tokens - 1)
+            self._batch.logits[last[-1]] = True
+        self._decode()
+        for running, index in zip(self._running, last, strict=True):
+            running.waiting = running.request.decoder.advance(self._logits(index))
+
+    def _add(self, tokens: Sequence[int], sequence: int, position: int) -> None:
+        batch = self._batch
+        base = batch.n_tokens
+        for offset, token in enumerate(tokens):
+            index = base + offset
+            batch.token[index] = token
+            batch.pos[index] = position + offset
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequence
+            batch.logits[index] = False
+        batch.n_tokens = base + len(tokens)
+
+    def _decode(self) -> None:
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status == 0:
+            return
+        self._forget()
+        if status == ABORTED:
+            raise GramliteError("The judging was stopped.")
+        if status == NO_ROOM:
+            raise ResourceError(f"The KV cache of {self.context:,} tokens is full. Try a larger --context.")
+        raise GramliteError(f"llama.cpp failed ({status}): {_last_words()}.")
+
+    def _logits(self, index: int) -> Logits:
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise GramliteError(f"llama.cpp gave no logits: {_last_words()}.")
+        return np.ctypeslib.as_array(pointer, shape=(self.vocabulary.size,))
+
+    def _end(self, running: _Running) -> tuple[int, Generation]:
+        llama_cpp.llama_memory_seq_rm(self._memory, running.sequence, -1, -1)
+        self._free.append(running.sequence)
+        if not self._running:
+            self._orphans = 0
+        return running.request.key, running.request.decoder.result(cached=running.cached)
+
+    def _forget(self) -> None:
+        """Drop everything that is computed, after a failure or an early end."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+        self._free += [running.sequence for running in self._running]
+        self._running.clear()
+        self._trunk = ()
+        self._orphans = 0
+
+    def abort(self) -> None:
+        self._abort_text.value = b"x"
+
+    def close(self) -> None:
+        if self._batch:
+            llama_cpp.llama_batch_free(self._batch)
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)  # frees its adapters too
+        self._batch = self._context = self._model = self._adapter = None
+
+
+def _metadata(header: Header) -> dict[str, Any]:
+    """What judging wants to know of a GGUF file."""
+    values = header.metadata
+    tokens = values["tokenizer.ggml.tokens"]
+
+    def literal(kind: str) -> str:
+        index = values.get(f"tokenizer.ggml.{kind}_token_id")
+        return str(tokens[index]) if index is not None else ""
+
+    template = {key: values.get(f"gramlite.template.{key}") for key in ("name", "sha256", "text")}
+    return {
+        "quantization": quantization_name(header),
+        "chat_template": values.get("tokenizer.chat_template"),
+        "template": template if any(template.values()) else None,
+        "bos": literal("bos"),
+        "eos": literal("eos"),
+    }
+
+
+def open_artifact(artifact: Artifact, options: RuntimeOptions) -> GgufBackend:
+    """Validate a GGUF file's header (and its adapter's), then open it.
+
+    Raises ModelError for a file that is refused, ResourceError when it does not fit.
+    """
+    header = read_header(artifact.path)
+    if options.adapter:
+        read_header(Path(options.adapter), expect="adapter")
+    return GgufBackend(artifact, header, options)

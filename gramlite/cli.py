@@ -1,0 +1,101 @@
+"""The command line: finds each command's file when it is asked for, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from .errors import INTERRUPTED, GramliteError, InputError
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported only when they are used.
+
+    `commands_in` maps a command's name to its module and its line in the group's help.
+    """
+
+    def __init__(self, *args: Any, commands_in: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._commands_in = commands_in
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._commands_in, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self._commands_in:
+            return super().get_command(ctx, name)
+        module = importlib.import_module(self._commands_in[name][0])
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, line) for name, (_, line) in self._commands_in.items()]
+        rows += [(name, command.get_short_help_str()) for name, command in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+CONTEXT = {"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+COMMANDS = {
+    "judge": ("gramlite.commands.judge", "Judge pairs of responses, from options, a file or standard input."),
+    "inspect": ("gramlite.commands.inspect", "Say what a model file is and how much memory it needs."),
+    "doctor": ("gramlite.commands.doctor", "Say what works on this machine, and why something does not."),
+    "reference": ("gramlite.commands.reference", "Build the reference judge."),
+}
+
+
+@click.group(cls=LazyGroup, commands_in=COMMANDS, context_settings=CONTEXT)
+@click.version_option(package_name="gramlite")
+def command() -> None:
+    """Judge which of two responses is better, with a rationale, on this machine alone."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code that the errors module documents."""
+    logger = logging.getLogger("gramlite")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_StderrHandler())
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = command.main(args=arguments, prog_name="gramlite", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except GramliteError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except click.exceptions.Abort:
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return InputError.exit_code
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
+        return BROKEN_PIPE
+
+
+class _StderrHandler(logging.Handler):
+    """Writes notices as plain lines to whatever standard error is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)

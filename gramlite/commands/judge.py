@@ -1,0 +1,196 @@
+"""`gramlite judge`: pairs in, verdicts out, each row on disk before the next is begun."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from .options import JudgeOptions, judge_options
+
+if TYPE_CHECKING:
+    from ..display import Display
+    from ..journal import Journal
+    from ..judge import Judge
+    from ..pair import Pair, Verdict
+    from ..rows import Row
+
+
+def judge_one(judge: Judge, pair: Pair, display: Display) -> int:
+    """Judge the pair given by options, its rationale shown as it is written; returns the exit code."""
+    verdict = judge(
+        prompt=pair.prompt, response_a=pair.response_a, response_b=pair.response_b, on_text=display.listener
+    )
+    display.show(verdict.to_json(), verdict)
+    return 0 if verdict.winner else SOME_ROWS_WITHOUT_VERDICT
+
+
+def judge_rows(
+    judge: Judge, rows: Iterable[Row], display: Display, journal: Journal | None, *, lookahead: bool
+) -> Counter[str]:
+    """Judge rows in input order and emit one output row each; returns how many ended in which way."""
+    todo = Counter(journal.kept) if journal else Counter()
+    waiting: list[Row] = []  # rows read and not yet emitted, in input order
+    tally: Counter[str] = Counter()
+
+    def emit(row: Row, verdict: Verdict | None) -> None:
+        output = output_row(judge, row, verdict)
+        if journal:
+            journal.append(output)
+        display.show(output, verdict)
+        tally["judged" if output["verdict"] else "without verdict"] += 1
+
+    def emit_errors() -> None:
+        while waiting and waiting[0].pair is None:
+            emit(waiting.pop(0), None)
+
+    def pairs() -> Iterator[Pair]:
+        for row in rows:
+            if todo[row.digest] > 0:
+                todo[row.digest] -= 1
+                tally["kept"] += 1
+                display.advance()
+                continue
+            waiting.append(row)
+            if row.pair is not None:
+                yield row.pair
+            elif len(waiting) == 1:
+                emit_errors()
+
+    for verdict in judge.many(pairs(), lookahead=lookahead):
+        emit_errors()
+        emit(waiting.pop(0), verdict)
+        emit_errors()
+    emit_errors()
+    return tally
+
+
+def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any]:
+    """The JSON row of an input row; a row that could not be read or judged has a reason that names its line."""
+    if verdict is not None:
+        output = verdict.to_json()
+        if verdict.winner is None:
+            output["reason"] = f"line {row.line}: {verdict.reason}"
+    else:
+        output = {
+            "id": str(row.line), "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
+            "flags": [], "orders": [], "model": judge.model, "settings": judge.settings_hash,
+        }  # fmt: skip
+    return {**output, "line": row.line, "input": row.digest}
+
+
+def open_input(source: str) -> tuple[BinaryIO, int | None, bool]:
+    """The input stream, its number of lines where it can be counted, and whether reading ahead is harmless."""
+    if source == "-":
+        return sys.stdin.buffer, None, False
+    path = Path(source)
+    try:
+        if not path.is_file():
+            if not path.exists():
+                raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
+            return path.open("rb"), None, False
+        with path.open("rb") as counted:
+            lines = sum(1 for line in counted if line.strip())
+        return path.open("rb"), lines, True
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+def resume_command() -> str:
+    """What to type to go on with an interrupted run."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--force")]
+    return shlex.join(["gramlite", *arguments, "--resume"])
+
+
+def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
+    """Judge a file or standard input; returns the exit code."""
+    from ..display import Display
+    from ..interrupt import on_interrupt
+    from ..journal import Journal
+    from ..rows import read_rows
+
+    stream, lines, lookahead = open_input(source)
+    with ExitStack() as stack:
+        if source != "-":
+            stack.callback(stream.close)
+        judge = stack.enter_context(options.open())
+        record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
+        journal = None
+        if output:
+            journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
+        display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines))
+        stack.enter_context(on_interrupt(judge.abort))
+        try:
+            tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
+        except KeyboardInterrupt:
+            display.close()
+            rows = f"{display.shown} rows are in {output}. To go on: {resume_command()}" if output else "Nothing was saved."
+            click.echo(f"Interrupted. {rows}", err=True)
+            return INTERRUPTED
+        display.summary(tally, output)
+    return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
+
+
+@click.command(context_settings={"show_default": False})
+@click.argument("pairs", required=False, metavar="[PAIRS.jsonl | -]")
+@click.option("--prompt", metavar="T", help="The question of one pair.")
+@click.option("--a", "response_a", metavar="T", help="Its first response.")
+@click.option("--b", "response_b", metavar="T", help="Its second response.")
+@judge_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Write rows to a file.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted -o file.")
+@click.option("--force", is_flag=True, help="Start an existing -o file anew.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+def command(
+    options: JudgeOptions,
+    pairs: str | None,
+    prompt: str | None,
+    response_a: str | None,
+    response_b: str | None,
+    output: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Judge which response of each pair is better.
+
+    Pairs come as JSON lines from a file or standard input (-), or one from --prompt, --a and --b.
+    """
+    given = [text is not None for text in (prompt, response_a, response_b)]
+    if any(given) and (pairs or not all(given)):
+        raise InputError("Give a file of pairs, or all three of --prompt, --a and --b.")
+    if resume and not output:
+        raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    if not any(given):
+        if not pairs:
+            raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
+        return run_file(options, pairs, output, resume, force, as_json)
+    return run_pair(options, (prompt or "", response_a or "", response_b or ""), output, force, as_json)
+
+
+def run_pair(options: JudgeOptions, texts: tuple[str, str, str], output: Path | None, force: bool, as_json: bool) -> int:
+    """Judge the one pair given by options; returns the exit code."""
+    from ..display import Display
+    from ..interrupt import on_interrupt
+    from ..journal import Journal
+    from ..pair import Pair
+
+    pair = Pair(*(os.fsencode(text).decode("utf-8", "surrogateescape") for text in texts))
+    pair.check()
+    with ExitStack() as stack:
+        judge = stack.enter_context(options.open())
+        stack.enter_context(on_interrupt(judge.abort))
+        display = stack.enter_context(Display(as_json=as_json, quiet=False, total=None))
+        code = judge_one(judge, pair, display)
+        if output and display.last:
+            record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
+            stack.enter_context(Journal(output, record=record, force=force)).append(display.last)
+    return code

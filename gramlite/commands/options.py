@@ -1,0 +1,106 @@
+"""The options that every judging command shares."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..judge import Judge
+
+THINK_PARALLEL = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """The judging options as given on the command line."""
+
+    model: str | None
+    adapter: str | None
+    template: str | None
+    trust_template: bool
+    mode: str
+    orders: str
+    votes: int
+    temperature: float | None
+    budget: int
+    seed: int
+    delimiters: str
+    device: str
+    threads: int | None
+    context: int | None
+    parallel: int | None
+    deterministic: bool
+
+    def open(self) -> Judge:
+        """Open the judge that these options describe."""
+        from ..backends import RuntimeOptions
+        from ..judge import Settings
+        from ..loading import load
+
+        settings = Settings(
+            mode=self.mode,  # type: ignore[arg-type]
+            orders=self.orders,  # type: ignore[arg-type]
+            votes=self.votes,
+            temperature=self.temperature,
+            budget=self.budget,
+            seed=self.seed,
+            delimiters=self.delimiters,  # type: ignore[arg-type]
+        )
+        runtime = RuntimeOptions(
+            device=self.device,  # type: ignore[arg-type]
+            threads=self.threads,
+            context=self.context,
+            parallel=self.parallel or (1 if self.mode == "direct" else THINK_PARALLEL),
+            adapter=self.adapter,
+            deterministic=self.deterministic,
+        )
+        return load(
+            self.model, template=self.template, settings=settings, runtime=runtime, trust_template=self.trust_template
+        )
+
+
+OPTIONS = (
+    click.option("-m", "--model", metavar="MODEL", help="GGUF file or artifact folder.  [default: the reference judge]"),
+    click.option("--adapter", metavar="LORA", help="LoRA adapter in GGUF form to judge with."),
+    click.option("--template", metavar="NAME|FILE", help="gramlite, gram-r2, gram, or a file.  [default: the model's own]"),
+    click.option("--trust-template", is_flag=True, help="Run the model's own unknown chat template, in a sandbox."),
+    click.option("--mode", type=click.Choice(["think", "direct"]), default="think", show_default=True,
+                 help="Write a rationale first, or answer in one forward pass."),
+    click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,
+                 help="Judge each pair as given and swapped, or only as given."),
+    click.option("--votes", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="K",
+                 help="Rationales sampled for each order."),
+    click.option("--temperature", type=float, metavar="F", help="0 is greedy.  [default: 0, with several votes 0.75]"),
+    click.option("--budget", type=click.IntRange(1), default=1024, show_default=True, metavar="N",
+                 help="Most tokens a rationale may take."),
+    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of sampled rationales."),
+    click.option("--delimiters", type=click.Choice(["neutralize", "flag", "reject"]), default="neutralize",
+                 show_default=True, help="What to do with section delimiters inside the judged text."),
+    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+                 help="Where to run; cuda never falls back."),
+    click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
+    click.option("--context", type=click.IntRange(64), metavar="N",
+                 help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
+    click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
+                 help=f"Sequences decoded together.  [default: {THINK_PARALLEL}, in direct mode 1]"),
+    click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
+)  # fmt: skip
+
+
+def judge_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the judging options to a click command; they arrive as one `options: JudgeOptions` argument."""
+    names = [field.name for field in fields(JudgeOptions)]
+
+    @functools.wraps(function)
+    def packed(**arguments: Any) -> Any:
+        options = JudgeOptions(**{name: arguments.pop(name) for name in names})
+        return function(options=options, **arguments)
+
+    for option in reversed(OPTIONS):
+        packed = option(packed)
+    return packed

@@ -1,0 +1,163 @@
+"""What a person or a pipe sees of judged rows: JSON lines, or readable text and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
+from rich.progress import ProgressColumn
+from rich.text import Text
+
+from .pair import Order, Verdict
+
+WINNER_STYLES = {"A": "bold green", "B": "bold cyan", "tie": "bold yellow", None: "bold red"}
+ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, and is called A here)"}
+
+
+class Display:
+    """Shows rows as they are judged. Rows go to standard output, everything else to standard error.
+
+    `quiet` keeps rows off standard output (they go to a file); `total` is how many rows are expected, if known.
+    """
+
+    def __init__(self, *, as_json: bool, quiet: bool, total: int | None) -> None:
+        self.shown = 0
+        self.last: Mapping[str, Any] | None = None
+        self._quiet = quiet
+        self._readable = sys.stdout.isatty() and not as_json
+        self._out = Console(highlight=False)
+        self._errors = Console(stderr=True, highlight=False)
+        self._streaming: Order | None = None
+        self._single = total is None
+        self._progress: Progress | None = None
+        if sys.stderr.isatty() and total is not None:
+            self._progress = row_progress(self._errors if quiet or not self._readable else self._out)
+            self._task = self._progress.add_task("Judging", total=total)
+            self._progress.start()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    @property
+    def listener(self) -> Any:
+        """Hears a rationale as it is written; None where nobody watches."""
+        return self._hear if self._readable else None
+
+    def _hear(self, order: Order, text: str) -> None:
+        """Show the first order's rationale live; the other, decoded beside it, is shown when the verdict is."""
+        if self._streaming is None:
+            self._streaming = order
+            self._out.print(Text(ORDER_TITLES[order], style="bold underline"))
+        if order == self._streaming:
+            self._out.print(Text(visible(text).partition("</")[0]), end="", soft_wrap=True)
+
+    def advance(self) -> None:
+        """Count a row that needs no judging."""
+        if self._progress:
+            self._progress.advance(self._task)
+
+    def show(self, row: Mapping[str, Any], verdict: Verdict | None) -> None:
+        """Show one judged row."""
+        self.shown += 1
+        self.last = row
+        if not self._quiet:
+            if not self._readable:
+                sys.stdout.buffer.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                sys.stdout.buffer.flush()
+            elif self._single and verdict is not None and verdict.id is None:
+                self._show_pair(verdict)
+            else:
+                self._out.print(row_line(row))
+        elif row["verdict"] is None:
+            self._errors.print(Text(f"{row['id']}: {row['reason']}", style="red"))
+        self.advance()
+
+    def _show_pair(self, verdict: Verdict) -> None:
+        for order in verdict.orders:
+            if order.rationale is None:
+                continue
+            if order.order != self._streaming:
+                self._out.print(Text(ORDER_TITLES[order.order], style="bold underline"))
+                self._out.print(Text(visible(order.rationale)), soft_wrap=True)
+            else:
+                self._out.print()
+            self._out.print()
+        self._out.print(verdict_line(verdict))
+        if verdict.flags:
+            self._out.print(Text(f"Noticed in the input: {', '.join(map(visible, verdict.flags))}", style="yellow"))
+
+    def summary(self, tally: Mapping[str, int], output: Path | None) -> None:
+        """One closing line on standard error."""
+        self.close()
+        parts = [f"{tally.get('judged', 0):,} judged"]
+        parts += [f"{tally[name]:,} {words}" for name, words in SUMMARY_WORDS.items() if tally.get(name)]
+        if output or tally.get("without verdict"):
+            self._errors.print(Text(", ".join(parts) + (f". Rows are in {output}" if output else "") + "."))
+
+
+SUMMARY_WORDS = {"without verdict": "without a verdict (each row's reason says why)", "kept": "kept from before"}
+
+
+class RateColumn(ProgressColumn):
+    """Rows a second, or seconds a row where that reads better."""
+
+    def render(self, task: ProgressTask) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+def row_progress(console: Console) -> Progress:
+    """A progress bar with a count, a rate and an estimate."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=console, transient=True)
+
+
+def verdict_line(verdict: Verdict) -> Text:
+    """The verdict of one pair in words: winner, probability, whether the orders agree."""
+    if verdict.winner is None:
+        return Text(f"No verdict: {verdict.reason}", style=WINNER_STYLES[None])
+    if verdict.winner == "tie":
+        line = Text("It is a tie", style=WINNER_STYLES["tie"])
+    else:
+        line = Text(f"Response {verdict.winner} is better", style=WINNER_STYLES[verdict.winner])
+    probability = verdict.p_a if verdict.winner != "B" or verdict.p_a is None else 1 - verdict.p_a
+    details = [] if probability is None else [f"probability {probability:.2f}"]
+    if verdict.consistent is not None and verdict.orders:
+        details.append("both orders agree" if verdict.consistent else "the orders disagree")
+    if verdict.reason:
+        details.append(verdict.reason)
+    return line.append(f" ({', '.join(details)})", style="not bold default")
+
+
+def row_line(row: Mapping[str, Any]) -> Text:
+    """One row of a file on one line."""
+    winner = row["verdict"]
+    line = Text(f"{visible(str(row['id']))[:40]:<40} ")
+    line.append(f"{winner or '-':<4}", style=WINNER_STYLES[winner])
+    if winner is None:
+        return line.append(visible(str(row["reason"])), style="red")
+    agreement = {True: "orders agree", False: "orders disagree", None: ""}[row["consistent"]]
+    return line.append(f" p(A) {row['p_a']:.3f}  {agreement}")
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which could drive a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in text)

@@ -1,0 +1,350 @@
+"""The judge: a backend, a template and settings, which together turn pairs into verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from .backends import Backend, Request
+from .decoding import Decoder, Generation, Mode, Sampling, choice_tokens, describe, softmax_first
+from .delimiters import Policy
+from .errors import GramliteError, InputError, ModelError
+from .pair import Order, OrderVerdict, Pair, Verdict, Winner
+from .prompt import EncodedPrompt, common_prefix, encode_prompt
+from .scaffold import Scaffold
+from .template import Template, presented, screen
+
+Listener = Callable[[Order, str], None]
+SAMPLED_TEMPERATURE = 0.75  # what GRAM-R² is published with when it votes
+DECIMALS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a verdict depends on besides the model and the template.
+
+    `mode` "think" writes a rationale first, "direct" answers in one forward pass; `orders` "both" judges a pair as
+    given and swapped; `votes` rationales are sampled for each order; `temperature` None means greedy for one vote and
+    0.75 for several; `budget` is the most tokens a rationale may take; `delimiters` says what happens to section
+    delimiters inside the text being judged. Raises InputError for a combination that makes no sense.
+    """
+
+    mode: Mode = "think"
+    orders: Literal["both", "ab"] = "both"
+    votes: int = 1
+    temperature: float | None = None
+    budget: int = 1024
+    seed: int = 0
+    delimiters: Policy = "neutralize"
+
+    def __post_init__(self) -> None:
+        if self.votes < 1 or self.budget < 1:
+            raise InputError("--votes and --budget must be at least 1.")
+        if self.temperature is not None and not 0 <= self.temperature <= 10:
+            raise InputError("--temperature must lie between 0 and 10.")
+        if self.votes > 1 and self.mode == "direct":
+            raise InputError("--votes samples rationales, and direct mode writes none. Drop one of them.")
+        if self.votes > 1 and self.temperature == 0:
+            raise InputError("several votes at temperature 0 are all the same. Drop --votes or raise --temperature.")
+
+    @property
+    def presented_orders(self) -> tuple[Order, ...]:
+        return ("ab", "ba") if self.orders == "both" else ("ab",)
+
+    def sampling(self, seed: int = 0) -> Sampling:
+        temperature = self.temperature
+        if temperature is None:
+            temperature = SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
+        return Sampling(mode=self.mode, budget=self.budget, temperature=temperature, seed=seed)
+
+
+@dataclass
+class _Open:
+    """A pair that is being judged: its generations as they arrive, by order and vote."""
+
+    pair: Pair
+    flags: tuple[str, ...]
+    prompts: Mapping[Order, EncodedPrompt]
+    done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
+
+
+class Judge:
+    """Judges pairs. Make one with `gramlite.load`.
+
+    One judge may be called from many threads; calls wait for each other. `close` frees the model.
+    """
+
+    def __init__(
+        self, backend: Backend, template: Template, scaffold: Scaffold, settings: Settings, model: Mapping[str, Any]
+    ) -> None:
+        if settings.mode == "think" and not template.form.thinks:
+            settings = replace(settings, mode="direct")  # a verdict-only judge has nothing to think with
+        self.backend = backend
+        self.template = template
+        self.scaffold = scaffold
+        self.settings = settings
+        self.model = dict(model)
+        self._turn = _Turn()
+        try:
+            choice_tokens(backend.vocabulary, template.form)
+        except ValueError as error:
+            raise ModelError(f"The model cannot answer in this template's form: {error}.") from error
+        self._preamble = self._encode(Pair("\u2402", "\u2402", "\u2402"), "ab").tokens
+
+    def with_settings(self, **changes: Any) -> Judge:
+        """A judge on the same open model with some settings changed."""
+        other = Judge(self.backend, self.template, self.scaffold, replace(self.settings, **changes), self.model)
+        other._turn = self._turn
+        return other
+
+    @property
+    def settings_record(self) -> dict[str, Any]:
+        """Everything but the model that a verdict depends on."""
+        sampling = describe(self.settings.sampling(self.settings.seed))
+        return {
+            **sampling,
+            "orders": self.settings.orders,
+            "votes": self.settings.votes,
+            "delimiters": self.settings.delimiters,
+            "template": {"name": self.template.name, "sha256": self.template.sha256},
+            "scaffold": asdict(self.scaffold),
+        }
+
+    @property
+    def settings_hash(self) -> str:
+        """Twelve hexadecimal digits that change with `settings_record`."""
+        return hashlib.sha256(json.dumps(self.settings_record, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __call__(
+        self, *, prompt: str, response_a: str, response_b: str, id: str | None = None, on_text: Listener | None = None
+    ) -> Verdict:
+        """Judge one pair.
+
+        `on_text` hears each order's rationale as it is written. Raises InputError for a pair that cannot be judged.
+        """
+        verdict = next(self.many([Pair(prompt, response_a, response_b, id=id)], on_text=on_text, strict=True))
+        return verdict
+
+    def many(
+        self,
+        pairs: Iterable[Pair],
+        *,
+        strict: bool = False,
+        lookahead: bool = True,
+        on_text: Listener | None = None,
+    ) -> Iterator[Verdict]:
+        """Judge pairs lazily and yield one verdict each, in input order.
+
+        A pair that cannot be judged yields a verdict with no winner and a reason; with `strict` it raises. With
+        `lookahead` the next pairs are read while earlier ones are decoded, so that they run together; without it a
+        pair is read only once all before it have been yielded, as an interactive pipe needs.
+        """
+        with self._turn:
+            if lookahead:
+                yield from self._run(pairs, strict, on_text)
+            else:
+                for pair in pairs:
+                    yield from self._run([pair], strict, on_text)
+
+    def abort(self) -> None:
+        """Stop what is running soon; safe to call from a signal's thread."""
+        self.backend.abort()
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self, pairs: Iterable[Pair], strict: bool, on_text: Listener | None) -> Iterator[Verdict]:
+        opened: dict[int, _Open] = {}
+        ready: dict[int, Verdict] = {}
+        work: dict[int, tuple[int, Order, int]] = {}
+        keys = itertools.count()
+        emitted = 0
+
+        def requests() -> Iterator[Request]:
+            for index, pair in enumerate(pairs):
+                try:
+                    prepared = self._prepare(pair)
+                except GramliteError as error:
+                    if strict:
+                        raise
+                    prepared = self._verdict(pair, reason=str(error))
+                if isinstance(prepared, Verdict):
+                    ready[index] = prepared
+                    continue
+                opened[index] = prepared
+                for order, vote in self._generations():
+                    key = next(keys)
+                    work[key] = (index, order, vote)
+                    yield self._request(key, prepared, order, vote, on_text)
+
+        for key, generation in self.backend.generate(requests()):
+            index, order, vote = work.pop(key)
+            current = opened[index]
+            current.done[order, vote] = generation
+            if len(current.done) == len(current.prompts) * self.settings.votes:
+                ready[index] = self._conclude(opened.pop(index))
+            while emitted in ready:
+                yield ready.pop(emitted)
+                emitted += 1
+        while emitted in ready:
+            yield ready.pop(emitted)
+            emitted += 1
+
+    def _generations(self) -> Iterator[tuple[Order, int]]:
+        for order in self.settings.presented_orders:
+            for vote in range(self.settings.votes):
+                yield order, vote
+
+    def _prepare(self, pair: Pair) -> _Open | Verdict:
+        """Check and encode a pair, or settle it without the model."""
+        pair.check()
+        flags = tuple(f"empty:{name}" for name in ("response_a", "response_b") if not getattr(pair, name).strip())
+        if pair.response_a == pair.response_b:
+            return self._verdict(
+                pair, winner="tie", p_a=0.5, margin=0.0, consistent=True,
+                reason="the responses are identical", flags=("identical",),
+            )  # fmt: skip
+        shown, hits = screen(self.template, pair, self.settings.delimiters)
+        prompts = {order: self._encode(shown, order) for order in self.settings.presented_orders}
+        literals = dict.fromkeys(hit for prompt in prompts.values() for hit in prompt.literals)
+        for prompt in prompts.values():
+            self._check_length(prompt)
+        return _Open(pair, (*flags, *hits, *(f"special:{name}:{text}" for name, text in literals)), prompts)
+
+    def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
+        segments = self.template.segments(presented(pair, order))
+        return encode_prompt(self.backend.vocabulary, self.scaffold.wrap(segments))
+
+    def _check_length(self, prompt: EncodedPrompt) -> None:
+        """Refuse a prompt that does not fit, before anything is computed; nothing is ever truncated."""
+        decoder = Decoder(self.backend.vocabulary, self.template.form, self.settings.sampling())
+        length = len(prompt.tokens) + len(decoder.prefix)
+        if length + decoder.most_tokens > self.backend.context:
+            room = f" + {decoder.most_tokens:,}" if decoder.most_tokens else ""
+            raise InputError(
+                f"{length:,}{room} tokens exceed the context of {self.backend.context:,}. "
+                "Raise --context, lower --budget, or shorten the texts."
+            )
+
+    def _request(self, key: int, opened: _Open, order: Order, vote: int, on_text: Listener | None) -> Request:
+        decoder = Decoder(
+            self.backend.vocabulary,
+            self.template.form,
+            self.settings.sampling(self._seed(opened.pair, order, vote)),
+            on_text=(lambda text: on_text(order, text)) if on_text and vote == 0 else None,
+        )
+        tokens = (*opened.prompts[order].tokens, *decoder.prefix)
+        splits = {common_prefix(tokens, self._preamble)}
+        if len(opened.prompts) > 1:
+            splits.add(common_prefix(*(prompt.tokens for prompt in opened.prompts.values())))
+        if self.settings.votes > 1:
+            splits.add(len(tokens) - 1)
+        usable = tuple(sorted(split for split in splits if 0 < split < len(tokens)))
+        return Request(key, tokens, decoder, usable)
+
+    def _seed(self, pair: Pair, order: Order, vote: int) -> int:
+        """A seed of its own for every generation, the same whatever is judged beside it."""
+        text = json.dumps([self.settings.seed, pair.prompt, pair.response_a, pair.response_b, order, vote])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+    def _conclude(self, opened: _Open) -> Verdict:
+        """Combine a pair's generations, un-swapping the order in which response_b stood first."""
+        failures = [generation.reason for generation in opened.done.values() if generation.margin is None]
+        if failures:
+            return self._verdict(opened.pair, reason=f"{failures[0]} ({self.model.get('name')})", flags=opened.flags)
+        orders = tuple(self._conclude_order(opened, order) for order in self.settings.presented_orders)
+        margin = mean_log_odds([order.margin for order in orders if order.margin is not None])
+        consistent = len({order.verdict for order in orders}) == 1 if len(orders) > 1 else None
+        return self._verdict(
+            opened.pair,
+            winner=winner_of(margin),
+            p_a=round(softmax_first(margin), DECIMALS),
+            margin=round(margin, DECIMALS),
+            consistent=consistent,
+            flags=opened.flags,
+            orders=orders,
+        )
+
+    def _conclude_order(self, opened: _Open, order: Order) -> OrderVerdict:
+        generations = [opened.done[order, vote] for vote in range(self.settings.votes)]
+        sign = 1 if order == "ab" else -1
+        margins = [sign * generation.margin for generation in generations if generation.margin is not None]
+        margin = mean_log_odds(margins)
+        winners = [winner_of(vote) for vote in margins]
+        # the prefix's tokens are part of the prompt, as they were never sampled
+        prefix = Decoder(self.backend.vocabulary, self.template.form, self.settings.sampling()).prefix
+        return OrderVerdict(
+            order=order,
+            verdict=winner_of(margin),
+            p_a=round(softmax_first(margin), DECIMALS),
+            margin=round(margin, DECIMALS),
+            rationale=generations[0].thinking,
+            forced=any(generation.forced for generation in generations),
+            votes={side: winners.count(side) for side in ("A", "B")},
+            tokens={
+                "prompt": len(opened.prompts[order].tokens) + len(prefix),
+                "cached": max(generation.cached for generation in generations),
+                "generated": sum(generation.generated for generation in generations),
+            },
+        )
+
+    def _verdict(
+        self,
+        pair: Pair,
+        *,
+        winner: Winner | None = None,
+        p_a: float | None = None,
+        margin: float | None = None,
+        consistent: bool | None = None,
+        reason: str | None = None,
+        flags: tuple[str, ...] = (),
+        orders: tuple[OrderVerdict, ...] = (),
+    ) -> Verdict:
+        return Verdict(
+            id=pair.id, winner=winner, p_a=p_a, margin=margin, consistent=consistent, reason=reason, flags=flags,
+            orders=orders, model=self.model, settings=self.settings_hash,
+        )  # fmt: skip
+
+
+class _Turn:
+    """One caller at a time; a caller that already has its turn is told so instead of waiting for itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise GramliteError("This judge is in the middle of .many() in this thread. Finish or close that iterator first.")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *exception: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+def mean_log_odds(margins: list[float]) -> float:
+    """The log-odds in nats of the mean probability, exact also where a probability rounds to 0 or 1."""
+    array = np.asarray(margins, dtype=np.float64)
+    if len(array) == 1:
+        return float(array[0])
+    return float(np.logaddexp.reduce(-np.logaddexp(0, -array)) - np.logaddexp.reduce(-np.logaddexp(0, array)))
+
+
+def winner_of(margin: float) -> Winner:
+    """The side of even odds."""
+    return "tie" if margin == 0 else "A" if margin > 0 else "B"

@@ -1,0 +1,138 @@
+"""Opens a model as a judge: finds its format, checks its manifest, its template and its chat scaffold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, read_manifest, verify_files
+from .backends import Backend, RuntimeOptions, open_backend
+from .errors import InputError, ModelError
+from .judge import Judge, Settings
+from .scaffold import scaffold_for
+from .storage import sha256_cached
+from .template import resolve_template
+
+logger = logging.getLogger("gramlite")
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    template: str | None = None,
+    settings: Settings | None = None,
+    runtime: RuntimeOptions | None = None,
+    trust_template: bool = False,
+) -> Judge:
+    """Open a judge.
+
+    `model` is an artifact's file or folder; None is the reference judge, built once into the cache. `template` is a
+    built-in name or a file, where the model does not say itself. Raises ModelError for a model that is refused and
+    ResourceError for one that does not fit.
+    """
+    if model is None:
+        from .reference import cached_gguf
+
+        model = cached_gguf()
+        logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
+    runtime = runtime or RuntimeOptions()
+    artifact = open_artifact(Path(model))
+    backend = open_backend(artifact, runtime)
+    try:
+        return _judge(artifact, backend, template, settings or Settings(), runtime, trust_template)
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _judge(
+    artifact: Artifact,
+    backend: Backend,
+    template: str | None,
+    settings: Settings,
+    runtime: RuntimeOptions,
+    trust: bool,
+) -> Judge:
+    metadata = backend.metadata
+    recorded = (artifact.manifest.template if artifact.manifest else None) or {}
+    embedded = metadata.get("template") or {}
+    folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
+    chosen = resolve_template(template, {**recorded, **embedded}, folder)
+    scaffold = scaffold_for(
+        metadata.get("chat_template"),
+        thinks=chosen.form.thinks,
+        trust=trust,
+        bos=str(metadata.get("bos") or ""),
+        eos=str(metadata.get("eos") or ""),
+    )
+    return Judge(backend, chosen, scaffold, settings, describe_model(artifact, metadata, runtime.adapter))
+
+
+def open_artifact(path: Path) -> Artifact:
+    """An artifact on disk, its manifest checked.
+
+    Raises InputError where there is nothing, ModelError for a pickle, an unknown format or a manifest that disagrees.
+    """
+    if not path.exists():
+        raise InputError(f"There is no model at {path}. Give the path of a GGUF file or of an artifact's folder.")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ModelError(f"The folder {path} is empty.")
+    manifest = read_manifest(path)
+    artifact = Artifact(path, detect_format(path, manifest), manifest)
+    if manifest:
+        verify_files(path, manifest)
+    return artifact
+
+
+def detect_format(path: Path, manifest: Manifest | None) -> str:
+    """The name of the backend for a file or folder; raises ModelError when there is none."""
+    if manifest:
+        return manifest.format
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise ModelError(f"{path} is a pickle checkpoint, which can run code when it is opened. Convert it to safetensors.")
+    if path.is_file():
+        if path.suffix == ".json":
+            return str(_json(path).get("format", "unknown"))
+        return "gguf"  # whose header check says what a file that is none really is
+    if (path / "genai_config.json").is_file():
+        return "onnx"
+    if (path / "config.json").is_file():
+        method = (_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+        return "gptq" if method == "gptq" else "hf"
+    raise ModelError(f"The folder {path} is no model: it holds neither config.json nor genai_config.json.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object.")
+    return value
+
+
+def describe_model(artifact: Artifact, metadata: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
+    """The `model` object of a judged row."""
+    quantization = artifact.manifest.quantization if artifact.manifest else None
+    described = {
+        "name": artifact.name,
+        "format": artifact.format,
+        "quantization": quantization or metadata.get("quantization"),
+        "sha256": artifact_sha256(artifact.path),
+    }
+    return described | ({"adapter": sha256_cached(Path(adapter))} if adapter else {})
+
+
+def artifact_sha256(path: Path) -> str:
+    """A file's sha256; of a folder, the sha256 of its files' names and hashes."""
+    if path.is_file():
+        return sha256_cached(path)
+    listing = [(str(file.relative_to(path)), sha256_cached(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
