@@ -207,7 +207,7 @@ def mcnemar_power(n: int, discordance: float, difference: float, *, alpha: float
 
 
 def minimum_detectable_effect(n: int, discordance: float, *, power: float = POWER) -> float | None:
-    """The smallest true accuracy difference McNemar's exact test finds with `power`; None if n is too small."""
+    """The smallest true difference McNemar's exact test finds with `power`; None if n is too small."""
     from scipy.optimize import brentq
 
     if n < 1 or mcnemar_power(n, discordance, 1.0) < power:

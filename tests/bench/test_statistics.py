@@ -40,9 +40,7 @@ def test_rate_intervals_equal_scipy(k: int, n: int) -> None:
     assert st.clopper_pearson(k, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
     assert st.wilson(k, n) == pytest.approx((score.low, score.high), abs=1e-12)
     estimate = st.rate_interval([True] * k + [False] * (n - k))
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
-        (k / n, exact.low, exact.high), abs=1e-12
-    )
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((k / n, exact.low, exact.high), abs=1e-12)
 
 
 def test_bootstrap_agrees_with_scipy_percentile() -> None:
@@ -142,9 +140,7 @@ def test_power_is_what_simulation_says() -> None:
         assert st.mcnemar_power(n, discordance, difference) == pytest.approx(found, abs=0.025)
 
 
-@pytest.mark.parametrize(
-    ("n", "discordance"), [(200, 0.10), (500, 0.05), (1000, 0.10), (1069, 0.02), (60, 0.3)]
-)
+@pytest.mark.parametrize(("n", "discordance"), [(200, 0.10), (500, 0.05), (1000, 0.10), (1069, 0.02), (60, 0.3)])
 def test_minimum_detectable_effect_has_80_percent_power(n: int, discordance: float) -> None:
     effect = st.minimum_detectable_effect(n, discordance)
     assert effect is not None

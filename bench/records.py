@@ -1,0 +1,132 @@
+"""Benchmark files on disk: JSON lines or JSON, plain or gzipped, one numbered record at a time."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gramlite.errors import InputError
+from gramlite.pair import Pair, Winner
+from gramlite.storage import cache_folder
+
+LABELS: dict[str, Winner] = {"A": "A", "B": "B", "tie": "tie"}
+WHOLE_FOLDER = "."  # among a suite's FILES: a folder that is named is read as a whole
+PLANTED = ("error", "error_key")  # which mistake RM-Bench planted: nothing that may travel with a pair
+
+Record = dict[str, Any]
+
+
+def find_file(path: Path | None, names: tuple[str, ...], source: str) -> Path:
+    """The benchmark's file: `path`, one of `names` inside it, or one of `names` in the benchmarks folder.
+
+    Raises InputError that says where to get the file and what it must look like.
+    """
+    folder = benchmarks_folder() if path is None else path
+    if path is not None:
+        for candidate in (path, path.with_name(f"{path.name}.gz")):
+            if candidate.is_file():
+                return candidate
+    for name in names if path else [name for name in names if name != WHOLE_FOLDER]:
+        for candidate in (folder / name, folder / f"{name}.gz"):
+            if candidate.exists():
+                return candidate
+    if path is None:
+        wanted = " or ".join(name for name in names if name != WHOLE_FOLDER)
+        raise InputError(f"There is no {wanted} in {folder}. {source} Then name it as SUITE:FILE, or put it there.")
+    if path.is_dir():
+        raise InputError(f"The folder {path} holds none of {', '.join(names)}. {source}")
+    raise InputError(f"There is no file {path}. {source}")
+
+
+def benchmarks_folder() -> Path:
+    """Where suites look when no file is named: GRAMLITE_BENCHMARKS, else `benchmarks` in the cache folder."""
+    import os
+
+    override = os.environ.get("GRAMLITE_BENCHMARKS")
+    return Path(override) if override else cache_folder() / "benchmarks"
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """Each record with its number from 1: a line of .jsonl, an element of a .json list (.gz of either).
+
+    Raises InputError that names the file and the line for what is not a JSON object.
+    """
+    name = path.name.removesuffix(".gz")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            if name.endswith(".json"):
+                value = json.loads(file.read())
+                yield from enumerate(value if isinstance(value, list) else [value], 1)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _object(json.loads(line), path, number)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path} could not be read: {error}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} holds no valid JSON: {error}. Download it again.") from error
+
+
+def _object(value: object, path: Path, number: int) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, line {number}: a JSON object is needed, not {type(value).__name__}.")
+    return value
+
+
+def text(record: Mapping[str, Any], key: str, where: str) -> str:
+    """A string field; raises InputError that names the place."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key!r} must be a string. Is this the official file?")
+    return value
+
+
+def is_plain(record: Mapping[str, Any]) -> bool:
+    """Whether a record has gramlite's own schema: id, subset, prompt, response_a, response_b, label, meta."""
+    return {"prompt", "response_a", "response_b"} <= record.keys()
+
+
+def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
+    """A record of gramlite's own schema as a pair, its subset under meta."""
+    label = record.get("label")
+    if label is not None and label not in LABELS:
+        raise InputError(f"{where}: the label must be A, B or tie, not {label!r}.")
+    meta = {k: v for k, v in (record.get("meta") or {}).items() if k not in PLANTED}
+    return make_pair(
+        identifier=str(record.get("id") or where),
+        prompt=text(record, "prompt", where),
+        response_a=text(record, "response_a", where),
+        response_b=text(record, "response_b", where),
+        label=label,
+        meta={"subset": str(record.get("subset") or "all"), **meta},
+    )
+
+
+def make_pair(
+    *, identifier: str, prompt: str, response_a: str, response_b: str, label: Winner | None, meta: Record
+) -> Pair:
+    """A labelled pair; `prompt_sha` in its meta is what rows with the same prompt share."""
+    meta = {"prompt_sha": digest(prompt), **meta}
+    return Pair(prompt, response_a, response_b, id=identifier, label=label, meta=meta)
+
+
+def chosen_side(identifier: str) -> Winner:
+    """The side of a chosen response: by a hash of the id, so that neither side is the usual one."""
+    return "A" if hashlib.sha256(identifier.encode()).digest()[0] % 2 == 0 else "B"
+
+
+def chosen_pair(*, identifier: str, prompt: str, chosen: str, rejected: str, meta: Record) -> Pair:
+    """A pair of a chosen and a rejected response, sides assigned by `chosen_side`."""
+    side = chosen_side(identifier)
+    first, second = (chosen, rejected) if side == "A" else (rejected, chosen)
+    return make_pair(identifier=identifier, prompt=prompt, response_a=first, response_b=second, label=side, meta=meta)
+
+
+def digest(value: str) -> str:
+    """16 hexadecimal digits of the sha256 of a text."""
+    return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:16]

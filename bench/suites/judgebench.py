@@ -1,0 +1,88 @@
+"""JudgeBench (Tan et al., ICLR 2025): pairs of model answers of which one is objectively correct.
+
+Official rule (`utils/metrics.py`, the default of its script): each pair is judged in both orders; +1 for a
+decision that is the label, -1 for its opposite, 0 for anything else; a pair counts when the sum is
+positive, over all pairs. The GRAM papers report the mean of the four groups' accuracies with the mean of
+both orders' probability instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gramlite.bench import records, scoring
+
+from gramlite.errors import InputError
+from gramlite.pair import Pair
+
+SOURCE = (
+    "Get data/dataset=judgebench,response_model=….jsonl from github.com/ScalerLab/JudgeBench: JSON lines "
+    "with "
+    "pair_id, source, question, response_A, response_B and a label of A>B or B>A."
+)
+FILES = (
+    "dataset=judgebench,response_model=gpt-4o-2024-05-13.jsonl",
+    "dataset=judgebench,response_model=claude-3-5-sonnet-20240620.jsonl",
+    "judgebench_gpt.jsonl",
+    "judgebench_claude.jsonl",
+)
+GROUPS = ("knowledge", "reasoning", "math", "coding")
+
+
+def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+    """The pairs of an official file or of gramlite's own schema; the subset is the official source."""
+    return islice(_pairs(path), limit)
+
+
+def _pairs(path: Path) -> Iterator[Pair]:
+    for number, record in records.read_records(path):
+        where = f"{path.name}, record {number}"
+        if records.is_plain(record):
+            yield records.plain_pair(record, where)
+            continue
+        label = {"A>B": "A", "B>A": "B"}.get(str(record.get("label")))
+        if label is None:
+            raise InputError(f"{where}: no JudgeBench record. {SOURCE}")
+        yield records.make_pair(
+            identifier=records.text(record, "pair_id", where),
+            prompt=records.text(record, "question", where),
+            response_a=records.text(record, "response_A", where),
+            response_b=records.text(record, "response_B", where),
+            label="A" if label == "A" else "B",
+            meta={"subset": records.text(record, "source", where)},
+        )
+
+
+def group_of(source: str) -> str:
+    """The paper's group of an official source."""
+    if source.startswith("mmlu-pro"):
+        return "knowledge"
+    known = {"livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding"}
+    return known.get(source, "other")
+
+
+def net(item: scoring.Judged) -> int:
+    """+1 for each order that says the label, -1 for each that says the opposite."""
+    opposite = {"A": "B", "B": "A"}.get(item.label or "")
+    return sum((said == item.label) - (said == opposite) for said in item.orders.values() if said)
+
+
+def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """`official` over all pairs and by group, and the GRAM papers' `gram_macro` with its groups."""
+    matched = scoring.match(rows, pairs)
+    groups: dict[str, list[scoring.Judged]] = {name: [] for name in GROUPS}
+    for item in matched.judged:
+        groups.setdefault(group_of(item.subset), []).append(item)
+    scores: dict[str, float | None] = {"official": scoring.mean(net(item) > 0 for item in matched.judged)}
+    for name, items in groups.items():
+        scores[f"official_{name}"] = scoring.mean(net(item) > 0 for item in items)
+    by_group = {name: scoring.mean(item.correct for item in groups[name]) for name in GROUPS}
+    scores["gram_macro"] = scoring.mean_of_all(by_group.values())
+    scores |= {f"gram_{name}": value for name, value in by_group.items()}
+    notes = scoring.single_order_note(matched)
+    if not matched.both_orders:
+        notes.append("JudgeBench's script judges both orders; this is its --single_game.")
+    return scoring.result(matched, headline="official", scores=scores, notes=notes)

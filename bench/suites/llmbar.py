@@ -1,0 +1,87 @@
+"""LLMBar (Zeng et al., ICLR 2024): instructions with one output that follows them and one that does not.
+
+Official rule (`LLMEvaluator/evaluate.py`): each instance is judged in both orders; a subset's accuracy is
+the mean of the two orders' accuracies, its positional agreement the share of instances on which the orders
+name the same output. The adversarial average is the mean of its four subsets, the average the mean of all
+five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gramlite.bench import records, scoring
+
+from gramlite.errors import InputError
+from gramlite.pair import Pair
+
+SOURCE = (
+    "Get the folder Dataset/LLMBar (or Dataset/Processed) from github.com/princeton-nlp/LLMBar: a "
+    "dataset.json in each "
+    "subset's folder, a list of objects with input, output_1, output_2 and a label of 1 or 2."
+)
+FILES = ("LLMBar", "Processed", "llmbar.jsonl", "llmbar_processed.jsonl", records.WHOLE_FOLDER)
+ADVERSARIAL = tuple(f"Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual"))
+
+
+def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+    """The pairs of one dataset.json or of every one under a folder; the subset is the folder's name."""
+    return islice(_pairs(path), limit)
+
+
+def _pairs(path: Path) -> Iterator[Pair]:
+    if path.is_file():
+        yield from file_pairs(path, path.parent.name)
+        return
+    files = sorted(path.rglob("dataset.json"))
+    if not files:
+        raise InputError(f"The folder {path} holds no dataset.json. {SOURCE}")
+    for file in files:
+        yield from file_pairs(file, file.parent.relative_to(path).as_posix())
+
+
+def file_pairs(path: Path, subset: str) -> Iterator[Pair]:
+    """The pairs of one file in LLMBar's format or in gramlite's own schema."""
+    for number, record in records.read_records(path):
+        where = f"{path.name}, record {number}"
+        if records.is_plain(record):
+            yield records.plain_pair(record, where)
+            continue
+        if str(record.get("label")) not in ("1", "2"):
+            raise InputError(f"{where}: no LLMBar instance. {SOURCE}")
+        yield records.make_pair(
+            identifier=f"llmbar:{subset}:{number - 1:04d}",
+            prompt=records.text(record, "input", where),
+            response_a=records.text(record, "output_1", where),
+            response_b=records.text(record, "output_2", where),
+            label="A" if str(record["label"]) == "1" else "B",
+            meta={"subset": subset},
+        )
+
+
+def both_orders_accuracy(items: Sequence[scoring.Judged]) -> float | None:
+    """The mean of the orders' accuracies; an order without a verdict is not correct."""
+    return scoring.mean(said == item.label for item in items for said in item.orders.values())
+
+
+def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Accuracy and positional agreement of each subset, and the averages where every subset is there."""
+    matched = scoring.match(rows, pairs)
+    subsets = matched.by_subset()
+    scores: dict[str, float | None] = {"accuracy": both_orders_accuracy(matched.judged)}
+    if matched.both_orders:
+        scores["agreement"] = scoring.mean(item.agreed is not None for item in matched.judged)
+    for name, items in sorted(subsets.items()):
+        scores[f"{name} accuracy"] = both_orders_accuracy(items)
+        if matched.both_orders:
+            scores[f"{name} agreement"] = scoring.mean(item.agreed is not None for item in items)
+    adversarial = [scores.get(f"{name} accuracy") for name in ADVERSARIAL]
+    headline = "accuracy"
+    if any(name.startswith("Adversarial") or name == "Natural" for name in subsets):
+        scores["adversarial_average"] = scoring.mean_of_all(adversarial)
+        scores["average"] = scoring.mean_of_all([scores.get("Natural accuracy"), *adversarial])
+        headline = "average"
+    return scoring.result(matched, headline=headline, scores=scores, notes=scoring.single_order_note(matched))
