@@ -1,0 +1,239 @@
+"""Hugging Face checkpoint -> GGUF in F32, F16 or BF16, with nothing lost beyond the dtype.
+
+The plan comes first: every tensor is matched by name and shape, the tokenizer is read, the header is laid out. Then the
+weights stream from the safetensors files into the GGUF piece by piece, hashed on both sides. Linear layers and
+embeddings take the dtype asked for, vectors (norms, biases) stay F32, as llama.cpp needs them.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+import numpy
+
+from gramlite.artifact import Manifest
+
+from .architecture import Architecture, ExpectedTensor, rope_factors
+from .checkpoint import StoredTensor, open_checkpoint
+from .plan import Plan, plan_export
+from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
+from .stream import (
+    PIECE_BYTES,
+    BackgroundHash,
+    convert,
+    is_finite,
+    permute_heads,
+    read_pieces,
+    refuse_not_finite,
+)
+from .tokenizer import Vocabulary
+
+DTYPES = ("f16", "bf16", "f32")
+ALIGNMENT = 32
+HEADER_BYTES = 32 << 20
+
+
+def export_gguf(
+    folder: Path, destination: Path, *, dtype: str = "f16", template: str | None = None, force: bool = False
+) -> Manifest:
+    """Write a checkpoint folder as one GGUF file with its manifest beside it, and return the manifest.
+
+    `dtype` is f16, bf16 or f32; `template` a built-in judge template's name or a file, by default the one of the
+    checkpoint's manifest or model card. Raises ModelError, which names it, for a checkpoint that is refused,
+    InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
+    """
+    folder, destination = Path(folder), Path(destination)
+    plan = plan_export(open_checkpoint(folder), dtype)
+    judge = judge_template(folder, template)
+    with progress_bar(plan.payload) as advance:
+
+        def build(temporary: Path) -> Manifest:
+            write_header(temporary, plan, judge, destination.stem)
+            source_hashes, sha256 = write_tensors(temporary, plan, advance)
+            checked = check_written(temporary, folder)
+            return Manifest(
+                format="gguf",
+                name=destination.stem,
+                quantization=plan.dtype,
+                method="export",
+                source=describe_source(folder, source_hashes),
+                settings={
+                    "dtype": dtype,
+                    "pre_tokenizer": plan.vocabulary.pre,
+                    "strings_tokenized_alike": checked,
+                    "notes": list(plan.notes),
+                },
+                tools=tool_versions("gguf", "numpy"),
+                template={key: judge[key] for key in ("name", "sha256")} if judge else None,
+                bits_per_weight=round(8 * plan.payload / plan.weights, 4),
+                files={destination.name: sha256},
+            )
+
+        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+
+
+def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: str) -> None:
+    """Write everything that stands before the tensors: metadata, tokenizer, template, the tensors' places."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, plan.architecture.family)
+    try:
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if plan.dtype == "F32" else f"MOSTLY_{plan.dtype}"])
+        add_architecture(writer, plan.architecture)
+        add_vocabulary(writer, plan.vocabulary)
+        add_template(writer, template)
+        factors = rope_factors(plan.architecture)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for _, expected in plan.tensors:
+            stored_as = plan.stored_as(expected)
+            kind = gguf.GGMLQuantizationType[stored_as]
+            writer.add_tensor_info(
+                expected.target, expected.shape, numpy.dtype(numpy.float32), plan.bytes_of(expected), raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def add_architecture(writer: Any, architecture: Architecture) -> None:
+    """The family's sizes under llama.cpp's keys."""
+    import gguf
+
+    writer.add_vocab_size(architecture.vocabulary)
+    writer.add_context_length(architecture.context)
+    writer.add_embedding_length(architecture.hidden)
+    writer.add_block_count(architecture.layers)
+    writer.add_feed_forward_length(architecture.feed_forward)
+    writer.add_head_count(architecture.heads)
+    writer.add_head_count_kv(architecture.kv_heads)
+    writer.add_key_length(architecture.head_size)
+    writer.add_value_length(architecture.head_size)
+    writer.add_rope_dimension_count(architecture.head_size)
+    writer.add_layer_norm_rms_eps(architecture.norm_epsilon)
+    writer.add_rope_freq_base(architecture.rope.base)
+    if architecture.rope.scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(architecture.rope.scaling))
+        writer.add_rope_scaling_factor(architecture.rope.settings["factor"])
+    if architecture.rope.scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(architecture.rope.settings["original_max_position_embeddings"]))
+
+
+def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    """The tokenizer under llama.cpp's keys."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_merges(vocabulary.merges)
+    for name, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("unknown", writer.add_unk_token_id),
+        ("padding", writer.add_pad_token_id),
+    ):
+        if name in vocabulary.special:
+            add(vocabulary.special[name])
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    writer.add_string("gramlite.tokenizer.normalizer", vocabulary.normalizer or "")
+    if vocabulary.chat_templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in vocabulary.chat_templates.items()])
+
+
+def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, str], str]:
+    """Stream every source file into the GGUF; return the source files' sha256 by name and the GGUF's own."""
+    expected = {stored.name: target for stored, target in plan.tensors}
+    hashes: dict[str, str] = {}
+    with ExitStack() as stack:
+        digest = stack.enter_context(BackgroundHash())
+        with path.open("rb") as head:
+            while piece := head.read(PIECE_BYTES):
+                digest.update(piece)
+        output = stack.enter_context(path.open("ab"))
+        factors = rope_factors(plan.architecture)
+        pad(output, digest)
+        if factors is not None:
+            put(output, digest, factors.tobytes())
+            pad(output, digest)
+        for file in plan.checkpoint.files:
+            with BackgroundHash() as source_digest, file.open("rb", buffering=0) as source:
+                tensors = [tensor for tensor in plan.checkpoint.tensors.values() if tensor.file == file]
+                source_digest.update(source.read(tensors[0].start if tensors else file.stat().st_size))
+                for tensor in tensors:
+                    for piece in read_pieces(
+                        source, tensor, heads=expected[tensor.name].heads if tensor.name in expected else 0
+                    ):
+                        source_digest.update(piece)
+                        if tensor.name in expected:
+                            put(output, digest, convert_piece(piece, tensor, expected[tensor.name], plan))
+                            advance(expected[tensor.name].target, len(piece))
+                    pad(output, digest)
+                hashes[file.name] = source_digest.hexdigest()
+        return hashes, digest.hexdigest()
+
+
+def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, plan: Plan) -> Any:
+    """One piece as the file holds it: converted, checked to be finite, its heads' rows in llama.cpp's order."""
+    target = plan.stored_as(expected)
+    values = convert(piece, tensor.dtype, target)
+    if not is_finite(values, target):
+        raise refuse_not_finite(tensor, piece, target)
+    if expected.heads:
+        heads = expected.heads * len(piece) // tensor.bytes
+        values = permute_heads(values, heads, plan.architecture.head_size)
+    return values
+
+
+def put(output: BinaryIO, digest: BackgroundHash, data: Any) -> None:
+    output.write(data)
+    digest.update(data)
+
+
+def pad(output: BinaryIO, digest: BackgroundHash) -> None:
+    put(output, digest, bytes(-output.tell() % ALIGNMENT))
+
+
+def check_written(path: Path, folder: Path) -> int | None:
+    """Read the file back as a judge would: its header by the bounded parser, its tokenizer against the source's own."""
+    from gramlite.gguf_header import read_header
+
+    from .tokenization import compare_tokenizers
+
+    read_header(path)
+    return compare_tokenizers(path, folder)
+
+
+@click.command("gguf", short_help="checkpoint -> GGUF in f16, bf16 or f32")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES, case_sensitive=False),
+    default="f16",
+    show_default=True,
+    help="Type of the weights.",
+)
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(checkpoint: Path, output: Path, dtype: str, template: str | None, force: bool, as_json: bool) -> None:
+    """Write a Hugging Face CHECKPOINT folder (Llama, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
+    manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
+    print_notes(manifest)
+    if not manifest.template:
+        print("note: no judge template was found; give --template when you judge", file=sys.stderr)
+    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -1,0 +1,104 @@
+"""What an export will write, settled before the first byte: every tensor matched, the tokenizer read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gramlite.errors import ModelError
+
+from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
+from .checkpoint import Checkpoint, StoredTensor
+from .stream import NUMPY_TYPES, read_pieces
+from .tokenizer import Vocabulary, read_vocabulary
+
+BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config, saved by old versions of transformers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes into the file, in the order in which the source files hold it."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    vocabulary: Vocabulary
+    dtype: str
+    tensors: tuple[tuple[StoredTensor, ExpectedTensor], ...]
+    notes: tuple[str, ...]
+
+    def stored_as(self, tensor: ExpectedTensor) -> str:
+        return "F32" if len(tensor.shape) == 1 else self.dtype
+
+    def bytes_of(self, tensor: ExpectedTensor) -> int:
+        return math.prod(tensor.shape) * NUMPY_TYPES[self.stored_as(tensor)].itemsize
+
+    @property
+    def payload(self) -> int:
+        return sum(self.bytes_of(expected) for _, expected in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(expected.shape) for _, expected in self.tensors)
+
+
+def plan_export(checkpoint: Checkpoint, dtype: str) -> Plan:
+    """Match a checkpoint's tensors and tokenizer to its architecture; raises ModelError for whatever does not fit."""
+    architecture = read_architecture(checkpoint.config)
+    tensors, notes = match_tensors(checkpoint, architecture)
+    vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, architecture.vocabulary)
+    return Plan(checkpoint, architecture, vocabulary, dtype.upper(), tensors, (*notes, *vocabulary.notes))
+
+
+def match_tensors(
+    checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[tuple[tuple[StoredTensor, ExpectedTensor], ...], list[str]]:
+    """Pair each stored tensor with the one expected, in the order of the files, and say what was left out."""
+    expected = expected_tensors(architecture)
+    matched, notes = [], []
+    for name, stored in checkpoint.tensors.items():
+        if name.endswith(BUFFERS):
+            continue
+        if architecture.tied and name == "lm_head.weight":
+            check_tied_head(checkpoint, stored)
+            notes.append("lm_head.weight repeats the embedding it is tied to and was left out")
+            continue
+        if name not in expected:
+            raise ModelError(
+                f"{stored.file} has the unexpected tensor {name!r}, which {architecture.family} does not "
+                "have. Export another checkpoint."
+            )
+        if stored.shape != expected[name].shape:
+            raise ModelError(
+                f"The tensor {name!r} of {stored.file} has the shape {list(stored.shape)}; config.json asks "
+                "for "
+                f"{list(expected[name].shape)}. Download the checkpoint again."
+            )
+        if stored.dtype not in NUMPY_TYPES:
+            raise ModelError(
+                f"The tensor {name!r} of {stored.file} is {stored.dtype}; only F32, F16 and BF16 can be exported."
+            )
+        matched.append((stored, expected[name]))
+    missing = expected.keys() - checkpoint.tensors.keys()
+    if missing:
+        name = next(name for name in expected if name in missing)
+        raise ModelError(
+            f"The tensor {name!r} is missing from {checkpoint.folder} ({len(missing)} in all). Download the "
+            "checkpoint again."
+        )
+    return tuple(matched), notes
+
+
+def check_tied_head(checkpoint: Checkpoint, head: StoredTensor) -> None:
+    """A head that is stored although it is tied must be the embedding, or one of the two would be lost."""
+    embedding = checkpoint.tensors.get("model.embed_tokens.weight")
+    if embedding and (embedding.shape, embedding.dtype) == (head.shape, head.dtype):
+        with embedding.file.open("rb") as first, head.file.open("rb") as second:
+            if all(
+                one == other
+                for one, other in zip(read_pieces(first, embedding), read_pieces(second, head), strict=True)
+            ):
+                return
+    raise ModelError(
+        "config.json ties lm_head.weight to the embedding, but the two differ. Set tie_word_embeddings to "
+        "false if the head is its own."
+    )

@@ -1,0 +1,100 @@
+"""How an artifact gets to its place: the file and its manifest appear together, whole, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gramlite.artifact import Manifest, manifest_path, read_manifest
+from gramlite.errors import InputError
+from gramlite.storage import atomic_output, sha256_file
+
+MANIFEST_BYTES = 1 << 20
+
+
+def publish_file(destination: Path, build: Callable[[Path], Manifest], *, force: bool, need_bytes: int) -> Manifest:
+    """Let `build` write a file to the path it is given and describe it, then put the file and its manifest in place.
+
+    The manifest is on disk before the file is renamed and is renamed after it, so that a full disk or a crash leaves
+    the older artifact, or a file whose manifest refuses it, but never a manifest that vouches for other bytes.
+    """
+    if destination.is_dir():
+        raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
+    with (
+        atomic_output(manifest_path(destination), force=True) as note,
+        atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES) as temporary,
+    ):
+        manifest = build(temporary)
+        write_durably(note, manifest_text(manifest))
+    return manifest
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that a full disk shows here, before anything is renamed."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """The installed versions of gramlite and of the packages that took part."""
+    versions = {}
+    for package in ("gramlite", *packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    """What a manifest says of a checkpoint: its name, the sha256 of each file that counts, and one over them all.
+
+    `hashes` has the files that were hashed while they were read; the configuration and the tokenizer are added here.
+    """
+    files = dict(hashes)
+    for name in (
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        if name not in files and (folder / name).is_file():
+            files[name] = sha256_file(folder / name)
+    listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
+    return {
+        "name": folder.resolve().name,
+        "sha256": hashlib.sha256(listing.encode("utf-8")).hexdigest(),
+        "files": files,
+    }
+
+
+def judge_template(folder: Path, choice: str | None) -> dict[str, Any] | None:
+    """The judge's template (name, sha256, text): the one asked for, else the manifest's or the model card's, else None."""
+    from gramlite.template import resolve_template, template_beside
+
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    recorded = manifest.template if manifest else None
+    if choice is None and not recorded and template_beside(folder) is None:
+        return None
+    return resolve_template(choice, recorded, folder).describe()
+
+
+def add_template(writer: Any, template: dict[str, Any] | None) -> None:
+    """Put the judge's template into a GGUF's metadata."""
+    for key in ("name", "sha256", "text"):
+        if template:
+            writer.add_string(f"gramlite.template.{key}", str(template[key]))

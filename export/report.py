@@ -1,0 +1,88 @@
+"""What an export shows: a progress bar while it works, and the artifact when it is done."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gramlite.artifact import Manifest
+
+Advance = Callable[[str, int], None]
+
+
+@contextmanager
+def progress_bar(total_bytes: int) -> Iterator[Advance]:
+    """A bar on stderr, on a terminal only; the yielded function takes a tensor's name and the bytes done of it."""
+    if not sys.stderr.isatty():
+        yield lambda name, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description:40.40}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total_bytes)
+
+        def advance(name: str, done: int) -> None:
+            bar.update(task, advance=done, description=name)
+
+        yield advance
+
+
+def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: bool) -> None:
+    """Print what was written to stdout: a table on a terminal, else one JSON object."""
+    size = (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )
+    template = manifest.template or {}
+    if as_json or not sys.stdout.isatty():
+        row = {
+            "path": str(path),
+            "format": manifest.format,
+            "quantization": manifest.quantization,
+            "bytes": size,
+            "bits_per_weight": manifest.bits_per_weight,
+            "sha256": manifest.files.get(path.name),
+            "template": {key: template.get(key) for key in ("name", "sha256")} if template else None,
+            "notes": manifest.settings.get("notes", []),
+            "command": command,
+        }
+        print(json.dumps(row, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("file", str(path))
+    table.add_row("size", f"{size / 1e6:,.1f} MB")
+    if manifest.bits_per_weight is not None:
+        table.add_row("bits per weight", f"{manifest.bits_per_weight:.2f} ({manifest.quantization})")
+    table.add_row("template", str(template.get("name", "none recorded")))
+    table.add_row("next", command)
+    Console(soft_wrap=True).print(table)
+
+
+def print_notes(manifest: Manifest) -> None:
+    for note in manifest.settings.get("notes", []):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def judge_command(path: Path, manifest: Manifest, *, adapter: bool = False) -> str:
+    """What to type to judge with an artifact."""
+    words = ["gramlite", "judge", "PAIRS.jsonl"]
+    words += ["-m", "BASE.gguf", "--adapter", str(path)] if adapter else ["-m", str(path)]
+    if not manifest.template:
+        words += ["--template", "FILE"]
+    return shlex.join(words)

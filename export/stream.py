@@ -1,0 +1,153 @@
+"""Tensors in pieces: read from a safetensors file, converted, permuted for rope, hashed on the way.
+
+Only a few pieces of some MiB are in memory at a time, whatever the tensor's size; reading with `read` instead of a
+memory map keeps the process's resident memory at that.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy
+from numpy.typing import NDArray
+
+from gramlite.errors import ModelError
+
+from .checkpoint import StoredTensor, damaged
+
+PIECE_BYTES = 4 << 20
+NUMPY_TYPES: dict[str, numpy.dtype[Any]] = {
+    "F32": numpy.dtype("<f4"),
+    "F16": numpy.dtype("<f2"),
+    "BF16": numpy.dtype("<u2"),
+}
+# all exponent bits, shifted left by one so that the sign falls out: at or above it a value is infinite or no number
+NOT_FINITE: dict[str, tuple[numpy.dtype[Any], int]] = {
+    "F32": (numpy.dtype("<u4"), 0xFF000000),
+    "F16": (numpy.dtype("<u2"), 0xF800),
+    "BF16": (numpy.dtype("<u2"), 0xFF00),
+}
+
+
+class BackgroundHash:
+    """A sha256 computed in a thread of its own; hashlib lets go of the interpreter, so copying goes on meanwhile."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        self._pending: deque[Future[None]] = deque()
+
+    def update(self, piece: Any) -> None:
+        while len(self._pending) >= 4:
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._digest.update, piece))
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> BackgroundHash:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def read_pieces(file: BinaryIO, tensor: StoredTensor, *, heads: int = 0) -> Iterator[bytes]:
+    """A tensor's bytes from its file in order, each piece a whole number of rows (of whole heads where permuted)."""
+    file.seek(tensor.start)
+    unit = (
+        tensor.bytes // heads if heads else tensor.bytes // tensor.shape[0] if tensor.shape and tensor.shape[0] else 1
+    )
+    piece = max(1, PIECE_BYTES // max(unit, 1)) * unit
+    left = tensor.bytes
+    while left:
+        data = file.read(min(piece, left))
+        if len(data) != min(piece, left):
+            raise damaged(tensor.file, f"it ended while the tensor {tensor.name!r} was read")
+        left -= len(data)
+        yield data
+
+
+def convert(data: bytes, source: str, target: str) -> NDArray[Any]:
+    """Values of dtype `source` as `target` (both F32, F16 or BF16), one-dimensional; bfloat16 as its 16 bits.
+
+    Widening is exact; narrowing rounds to nearest, ties to even. What the target cannot hold becomes infinite.
+    """
+    values = numpy.frombuffer(data, dtype=NUMPY_TYPES[source])
+    if source == target:
+        return values
+    if (source, target) == ("BF16", "F16"):
+        halves: NDArray[Any] = half_of_bfloat16().take(values, mode="clip")
+        return halves
+    wide = widen(values) if source == "BF16" else values.astype(numpy.float32, copy=False)
+    if target == "F32":
+        return wide
+    if target == "BF16":
+        return narrow(wide)
+    return to_half(wide)
+
+
+def to_half(values: NDArray[numpy.float32]) -> NDArray[Any]:
+    with numpy.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return values.astype(NUMPY_TYPES["F16"])
+
+
+@functools.cache
+def half_of_bfloat16() -> NDArray[Any]:
+    """The float16 of each of the 65,536 bfloat16 values: looking them up is four times as fast as computing them."""
+    return to_half(widen(numpy.arange(1 << 16, dtype=numpy.uint16)))
+
+
+def widen(bits: NDArray[Any]) -> NDArray[numpy.float32]:
+    """bfloat16 bits as float32, exactly: they are its upper half."""
+    values: NDArray[numpy.float32] = numpy.left_shift(bits, 16, dtype=numpy.uint32).view(numpy.float32)
+    return values
+
+
+def narrow(values: NDArray[numpy.float32]) -> NDArray[numpy.uint16]:
+    """Finite float32 values as bfloat16 bits, rounded to nearest, ties to even."""
+    bits = values.view(numpy.uint32)
+    rounded = numpy.right_shift(bits, 16) & numpy.uint32(1)
+    rounded += numpy.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= numpy.uint32(16)
+    return rounded.astype(numpy.uint16)
+
+
+def is_finite(values: NDArray[Any], dtype: str) -> bool:
+    """Whether none of the values is infinite or no number."""
+    if not values.size:
+        return True
+    bits, limit = NOT_FINITE[dtype]
+    return int((values.view(bits) << bits.type(1)).max()) < limit
+
+
+def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[Any]:
+    """Reorder the rows of whole heads from the half-split rope layout to llama.cpp's interleaved one.
+
+    Within each head the rows 0, 1, …, d/2-1, d/2, … become 0, d/2, 1, d/2+1, …
+    """
+    grouped = values.reshape(heads, 2, head_size // 2, -1)
+    return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
+
+
+def refuse_not_finite(tensor: StoredTensor, data: bytes, target: str) -> ModelError:
+    """The refusal of a tensor that came out infinite: the source's own fault, or the target's smaller range."""
+    if not is_finite(numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype]), tensor.dtype):
+        return ModelError(
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no "
+            "number. Download it again."
+        )
+    return ModelError(
+        f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with --dtype bf16 or --dtype f32."
+    )
