@@ -1,9 +1,9 @@
 """Small, local, trustworthy generative reward models: judge which of two responses is better, with a rationale.
 
-    import gramlite
-    judge = gramlite.load()                    # the reference judge; or a path to a GGUF file
-    verdict = judge(prompt="…", response_a="…", response_b="…")
-    verdict.winner, verdict.p_a, verdict.rationale
+import gramlite
+judge = gramlite.load()                    # the reference judge; or a path to a GGUF file
+verdict = judge(prompt="…", response_a="…", response_b="…")
+verdict.winner, verdict.p_a, verdict.rationale
 """
 
 from .backends import RuntimeOptions

@@ -83,7 +83,9 @@ def read_manifest(artifact_path: Path) -> Manifest | None:
     except (OSError, ValueError) as error:
         raise ModelError(f"The manifest {path} cannot be read ({error}). Delete it to use the bare model.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), str) or not isinstance(raw.get("name"), str):
-        raise ModelError(f"{path} is no gramlite manifest: it lacks 'format' or 'name'. Delete it to use the bare model.")
+        raise ModelError(
+            f"{path} is no gramlite manifest: it lacks 'format' or 'name'. Delete it to use the bare model."
+        )
     known = {f.name for f in fields(Manifest)}
     return Manifest(**{key: value for key, value in raw.items() if key in known})
 

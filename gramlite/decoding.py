@@ -126,7 +126,11 @@ class Decoder:
         """The most tokens that can follow the prompt: the budget and the longest forced scaffold."""
         if not self._thinks:
             return 0
-        return self.sampling.budget + len(encode_trusted(self._vocabulary, "\n" + self._form.closing + self._form.answer)) + 1
+        return (
+            self.sampling.budget
+            + len(encode_trusted(self._vocabulary, "\n" + self._form.closing + self._form.answer))
+            + 1
+        )
 
     def advance(self, logits: Logits) -> Sequence[int]:
         """Take the logits after the last token fed, shape (vocabulary,); return the tokens to feed next."""

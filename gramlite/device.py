@@ -15,12 +15,13 @@ from pathlib import Path
 from .backends import RuntimeOptions
 from .errors import InputError, ResourceError
 from .gguf_header import Header, hyperparameters
-from .memory import Prediction, largest_context, predict
+from .memory import ContextSize, block_bytes, largest_context, predict, require_fit
 
 logger = logging.getLogger("gramlite")
 
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
+MICRO_BATCH = 512  # tokens computed together; larger ones only add memory
 GPU_MARGIN = 0.06  # of a GPU's free memory, left for the driver's own needs
 MiB = 1 << 20
 
@@ -50,66 +51,86 @@ class Offload:
     gpu_layers: int
     context: int
     device: str
-    prediction: Prediction
 
 
-def plan_offload(header: Header, options: RuntimeOptions, machine: Machine) -> Offload:
+def context_size(options: RuntimeOptions, cells: int) -> ContextSize:
+    """What llama.cpp is asked for: the trunk and `parallel` sequences, each with logits for its last position."""
+    sequences = (1 if options.deterministic else max(1, options.parallel)) + 1
+    return ContextSize(cells=cells, micro_batch=MICRO_BATCH, outputs=sequences, sequences=sequences)
+
+
+def plan_offload(
+    header: Header, options: RuntimeOptions, machine: Machine, *, adapter: Header | None = None
+) -> Offload:
     """Choose the device, the layers and the context for a model.
 
     Raises ResourceError when it does not fit or `cuda` was demanded and cannot be had, InputError for a context
     beyond what the model was trained for.
     """
-    sizes = hyperparameters(header)
-    if options.context and options.context > sizes.context:
-        raise InputError(f"--context {options.context:,} is more than the {sizes.context:,} tokens the model was trained for.")
+    trained = hyperparameters(header).context
+    if options.context and options.context > trained:
+        raise InputError(f"--context {options.context:,} is more than the {trained:,} tokens the model was trained for.")
     if options.device == "cpu":
-        return _on_cpu(header, options, machine)
-    if not machine.gpus:
-        if options.device == "cuda":
-            raise ResourceError(f"--device cuda was asked for, but {machine.no_gpu_reason}. Type --device cpu, or see: gramlite doctor")
-        logger.info("Running on the CPU: %s.", machine.no_gpu_reason)
-        return _on_cpu(header, options, machine)
-    gpu = max(machine.gpus, key=lambda device: device.free)
-    context = options.context or min(DEFAULT_CONTEXT, sizes.context)
-    layers = layers_that_fit(header, context, int(gpu.free * (1 - GPU_MARGIN)))
-    total = sizes.blocks + 1  # llama.cpp counts the output head as one more layer
-    if layers == 0:
-        what = f"not one layer fits the {gpu.free / MiB:,.0f} MiB free on {gpu.name}"
-        if options.device == "cuda":
-            raise ResourceError(f"--device cuda was asked for, but {what}. Free some memory, or try a smaller --context.")
-        logger.warning("Running on the CPU: %s.", what)
-        return _on_cpu(header, options, machine)
+        return _on_cpu(header, options, machine, adapter)
+    refusal = None if machine.gpus else machine.no_gpu_reason
+    if refusal is None:
+        gpu = max(machine.gpus, key=lambda device: device.free)
+        context = options.context or min(DEFAULT_CONTEXT, trained)
+        usable = int(gpu.free * (1 - GPU_MARGIN))
+        layers = layers_that_fit(header, context_size(options, context), usable, adapter=adapter)
+        if layers:
+            return _on_gpu(header, gpu, layers, context)
+        refusal = f"not one layer fits the {gpu.free / MiB:,.0f} MiB free on {gpu.name}"
+    if options.device == "cuda":
+        raise ResourceError(
+            f"--device cuda was asked for, but {refusal}. Type --device cpu, a smaller --context, or: gramlite doctor"
+        )
+    level = logging.WARNING if machine.gpus else logging.INFO
+    logger.log(level, "Running on the CPU: %s.", refusal)
+    return _on_cpu(header, options, machine, adapter)
+
+
+def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int) -> Offload:
+    total = hyperparameters(header).blocks + 1  # llama.cpp counts the output head as one more layer
     if layers < total:
-        logger.warning("%d of %d layers fit the %.0f MiB free on %s; the rest run on the CPU.", layers, total, gpu.free / MiB, gpu.name)
-    return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", predict(header, context))
+        free = f"{gpu.free / MiB:,.0f} MiB free on {gpu.name}"
+        logger.warning("%d of %d layers fit the %s; the rest run on the CPU.", layers, total, free)
+    return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})")
 
 
-def layers_that_fit(header: Header, context: int, free: int) -> int:
-    """How many layers' weights and KV cache fit `free` bytes beside the compute buffers; all of them and the head is one more."""
-    sizes = hyperparameters(header)
-    whole = predict(header, context)
-    if whole.total <= free:
-        return sizes.blocks + 1
-    per_layer = whole.layer_weights + whole.kv_cache // sizes.blocks
-    return max(0, min(sizes.blocks, (free - whole.compute) // per_layer))
+def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapter: Header | None = None) -> int:
+    """How many layers fit `free` bytes with their KV cache, beside the compute buffers.
+
+    llama.cpp offloads from the last block backwards; with all of them the output head follows, one layer more.
+    """
+    needed = predict(header, context, adapter=adapter)
+    if needed.total <= free:
+        return hyperparameters(header).blocks + 1
+    blocks, _ = block_bytes(header)
+    left = free - needed.compute
+    layers = 0
+    for weights in reversed(blocks):
+        left -= weights + needed.kv_cache // len(blocks)
+        if left < 0:
+            break
+        layers += 1
+    return layers
 
 
-def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine) -> Offload:
-    sizes = hyperparameters(header)
-    context = options.context or min(DEFAULT_CONTEXT, sizes.context)
-    needed = predict(header, context)
-    if needed.total <= machine.free_memory:
-        return Offload(0, context, "cpu", needed)
-    fitting = largest_context(header, machine.free_memory)
-    shortage = (
-        f"The model needs {needed.total / MiB:,.0f} MiB with a context of {context:,} tokens (weights {needed.weights / MiB:,.0f}, "
-        f"KV cache {needed.kv_cache / MiB:,.0f}, compute {needed.compute / MiB:,.0f}) and {machine.free_memory / MiB:,.0f} MiB are free."
-    )
-    if options.context is None and fitting >= LEAST_CONTEXT:
-        logger.warning("%s Using a context of %s tokens.", shortage, f"{fitting:,}")
-        return Offload(0, fitting, "cpu", predict(header, fitting))
-    advice = f"The largest --context that fits is {fitting:,}." if fitting > 0 else "Use a smaller quantization."
-    raise ResourceError(f"{shortage} {advice}")
+def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapter: Header | None) -> Offload:
+    context = options.context or min(DEFAULT_CONTEXT, hyperparameters(header).context)
+    size = context_size(options, context)
+    if options.context is None:
+        needed = predict(header, size, adapter=adapter).total
+        fitting = largest_context(header, size, free_bytes=machine.free_memory, adapter=adapter)
+        if needed > machine.free_memory and fitting >= LEAST_CONTEXT:
+            free = machine.free_memory / MiB
+            logger.warning(
+                "A context of %d tokens needs %.0f MiB and %.0f are free; using %d.", context, needed / MiB, free, fitting
+            )
+            return Offload(0, fitting, "cpu")
+    require_fit(header, size, free_bytes=machine.free_memory, adapter=adapter)
+    return Offload(0, context, "cpu")
 
 
 def free_memory() -> int:
@@ -122,7 +143,8 @@ def free_memory() -> int:
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            rest = int(Path(limit).read_text()) - int(Path(used).read_text())
+            free = min(free, rest)
         except (OSError, ValueError):  # "max", or no control groups
             continue
     return max(free, 0)
@@ -135,4 +157,5 @@ def thread_count(asked: int | None) -> int:
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    physical: int | None = psutil.cpu_count(logical=False)
+    return max(1, min(usable, physical or usable))

@@ -328,7 +328,9 @@ class _Turn:
 
     def __enter__(self) -> None:
         if self._owner == threading.get_ident():
-            raise GramliteError("This judge is in the middle of .many() in this thread. Finish or close that iterator first.")
+            raise GramliteError(
+                "This judge is in the middle of .many() in this thread. Finish or close that iterator first."
+            )
         self._lock.acquire()
         self._owner = threading.get_ident()
 

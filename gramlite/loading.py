@@ -93,7 +93,9 @@ def detect_format(path: Path, manifest: Manifest | None) -> str:
     if manifest:
         return manifest.format
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise ModelError(f"{path} is a pickle checkpoint, which can run code when it is opened. Convert it to safetensors.")
+        raise ModelError(
+            f"{path} is a pickle checkpoint, which can run code when it is opened. Convert it to safetensors."
+        )
     if path.is_file():
         if path.suffix == ".json":
             return str(_json(path).get("format", "unknown"))
@@ -134,5 +136,3 @@ def artifact_sha256(path: Path) -> str:
         return sha256_cached(path)
     listing = [(str(file.relative_to(path)), sha256_cached(file)) for file in sorted(path.rglob("*")) if file.is_file()]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-

@@ -39,7 +39,9 @@ class Pair:
             try:
                 size = len(value.encode("utf-8"))
             except UnicodeEncodeError as error:
-                raise InputError(f"{name} holds a lone surrogate at character {error.start}; send valid Unicode.") from None
+                raise InputError(
+                    f"{name} holds a lone surrogate at character {error.start}; send valid Unicode."
+                ) from None
             if size > FIELD_LIMIT_BYTES:
                 raise InputError(f"{name} has {size:,} bytes; the limit is {FIELD_LIMIT_BYTES:,}. Shorten it.")
             if "\0" in value:

@@ -134,7 +134,11 @@ def _preference(row: Mapping[str, Any]) -> Built:
 
 def _messages(value: list[Any], name: str) -> list[dict[str, str]]:
     for message in value:
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)):
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("content"), str)
+            and isinstance(message.get("role"), str)
+        ):
             raise InputError(f"{name} must be a list of messages, each with a role and a content of text.")
     if not value:
         raise InputError(f"{name} is an empty list of messages.")
@@ -160,7 +164,16 @@ def label_from(value: object) -> Winner | None:
     """A label as benchmarks write it; anything unknown counts as unlabelled."""
     if isinstance(value, str):
         text = value.strip().upper().removeprefix("RESPONSE_").removeprefix("MODEL_")
-        known: dict[str, Winner] = {"A": "A", "B": "B", "TIE": "tie", "A>B": "A", "B>A": "B", "A=B": "tie", "1": "A", "2": "B"}
+        known: dict[str, Winner] = {
+            "A": "A",
+            "B": "B",
+            "TIE": "tie",
+            "A>B": "A",
+            "B>A": "B",
+            "A=B": "tie",
+            "1": "A",
+            "2": "B",
+        }
         return known.get(text)
     if isinstance(value, int) and not isinstance(value, bool):
         numbers: dict[int, Winner] = {1: "A", 2: "B"}

@@ -82,7 +82,9 @@ def template_hash(chat_template: str) -> str:
     return hashlib.sha256(chat_template.replace("\r\n", "\n").rstrip().encode("utf-8")).hexdigest()
 
 
-def scaffold_for(chat_template: str | None, *, thinks: bool, trust: bool = False, bos: str = "", eos: str = "") -> Scaffold:
+def scaffold_for(
+    chat_template: str | None, *, thinks: bool, trust: bool = False, bos: str = "", eos: str = ""
+) -> Scaffold:
     """The scaffold of a model, by the hash of its chat template.
 
     `thinks` is false for a verdict-only judge, which Qwen3 answers after its empty think block. `trust` allows an

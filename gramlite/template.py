@@ -12,7 +12,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -39,7 +39,10 @@ PLACEHOLDERS = {
 _FIELD_OF = {alias: field for field, aliases in PLACEHOLDERS.items() for alias in aliases}
 _PLACEHOLDER = re.compile("{(" + "|".join(_FIELD_OF) + ")}")
 _SECTION_LINE = re.compile(r"^[ \t]*(\[[^\[\]{}\n]+\])[ \t]*$", re.MULTILINE)
-_SECTION_HEAD = re.compile(r"^\W*(feedback|compari[sz]ion|comparison|conclusion)\W*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+_CARD_LITERAL = re.compile(r"""^[ \t]*(\w*prompt\w*)\s*=\s*(\'{3}.*?\'{3}|"{3}.*?"{3})(\.strip\(\))?""", re.MULTILINE | re.DOTALL)
+_SECTION_HEAD = re.compile(
+    r"^\W*(feedback|compari(?:so|sio)n|conclusion)\W*:[ \t*]*", re.IGNORECASE | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def screen(template: Template, pair: Pair, policy: Policy) -> tuple[Pair, tuple[
 
     Raises InputError under the policy "reject".
     """
-    texts = {}
+    texts: dict[str, str] = {}
     flags: dict[str, None] = {}
     for field in PLACEHOLDERS:
         text: str = getattr(pair, field)
@@ -101,8 +104,11 @@ def screen(template: Template, pair: Pair, policy: Policy) -> tuple[Pair, tuple[
         flags.update(dict.fromkeys(f"delimiter:{field}:{hit.delimiter}" for hit in hits))
         texts[field] = neutralize(text, hits) if policy == "neutralize" else text
     if flags and policy == "reject":
-        raise InputError(f"the text holds section delimiters ({', '.join(flags)}); drop --delimiters reject to defuse them.")
-    return Pair(**texts, id=pair.id), tuple(flags)
+        raise InputError(
+            f"the text holds section delimiters ({', '.join(flags)}); drop --delimiters reject to defuse them."
+        )
+    shown = replace(pair, prompt=texts["prompt"], response_a=texts["response_a"], response_b=texts["response_b"])
+    return shown, tuple(flags)
 
 
 def presented(pair: Pair, order: Order) -> dict[str, Segment]:
@@ -137,13 +143,14 @@ def pairwise_prompt_from_card(card: str) -> str | None:
     The literal is parsed as a literal and nothing of the card is executed.
     """
     candidates = []
-    for match in re.finditer(r"^[ \t]*(\w*prompt\w*)\s*=\s*f?r?('''.*?'''|\"\"\".*?\"\"\")", card, re.MULTILINE | re.DOTALL):
+    for match in _CARD_LITERAL.finditer(card):
+        name, literal, strip = match.groups()
         try:
-            text = ast.literal_eval(match.group(2))
+            text = ast.literal_eval(literal)
         except (SyntaxError, ValueError):
             continue
         if {_FIELD_OF[alias] for alias in _PLACEHOLDER.findall(text)} == set(PLACEHOLDERS):
-            candidates.append((match.group(1) != "pairwise_prompt", text))
+            candidates.append((name != "pairwise_prompt", text.strip() if strip else text))
     return min(candidates)[1] if candidates else None
 
 
@@ -194,7 +201,9 @@ def _recorded_template(recorded: Mapping[str, Any] | None) -> Template | None:
         return None
     template = template_from_text(str(recorded["text"]), recorded.get("name"))
     if recorded.get("sha256") not in (None, template.sha256):
-        raise ModelError("The template in the model's metadata does not have the sha256 recorded with it. Export it again.")
+        raise ModelError(
+            "The template in the model's metadata does not have the sha256 recorded with it. Export it again."
+        )
     return template
 
 
@@ -215,9 +224,10 @@ def rationale_sections(rationale: str) -> dict[str, str]:
     GRAM-R² was trained with the heading "Comparision"; both spellings are read, and both come out as `comparison`.
     """
     heads = list(_SECTION_HEAD.finditer(rationale))
-    sections = {}
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
+    sections: dict[str, str] = {}
+    ends = [*(head.start() for head in heads[1:]), len(rationale)]
+    for head, end in zip(heads, ends, strict=False):
         name = head.group(1).lower()
-        body = rationale[head.end() : following.start() if following else len(rationale)].strip()
+        body = rationale[head.end() : end].strip()
         sections.setdefault("comparison" if name.startswith("compar") else name, body)
     return sections

@@ -23,14 +23,13 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import Gpu, Machine, Offload, free_memory, plan_offload, thread_count
+from ..device import MICRO_BATCH, Gpu, Machine, Offload, free_memory, plan_offload, thread_count
 from ..errors import GramliteError, ModelError, ResourceError
-from ..gguf_header import Header, read_header
-from ..quantization import quantization_name
+from ..gguf_header import Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
+from ..quantization import quantization_name
 from . import Request, RuntimeOptions
 
-BATCH_TOKENS = 512
 SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 TRUNK = 0
 GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
@@ -41,7 +40,7 @@ _log_tail: deque[str] = deque(maxlen=40)
 _started = threading.Lock()
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, data: object) -> None:
     _log_tail.append(text.decode("utf-8", "replace"))
 
@@ -109,7 +108,7 @@ class LlamaVocabulary:
         count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, False, False)
         if count < 0:
             raise GramliteError(f"llama.cpp could not tokenize a text of {len(data)} bytes.")
-        return tokens[:count]
+        return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:
         known = self._pieces.get(token)
@@ -134,7 +133,7 @@ class _Running:
 class GgufBackend:
     """An open GGUF file. Use `open_artifact`."""
 
-    def __init__(self, artifact: Artifact, header: Header, options: RuntimeOptions) -> None:
+    def __init__(self, header: Header, options: RuntimeOptions, adapter: Header | None) -> None:
         _start_library()
         self._model: Any = None
         self._context: Any = None
@@ -142,11 +141,11 @@ class GgufBackend:
         self._batch: Any = None
         self.metadata = _metadata(header)
         parallel = 1 if options.deterministic else max(1, options.parallel)
-        plan = plan_offload(header, options, machine())
+        plan = plan_offload(header, options, machine(), adapter=adapter)
         self.context = plan.context
         self.device = plan.device
         try:
-            self._load(artifact, options, plan, parallel)
+            self._load(header.path, options, plan, parallel)
         except BaseException:
             self.close()
             raise
@@ -158,15 +157,15 @@ class GgufBackend:
         self._orphans = 0  # cells of former trunks that running sequences still hold
         self._running: list[_Running] = []
 
-    def _load(self, artifact: Artifact, options: RuntimeOptions, plan: Offload, parallel: int) -> None:
+    def _load(self, path: Path, options: RuntimeOptions, plan: Offload, parallel: int) -> None:
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = plan.gpu_layers
-        self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), model_params)
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         if not self._model:
-            raise ModelError(f"llama.cpp could not load {artifact.path}: {_last_words()}. Export or download it again.")
+            raise ModelError(f"llama.cpp could not load {path}: {_last_words()}. Export or download it again.")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = plan.context
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_batch = params.n_ubatch = MICRO_BATCH
         params.n_seq_max = parallel + 1
         params.n_outputs_max = parallel + 1
         params.n_threads = params.n_threads_batch = thread_count(options.threads)
@@ -190,7 +189,7 @@ class GgufBackend:
             )
         if options.adapter:
             self._attach(options.adapter)
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(MICRO_BATCH, 0, 1)
 
     def _attach(self, path: str) -> None:
         self._adapter = llama_cpp.llama_adapter_lora_init(self._model, path.encode())
@@ -259,8 +258,8 @@ class GgufBackend:
         return kept
 
     def _prefill(self, tokens: Sequence[int], sequence: int, position: int, *, want_logits: bool) -> Logits:
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            part = tokens[start : start + BATCH_TOKENS]
+        for start in range(0, len(tokens), MICRO_BATCH):
+            part = tokens[start : start + MICRO_BATCH]
             self._batch.n_tokens = 0
             self._add(part, sequence, position + start)
             self._batch.logits[len(part) - 1] = want_logits and start + len(part) == len(tokens)
@@ -340,11 +339,11 @@ class GgufBackend:
 def _metadata(header: Header) -> dict[str, Any]:
     """What judging wants to know of a GGUF file."""
     values = header.metadata
-    tokens = values["tokenizer.ggml.tokens"]
+    tokens = values.get("tokenizer.ggml.tokens")
 
     def literal(kind: str) -> str:
         index = values.get(f"tokenizer.ggml.{kind}_token_id")
-        return str(tokens[index]) if index is not None else ""
+        return tokens[index] if isinstance(index, int) and isinstance(tokens, tuple) else ""
 
     template = {key: values.get(f"gramlite.template.{key}") for key in ("name", "sha256", "text")}
     return {
@@ -362,6 +361,8 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> GgufBackend:
     Raises ModelError for a file that is refused, ResourceError when it does not fit.
     """
     header = read_header(artifact.path)
+    adapter = None
     if options.adapter:
-        read_header(Path(options.adapter), expect="adapter")
-    return GgufBackend(artifact, header, options)
+        adapter = read_header(Path(options.adapter), expect="adapter")
+        check_adapter_fits(adapter, header)
+    return GgufBackend(header, options, adapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections import Counter
@@ -132,7 +131,11 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
             tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
         except KeyboardInterrupt:
             display.close()
-            rows = f"{display.shown} rows are in {output}. To go on: {resume_command()}" if output else "Nothing was saved."
+            rows = (
+                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
+                if output
+                else "Nothing was saved."
+            )
             click.echo(f"Interrupted. {rows}", err=True)
             return INTERRUPTED
         display.summary(tally, output)
@@ -176,14 +179,16 @@ def command(
     return run_pair(options, (prompt or "", response_a or "", response_b or ""), output, force, as_json)
 
 
-def run_pair(options: JudgeOptions, texts: tuple[str, str, str], output: Path | None, force: bool, as_json: bool) -> int:
+def run_pair(
+    options: JudgeOptions, texts: tuple[str, str, str], output: Path | None, force: bool, as_json: bool
+) -> int:
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
     from ..interrupt import on_interrupt
     from ..journal import Journal
     from ..pair import Pair
 
-    pair = Pair(*(os.fsencode(text).decode("utf-8", "surrogateescape") for text in texts))
+    pair = Pair(texts[0], texts[1], texts[2])
     pair.check()
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())

@@ -1,0 +1,111 @@
+"""`gramlite doctor`: what works on this machine, and for what does not, why and what to type."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import click
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: whether it works, and what there is to say of it."""
+
+    name: str
+    works: bool
+    says: str
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_machine() -> Finding:
+    from ..device import free_memory, thread_count
+
+    says = f"{platform.system()} {platform.machine()}, {thread_count(None)} threads, {free_memory() / MiB:,.0f} MiB free"
+    return Finding("machine", True, f"Python {platform.python_version()}, {says}")
+
+
+def check_llama_cpp() -> Finding:
+    version = version_of("llama-cpp-python")
+    if version is None:
+        return Finding("gguf backend", False, "llama-cpp-python is not installed. Type: pip install llama-cpp-python")
+    try:
+        import llama_cpp  # noqa: TID253, F401
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("gguf backend", False, f"llama-cpp-python {version} does not load: {error}")
+    return Finding("gguf backend", True, f"llama-cpp-python {version}")
+
+
+def check_cuda() -> Finding:
+    try:
+        from ..backends.gguf import machine
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("CUDA for gguf", False, f"the gguf backend does not load: {error}")
+    found = machine()
+    if not found.gpus:
+        says = f"{found.no_gpu_reason}; judging runs on the CPU. With an NVIDIA GPU, type: "
+        return Finding("CUDA for gguf", False, says + CUDA_INSTALL)
+    gpus = ", ".join(f"{gpu.name} ({gpu.free / MiB:,.0f} of {gpu.total / MiB:,.0f} MiB free)" for gpu in found.gpus)
+    return Finding("CUDA for gguf", True, gpus)
+
+
+CUDA_INSTALL = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36"
+
+
+def check_reference() -> Finding:
+    from ..errors import GramliteError
+    from ..reference import base_path
+
+    try:
+        return Finding("reference judge", True, f"its base weights are {base_path()}")
+    except GramliteError as error:
+        return Finding("reference judge", False, str(error))
+
+
+def check_cache() -> Finding:
+    from ..storage import cache_folder
+
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".doctor"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        return Finding("cache folder", False, f"{folder} cannot be written ({error.strerror}). Set GRAMLITE_CACHE.")
+    return Finding("cache folder", True, str(folder))
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (check_machine, check_llama_cpp, check_cuda, check_reference, check_cache)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+def command(as_json: bool) -> None:
+    """Say what works on this machine: versions, backends, devices, and why something does not work."""
+    findings = [Finding("gramlite", True, version_of("gramlite") or "not installed"), *(check() for check in CHECKS)]
+    if as_json or not sys.stdout.isatty():
+        for finding in findings:
+            click.echo(json.dumps(asdict(finding)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        mark = "[green]yes[/green]" if finding.works else "[yellow]no[/yellow]"
+        table.add_row(mark, finding.name, finding.says)
+    Console(highlight=False).print(table)
