@@ -26,11 +26,9 @@ from .report import Advance, judge_command, print_artifact, print_notes, progres
 from .stream import (
     PIECE_BYTES,
     BackgroundHash,
-    convert,
-    is_finite,
+    convert_checked,
     permute_heads,
     read_pieces,
-    refuse_not_finite,
 )
 from .tokenizer import Vocabulary
 
@@ -188,10 +186,7 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
 
 def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, plan: Plan) -> Any:
     """One piece as the file holds it: converted, checked to be finite, its heads' rows in llama.cpp's order."""
-    target = plan.stored_as(expected)
-    values = convert(piece, tensor.dtype, target)
-    if not is_finite(values, target):
-        raise refuse_not_finite(tensor, piece, target)
+    values = convert_checked(piece, tensor, plan.stored_as(expected))
     if expected.heads:
         heads = expected.heads * len(piece) // tensor.bytes
         values = permute_heads(values, heads, plan.architecture.head_size)

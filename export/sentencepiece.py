@@ -47,7 +47,8 @@ def read_sentencepiece(folder: Path, tokenizer: dict[str, Any], settings: dict[s
                 )
         scores = [score for _, score, _ in pieces]
     else:
-        scores = scores_from_merges(path, vocab, tokenizer["model"].get("merges"))
+        special = {token for token, kind in zip(tokens, types, strict=True) if kind != NORMAL}
+        scores = scores_from_merges(path, vocab, tokenizer["model"].get("merges"), special)
     known = {token: index for index, token in enumerate(tokens)}
     add_bos, add_eos, bos = template_ends(tokenizer.get("post_processor"), known)
     unknown = tokenizer["model"].get("unk_token")
@@ -125,7 +126,7 @@ def piece_type(token: str, kind: int, unknown: str | None) -> int:
     return kind
 
 
-def scores_from_merges(path: Path, vocab: dict[str, int], merges: Any) -> list[float]:
+def scores_from_merges(path: Path, vocab: dict[str, int], merges: Any, special: set[str]) -> list[float]:
     """Scores by id such that llama.cpp merges in the list's order; refuses a list that is not SentencePiece's."""
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges or []]
     fault = ModelError(
@@ -143,11 +144,10 @@ def scores_from_merges(path: Path, vocab: dict[str, int], merges: Any) -> list[f
         ranks.setdefault(piece, len(ranks))
         previous = piece
     listed = set(pairs)
-    for piece in ranks:
-        for cut in range(1, len(piece)):
-            pair = (piece[:cut], piece[cut:])
-            if pair not in listed and all(part in vocab and (len(part) == 1 or part in ranks) for part in pair):
-                raise fault
+    for piece in vocab.keys() - special:
+        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        if any(pair not in listed for pair in cuts if pair[0] in vocab and pair[1] in vocab):
+            raise fault
     scores = [-1e9] * (max(vocab.values()) + 1)
     for piece, index in vocab.items():
         scores[index] = -float(ranks.get(piece, len(ranks) + index))

@@ -141,13 +141,16 @@ def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[A
     return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
 
 
-def refuse_not_finite(tensor: StoredTensor, data: bytes, target: str) -> ModelError:
-    """The refusal of a tensor that came out infinite: the source's own fault, or the target's smaller range."""
+def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[Any]:
+    """Convert a piece of a tensor; ModelError where it holds what is no number, or what the target cannot hold."""
     if not is_finite(numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype]), tensor.dtype):
-        return ModelError(
-            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no "
-            "number. Download it again."
+        raise ModelError(
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. "
+            "Download it again."
         )
-    return ModelError(
-        f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with --dtype bf16 or --dtype f32."
-    )
+    values = convert(data, tensor.dtype, target)
+    if target not in (tensor.dtype, "F32") and not is_finite(values, target):
+        raise ModelError(
+            f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with --dtype bf16 or --dtype f32."
+        )
+    return values
