@@ -1,0 +1,61 @@
+"""Fixtures: the shared benchmark data, and the real reference judge, built once a session."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of benchmark pairs and gold verdicts beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no benchmark data at {SHARED}")
+    return SHARED
+
+
+def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as file:
+        for index, line in enumerate(file):
+            if limit is not None and index >= limit:
+                return
+            yield json.loads(line)
+
+
+@pytest.fixture(scope="session")
+def gold(shared: Path) -> dict[str, dict[str, Any]]:
+    """The float32 verdicts of the reference judge, by pair id."""
+    return {row["id"]: row for row in read_jsonl(shared / "reference-judge/direct_fp32.jsonl.gz")}
+
+
+@pytest.fixture(scope="session")
+def reference_q8() -> Path:
+    """The reference judge as it is used by default, in the cache."""
+    from gramlite.reference import cached_gguf
+
+    return cached_gguf()
+
+
+@pytest.fixture(scope="session")
+def reference_f16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gramlite.reference import build_gguf
+
+    return build_gguf(tmp_path_factory.mktemp("reference") / "reference.F16.gguf", dtype="f16")
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Path:
+    """An artifact that needs no model: its verdicts are a hash of the prompt."""
+    path = tmp_path / "scripted.json"
+    chat = (Path(__file__).parents[1] / "gramlite/data/reference/hf/chat_template.jinja").read_text()
+    metadata = {"chat_template": chat, "template": {"name": "gramlite"}}
+    path.write_text(json.dumps({"format": "scripted", "name": "scripted", "metadata": metadata}))
+    return path

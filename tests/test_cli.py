@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_rows import BAD_LINES
+
+from gramlite.cli import COMMANDS, run
+
+HEAVY = ("llama_cpp", "torch", "onnxruntime", "transformers", "scipy", "matplotlib", "gguf")
+PAIR = {"id": "p1", "prompt": "q", "response_a": "x", "response_b": "y"}
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def pairs_file(folder: Path, *rows: dict[str, Any] | bytes) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return path
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "gramlite", *map(str, arguments)]
+
+
+def test_one_pair_from_options(scripted: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert run(["judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", str(scripted)]) == 0
+    (row,) = lines_of(capfdbinary.readouterr().out.decode())
+    assert row["verdict"] in ("A", "B") and 0 <= row["p_a"] <= 1
+    assert {"id", "verdict", "p_a", "margin", "consistent", "reason", "flags", "orders", "model", "settings"} <= set(row)
+    for order in row["orders"]:
+        assert set(order) == {"order", "verdict", "p_a", "margin", "rationale", "forced", "votes", "tokens"}
+        assert set(order["tokens"]) == {"prompt", "cached", "generated"}
+    assert row["model"]["format"] == "scripted" and len(row["settings"]) == 12
+
+
+def test_a_file_among_bad_rows(scripted: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    rows: list[dict[str, Any] | bytes] = [PAIR]
+    for bad in BAD_LINES.values():
+        rows += [bad, PAIR]
+    assert len(BAD_LINES) >= 30
+    assert run(["judge", str(pairs_file(tmp_path, *rows)), "-m", str(scripted), "--mode", "direct", "--json"]) == 5
+    output = lines_of(capfdbinary.readouterr().out.decode())
+    assert len(output) == 2 * len(BAD_LINES) + 1
+    for number, row in enumerate(output, 1):
+        assert row["line"] == number
+        if number % 2:
+            assert row["verdict"] in ("A", "B") and row["id"] == "p1"
+        else:
+            assert row["verdict"] is None and row["reason"].startswith(f"line {number}: ")
+
+
+def test_standard_input_answers_row_by_row(scripted: Path) -> None:
+    process = subprocess.Popen(
+        command_line("judge", "-", "-m", scripted, "--mode", "direct"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout
+    with process:
+        for name in ("one", "two"):
+            process.stdin.write(json.dumps(PAIR | {"id": name}).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["id"] == name, "answered before the next row is sent"
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_output_file_and_resume(scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = pairs_file(tmp_path, PAIR, b"bad", PAIR | {"id": "p2"})
+    output = tmp_path / "out.jsonl"
+    base = ["judge", str(pairs), "-m", str(scripted), "-o", str(output)]
+    assert run(base) == 5
+    assert [row["id"] for row in lines_of(output.read_text())] == ["p1", "2", "p2"]
+    assert run(base) == 2, "an existing file is not overwritten"
+    pairs_file(tmp_path, PAIR, PAIR | {"id": "p2"}, PAIR | {"id": "p3"})
+    assert run([*base, "--resume"]) == 0
+    assert sorted(row["id"] for row in lines_of(output.read_text())) == ["p1", "p2", "p3"]
+    assert run([*base, "--resume", "--mode", "direct"]) == 6
+    assert 'settings.mode: "think" → "direct"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["judge"], 2, "Nothing to judge"),
+        (["judge", "--prompt", "q"], 2, "all three"),
+        (["judge", "x.jsonl", "--prompt", "q", "--a", "x", "--b", "y"], 2, "all three"),
+        (["judge", "none.jsonl", "-m", "SCRIPTED"], 2, "no file none.jsonl"),
+        (["judge", "-", "-m", "none.gguf"], 2, "no model at none.gguf"),
+        (["judge", "-", "--mode", "guess"], 2, "think"),
+        (["judge", "-", "--resume"], 2, "-o OUT.jsonl"),
+        (["judge", "-", "--votes", "3", "--mode", "direct"], 2, "direct mode writes none"),
+        (["judge", "-", "-m", "SCRIPTED", "--template", "none.txt"], 3, "neither built in"),
+        (["inspect", "none.gguf"], 3, "no model at"),
+        (["nonsense"], 2, "No such command"),
+        (["judge", "--nonsense"], 2, "No such option"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str], code: int, says: str, scripted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([str(scripted) if argument == "SCRIPTED" else argument for argument in arguments]) == code
+    output = capsys.readouterr()
+    assert says in output.err and "Traceback" not in output.err and not output.out
+
+
+def test_flags_accept_underscores(scripted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("{question} {response_a} {response_b}")
+    assert run(["judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", str(scripted), "--trust_template"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=lambda names: "-".join(names) or "gramlite")
+def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom gramlite.cli import run\n"
+        f"assert run({[*arguments, '--help']!r}) == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stderr.strip() == "[]" and "Usage:" in finished.stdout
+
+
+def test_importing_gramlite_loads_nothing_heavy() -> None:
+    code = f"import gramlite, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_closed_pipe_leaves_no_traceback(scripted: Path, tmp_path: Path) -> None:
+    pairs = pairs_file(tmp_path, *[PAIR] * 3000)
+    command = f"{' '.join(command_line('judge', pairs, '-m', scripted, '--mode', 'direct', '--json'))} | head -n 1"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert json.loads(finished.stdout)["id"] == "p1" and finished.stderr == ""
+
+
+def test_an_interrupt_commits_and_says_how_to_go_on(tmp_path: Path, scripted: Path) -> None:
+    slow = tmp_path / "slow.json"
+    slow.write_text(json.dumps(json.loads(scripted.read_text()) | {"seconds": 0.05}))
+    pairs = pairs_file(tmp_path, *[PAIR | {"id": str(n)} for n in range(500)])
+    output = tmp_path / "out.jsonl"
+    process = subprocess.Popen(command_line("judge", pairs, "-m", slow, "-o", output), stderr=subprocess.PIPE, text=True)
+    while not output.exists() or output.stat().st_size < 2000:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 2
+    assert "Traceback" not in errors and "--resume" in errors
+    rows = lines_of(output.read_text())
+    assert rows and f"{len(rows)} rows are in" in errors
+
+
+def test_a_terminal_shows_words_and_no_control_characters(tmp_path: Path, scripted: Path) -> None:
+    hostile = tmp_path / "hostile.json"
+    script = json.loads(scripted.read_text()) | {"rationale": "Feedback:\n\x1b[31mred\x07\n</think>"}
+    hostile.write_text(json.dumps(script))
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        command_line("judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", hostile),
+        stdout=slave, stderr=slave, env={**os.environ, "TERM": "dumb", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(slave)
+    seen = io.BytesIO()
+    while True:
+        try:
+            seen.write(os.read(master, 4096))
+        except OSError:
+            break
+    assert process.wait() == 0
+    text = seen.getvalue().decode()
+    assert "\x1b[31m" not in text and "\x07" not in text and "red" in text
+    assert "is better (probability 0." in text and ("both orders agree" in text or "orders disagree" in text)
+
+
+def test_doctor_reports_each_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
+    findings = {row["name"]: row for row in lines_of(capsys.readouterr().out)}
+    assert {"gramlite", "machine", "gguf backend", "CUDA for gguf", "reference judge", "cache folder"} <= set(findings)
+    assert findings["gguf backend"]["works"] and "0.3.36" in findings["gguf backend"]["says"]
