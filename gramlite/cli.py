@@ -63,6 +63,31 @@ def command() -> None:
     """Judge which of two responses is better, with a rationale, on this machine alone."""
 
 
+GROUPS = {
+    "export": (
+        "Turn a trained checkpoint into a file that runs here, with no loss beyond the dtype.",
+        {
+            "gguf": ("gramlite.export.gguf", "A checkpoint as a GGUF file."),
+            "adapter": ("gramlite.export.adapter", "A LoRA folder as a GGUF adapter."),
+            "merge": ("gramlite.export.merge", "A LoRA merged into its checkpoint."),
+        },
+    ),
+    "quantize": (
+        "Make a judge smaller, calibrated on judging.",
+        {"gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder.")},
+    ),
+    "bench": (
+        "Measure judges: what quantization cost, flips, speed.",
+        {
+            "compare": ("gramlite.bench.compare", "Compare runs pair by pair, with intervals and a gate."),
+            "speed": ("gramlite.bench.speed", "Time a judge against its floor and its neighbours."),
+        },
+    ),
+}
+for _name, (_line, _commands) in GROUPS.items():
+    command.add_command(LazyGroup(_name, commands_in=_commands, help=_line, context_settings=CONTEXT))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code that the errors module documents."""
     logger = logging.getLogger("gramlite")

@@ -284,8 +284,6 @@ class Judge:
         margins = [sign * generation.margin for generation in generations if generation.margin is not None]
         margin = mean_log_odds(margins)
         winners = [winner_of(vote) for vote in margins]
-        # the prefix's tokens are part of the prompt, as they were never sampled
-        prefix = Decoder(self.backend.vocabulary, self.template.form, self.settings.sampling()).prefix
         return OrderVerdict(
             order=order,
             verdict=winner_of(margin),
@@ -295,7 +293,7 @@ class Judge:
             forced=any(generation.forced for generation in generations),
             votes={side: winners.count(side) for side in ("A", "B")},
             tokens={
-                "prompt": len(opened.prompts[order].tokens) + len(prefix),
+                "prompt": len(opened.prompts[order].tokens),  # without the scaffold that opens the answer
                 "cached": max(generation.cached for generation in generations),
                 "generated": sum(generation.generated for generation in generations),
             },
