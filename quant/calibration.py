@@ -1,0 +1,178 @@
+"""Judge transcripts as calibration data: the judge's own prompts and what it writes, as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gramlite.errors import InputError
+from gramlite.pair import Pair
+
+if TYPE_CHECKING:
+    from gramlite.judge import Judge
+
+DEFAULT_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One judging: the prompt's token ids and the generation's, of which the verdict is the last."""
+
+    prompt_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+    id: str
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.generated_ids
+
+
+def load_calibration(
+    path: Path, *, judge: str | Path, template: str | None = None, tokens: int = DEFAULT_TOKENS, seed: int = 0
+) -> tuple[list[Transcript], dict[str, Any]]:
+    """Calibration transcripts from a file of transcripts or of pairs, and what the manifest says of them.
+
+    Pairs are judged by `judge`, rationales and all, in an order drawn by `seed`, until the budget of `tokens` is used.
+    Raises InputError where the file holds neither, or nothing fits.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}. Give --calibration a JSONL file of pairs or of transcripts.")
+    if _holds_transcripts(path):
+        chosen = choose_transcripts(read_transcripts(path), tokens=tokens, seed=seed)
+    else:
+        pairs = _read_pairs(path)
+        random.Random(seed).shuffle(pairs)
+        chosen = _judge_pairs(pairs, judge, template, tokens)
+    return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name)
+
+
+def read_transcripts(path: Path) -> list[Transcript]:
+    """Read a JSONL file of `prompt_ids`, `generated_ids` and, optionally, `id`.
+
+    Raises InputError that names the line where a row is something else.
+    """
+    with path.open(encoding="utf-8") as lines:
+        return [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(line: str, path: Path, number: int) -> Transcript:
+    try:
+        row = json.loads(line)
+        prompt, generated = tuple(row["prompt_ids"]), tuple(row["generated_ids"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} line {number} is no transcript: prompt_ids and generated_ids are needed.") from error
+    if not prompt or not all(type(token) is int and token >= 0 for token in prompt + generated):
+        raise InputError(f"{path} line {number}: ids must be whole numbers, and prompt_ids must not be empty.")
+    return Transcript(prompt, generated, str(row.get("id", number)))
+
+
+def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> None:
+    """Write transcripts as JSONL, for another run to read."""
+    with path.open("w", encoding="utf-8") as file:
+        for transcript in transcripts:
+            row = {"prompt_ids": transcript.prompt_ids, "generated_ids": transcript.generated_ids}
+            file.write(json.dumps({"id": transcript.id} | row) + "\n")
+
+
+def choose_transcripts(
+    transcripts: Sequence[Transcript], *, tokens: int = DEFAULT_TOKENS, seed: int = 0
+) -> list[Transcript]:
+    """As many transcripts, in an order drawn by `seed`, as fit into a budget of tokens; none is cut.
+
+    Raises InputError where not even one fits.
+    """
+    order = list(transcripts)
+    random.Random(seed).shuffle(order)
+    chosen = list(_within(order, tokens))
+    if not chosen:
+        raise InputError(f"No transcript fits into --tokens {tokens:,}. Raise it.")
+    return chosen
+
+
+def _within(transcripts: Iterable[Transcript], tokens: int) -> Iterator[Transcript]:
+    """The transcripts that fit, until the first that doesn't."""
+    for transcript in transcripts:
+        tokens -= len(transcript.ids)
+        if tokens < 0:
+            return
+        yield transcript
+
+
+def record_transcripts(judge: Judge, pairs: Iterable[Pair]) -> Iterator[Transcript]:
+    """Let a judge judge pairs and put down each order's prompt, rationale and verdict as token ids.
+
+    Pairs without a verdict, or settled without the model, are left out.
+    """
+    from gramlite.prompt import encode_prompt, encode_trusted
+    from gramlite.template import presented, screen
+
+    form, vocabulary = judge.template.form, judge.backend.vocabulary
+    seen: list[Pair] = []
+
+    def watched() -> Iterator[Pair]:
+        for pair in pairs:
+            seen.append(pair)
+            yield pair
+
+    for index, verdict in enumerate(judge.many(watched())):
+        for order in verdict.orders:
+            if order.verdict not in ("A", "B") or order.margin is None:
+                continue
+            shown, _ = screen(judge.template, seen[index], judge.settings.delimiters)
+            segments = judge.scaffold.wrap(judge.template.segments(presented(shown, order.order)))
+            said = form.choices[(order.verdict == "B") != (order.order == "ba")]
+            thinks = order.rationale is not None
+            answer = f"{form.opening}{order.rationale}{form.closing}{form.answer}" if thinks else form.direct
+            yield Transcript(
+                tuple(encode_prompt(vocabulary, segments).tokens),
+                tuple(encode_trusted(vocabulary, answer + said)),
+                f"{seen[index].id}:{order.order}",
+            )
+
+
+def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, source: str) -> dict[str, Any]:
+    """What a manifest says of calibration data: where it came from, how much, and a hash of the ids in use."""
+    digest = hashlib.sha256()
+    for transcript in transcripts:
+        digest.update(json.dumps([transcript.prompt_ids, transcript.generated_ids]).encode())
+    return {
+        "source": source,
+        "transcripts": len(transcripts),
+        "tokens": sum(len(transcript.ids) for transcript in transcripts),
+        "token_budget": tokens,
+        "seed": seed,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _holds_transcripts(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    return '"prompt_ids"' in first
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    from gramlite.rows import read_rows
+
+    with path.open("rb") as stream:
+        rows = list(read_rows(stream))
+    for row in rows:
+        if row.pair is None:
+            raise InputError(f"{path}: {row.error}")
+    return [row.pair for row in rows if row.pair is not None]
+
+
+def _judge_pairs(pairs: list[Pair], model: str | Path, template: str | None, tokens: int) -> list[Transcript]:
+    from gramlite.judge import Settings
+    from gramlite.loading import load
+
+    with load(model, template=template, settings=Settings(orders="ab")) as judge:
+        chosen = list(_within(record_transcripts(judge, pairs), tokens))
+    if not chosen:
+        raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")
+    return chosen

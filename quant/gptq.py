@@ -1,0 +1,231 @@
+"""Quantize a checkpoint with GPTQ, layer by layer on judge transcripts, into the standard GPTQ folder.
+
+Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2210.17323.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from gramlite.export.checkpoint import Checkpoint, open_checkpoint
+from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.errors import ModelError
+from gramlite.storage import atomic_output, sha256_file
+
+from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
+from .gptq_folder import GptqWriter, open_gptq
+from .linear import QuantizedLinear
+from .memory import PeakMemory, pick_device, predict_bytes
+from .report import LayerReport, QuantizationReport, layer_bar, print_report
+from .solve import GptqSettings, factorize, relative_error, round_to_nearest, solve
+from .stream import STAGES, Stage, Weigh, read_tensor, stream_decoder
+
+
+def quantize_gptq(
+    source: Path,
+    output: Path,
+    transcripts: Sequence[Transcript],
+    settings: GptqSettings,
+    *,
+    calibration: dict[str, Any],
+    device: str = "cpu",
+    weigh: Weigh | None = None,
+    template: str | None = None,
+    force: bool = False,
+    after_layer: Callable[[int, int], None] | None = None,
+) -> QuantizationReport:
+    """Quantize every linear layer of the decoder in `source` and write the GPTQ folder `output` with its manifest.
+
+    `calibration` is what the manifest says of the transcripts (see `describe`), `weigh` the weight of each token;
+    `after_layer` hears how many layers are done, and of how many. Embedding, norms and head become float16.
+    Raises InputError for settings that do not fit the layers, ModelError for a broken checkpoint.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    names = linear_names(checkpoint)
+    for name in names:
+        settings.check(name, *checkpoint.tensors[f"{name}.weight"].shape)
+    layers = len(names) // sum(map(len, STAGES))
+    reports: list[LayerReport] = []
+    digests: dict[str, str] = {}
+    with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=_room(checkpoint)) as folder:
+        folder.mkdir()
+        writer = GptqWriter(folder)
+
+        def visit(stage: Stage) -> None:
+            for name, linear, report in quantize_stage(stage, settings):
+                writer.add_linear(name, linear)
+                digests[name] = digest(linear)
+                reports.append(report)
+
+        def count(index: int) -> None:
+            if after_layer is not None:
+                after_layer(index + 1, layers)
+
+        stream_decoder(checkpoint, transcripts, visit, device=device, weigh=weigh, after_layer=count)
+        _add_unquantized(checkpoint, names, writer)
+        writer.finish(checkpoint.config, quantization_config(settings), source)
+        _check_written(folder, digests)
+        bits = _bits_per_weight(folder, checkpoint)
+        manifest = Manifest(
+            format="gptq",
+            name=output.name,
+            quantization=f"gptq:{settings.bits}x{settings.group_size}",
+            method="gptq",
+            source=describe_source(source, {file.name: sha256_file(file) for file in checkpoint.files}),
+            settings=asdict(settings) | {"layer_errors": {report.name: report.error for report in reports}},
+            calibration=calibration,
+            tools=tool_versions("torch", "transformers", "safetensors"),
+            template=judge_template(source, template),
+            bits_per_weight=bits,
+            files=hash_files(folder),
+        )
+        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
+    return QuantizationReport(
+        output=output,
+        layers=tuple(reports),
+        seconds=time.monotonic() - started,
+        peak_bytes=memory.peak,
+        predicted_bytes=predict_bytes(checkpoint.config, calibration["tokens"], device=device).total,
+        size_bytes=sum(file.stat().st_size for file in output.iterdir()),
+        bits_per_weight=bits,
+    )
+
+
+def quantize_stage(stage: Stage, settings: GptqSettings) -> list[tuple[str, QuantizedLinear, LayerReport]]:
+    """Quantize the linears that read one input, and put the quantized weights in their place where it is sequential."""
+    import torch
+
+    factor = factorize(stage.moment, settings)
+    done = []
+    for name, module in stage.linears.items():
+        weight = module.weight
+        linear = solve(weight, factor, settings)
+        report = LayerReport(
+            name=name,
+            bits=linear.bits,
+            error=relative_error(weight, linear, stage.moment),
+            plain_error=relative_error(weight, round_to_nearest(weight, settings), stage.moment),
+        )
+        if settings.sequential:
+            weight.copy_(torch.from_numpy(linear.dequantize()))
+        done.append((name, linear, report))
+    return done
+
+
+def linear_names(checkpoint: Checkpoint) -> list[str]:
+    """The decoder's linear modules, in order; raises ModelError where a layer misses one."""
+    layers = checkpoint.config.get("num_hidden_layers")
+    if type(layers) is not int or layers < 1:
+        raise ModelError(f"{checkpoint.folder / 'config.json'} has num_hidden_layers {layers!r}.")
+    names = [f"model.layers.{index}.{name}" for index in range(layers) for stage in STAGES for name in stage]
+    for name in names:
+        stored = checkpoint.tensors.get(f"{name}.weight")
+        if stored is None or len(stored.shape) != 2:
+            raise ModelError(f"{checkpoint.folder} lacks the matrix '{name}.weight'. Download the checkpoint again.")
+    return names
+
+
+def quantization_config(settings: GptqSettings) -> dict[str, Any]:
+    """What config.json and quantize_config.json say, in the words of AutoGPTQ and gptqmodel."""
+    return {
+        "quant_method": "gptq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "desc_act": settings.order == "full",
+        "static_groups": settings.order == "static",
+        "sym": settings.symmetric,
+        "true_sequential": settings.sequential,
+        "damp_percent": settings.damping,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"gramlite:{version('gramlite')}"]},
+    }
+
+
+def _add_unquantized(checkpoint: Checkpoint, linears: Sequence[str], writer: GptqWriter) -> None:
+    quantized = {f"{name}.weight" for name in linears}
+    for name in checkpoint.tensors:
+        if name not in quantized:
+            half = read_tensor(checkpoint, name).half()
+            if not bool(half.isfinite().all()):
+                raise ModelError(f"{name!r} has values that float16, the type of GPTQ files, cannot hold.")
+            writer.add(name, half.numpy())
+
+
+def digest(linear: QuantizedLinear) -> str:
+    """A hash of all that a quantized layer is."""
+    state = hashlib.sha256(f"{linear.bits} {linear.group_size}".encode())
+    for array in (linear.codes, linear.scales, linear.zeros, linear.group_index):
+        state.update(array.tobytes())
+    return state.hexdigest()
+
+
+def _check_written(folder: Path, digests: dict[str, str]) -> None:
+    """Read the folder back and compare; a difference is a fault of this program or of the disk."""
+    written = open_gptq(folder)
+    for name, expected in digests.items():
+        if digest(written.read_linear(name)) != expected:
+            raise ModelError(f"{name} did not come back from the disk as it was written. Check the disk and try again.")
+
+
+def _room(checkpoint: Checkpoint) -> int:
+    """More than the folder can take: half of a 16-bit checkpoint."""
+    return sum(tensor.bytes for tensor in checkpoint.tensors.values()) // 2
+
+
+def _bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
+    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    return 8 * sum(tensor.bytes for tensor in open_gptq(folder).tensors.values()) / weights
+
+
+@click.command("gptq", short_help="checkpoint -> GPTQ, calibrated on judge transcripts")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
+@click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
+@click.option("--symmetric/--asymmetric", default=True, show_default=True, help="Without or with zero points.")
+@click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
+@click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
+@click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(source: Path, output: Path, calibration: Path, as_json: bool, **options: Any) -> None:
+    """Quantize the SOURCE checkpoint's linear layers with GPTQ into a folder that vLLM and transformers load."""
+    settings = GptqSettings(bits=int(options["bits"]), group_size=options["group_size"], symmetric=options["symmetric"])
+    device = pick_device(options["device"])
+    transcripts, described = load_calibration(
+        calibration,
+        judge=options["judge"] or source,
+        template=options["template"],
+        tokens=options["tokens"],
+        seed=options["seed"],
+    )
+    with layer_bar("Quantizing layers") as after_layer:
+        report = quantize_gptq(
+            source,
+            output,
+            transcripts,
+            settings,
+            calibration=described,
+            device=device,
+            template=options["template"],
+            force=options["force"],
+            after_layer=after_layer,
+        )
+    print_report(report, command=shlex.join(["gramlite", "pack", str(output), "--to", "gguf"]), as_json=as_json)

@@ -1,0 +1,94 @@
+"""What a quantization shows: a progress bar over layers, and its figures when it is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WORST_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer's share of output energy lost to quantization, and to plain rounding onto a grid of the same size."""
+
+    name: str
+    bits: int
+    error: float
+    plain_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """What a run did: a report a layer, wall time in seconds, peak and predicted memory in bytes, the artifact's size."""
+
+    output: Path
+    layers: tuple[LayerReport, ...]
+    seconds: float
+    peak_bytes: int
+    predicted_bytes: int
+    size_bytes: int
+    bits_per_weight: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures over all layers; `worse_than_plain` counts layers that plain rounding would have served better."""
+        return {
+            "path": str(self.output),
+            "format": "gptq",
+            "bytes": self.size_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "layers": len(self.layers),
+            "mean_error": mean_error(self.layers),
+            "mean_plain_error": float(np.mean([layer.plain_error for layer in self.layers])),
+            "worse_than_plain": sum(layer.error >= layer.plain_error for layer in self.layers),
+            "seconds": round(self.seconds, 1),
+            "peak_bytes": self.peak_bytes,
+            "predicted_bytes": self.predicted_bytes,
+        }
+
+
+def mean_error(layers: Sequence[LayerReport]) -> float:
+    return float(np.mean([layer.error for layer in layers]))
+
+
+@contextmanager
+def layer_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, on a terminal only; the yielded function takes the layers done and all there are."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+
+    from gramlite.display import row_progress
+
+    with row_progress(Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_report(report: QuantizationReport, *, command: str, as_json: bool) -> None:
+    """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
+    figures = report.to_json()
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(figures | {"command": command}, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("folder", str(report.output))
+    table.add_row("size", f"{report.size_bytes / 1e6:,.1f} MB, {report.bits_per_weight:.2f} bits per weight")
+    table.add_row("mean layer error", f"{figures['mean_error']:.5f} (plain rounding {figures['mean_plain_error']:.5f})")
+    for layer in sorted(report.layers, key=lambda layer: -layer.error)[:WORST_SHOWN]:
+        table.add_row("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}")
+    table.add_row("time", f"{report.seconds:,.0f} s")
+    table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
+    table.add_row("next", command)
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,180 @@
+"""GPTQ: quantize one column after the other, and let the columns still to come make up for each one's error.
+
+Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2210.17323.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from gramlite.errors import InputError, ModelError
+
+from .grid import Grid, choose_grid
+from .linear import SUPPORTED_BITS, QuantizedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+Order = Literal["none", "static", "full"]
+BLOCK_COLUMNS = 128
+DAMPING_TRIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqSettings:
+    """How to quantize a linear layer.
+
+    `order` is the order in which columns are quantized: as they stand ("none"), by falling activation within groups
+    of neighbours ("static"), or with the groups themselves made of columns of like activation ("full", the classic
+    desc_act, which only the GPTQ format can hold). `damping` is the share of the mean diagonal added to the second
+    moment. `search` clips group extremes where that lowers the weighted error. With `sequential` each layer is
+    calibrated on what the already quantized layers before it put out.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+    order: Order = "static"
+    damping: float = 0.01
+    search: bool = True
+    sequential: bool = True
+
+    def check(self, name: str, rows: int, columns: int) -> None:
+        """Raise InputError unless a layer of rows x columns can be quantized and packed so."""
+        if self.bits not in SUPPORTED_BITS:
+            raise InputError(f"{self.bits} bits are not supported; --bits is one of 2, 3, 4, 8.")
+        if self.group_size < 1 or columns % self.group_size:
+            fitting = [size for size in (16, 32, 64, 96, 128, 192, 256) if columns % size == 0]
+            raise InputError(
+                f"--group-size {self.group_size} does not divide the {columns} inputs of {name}. "
+                f"Sizes that do: {', '.join(map(str, fitting)) or columns}."
+            )
+        if columns * self.bits % 32 or rows * self.bits % 32:
+            raise InputError(f"{name} is {rows} x {columns}, which {self.bits}-bit codes do not fill to whole words.")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of a second moment: the column order, the damped diagonal, the inverse's upper Cholesky factor."""
+
+    order: torch.Tensor
+    importance: torch.Tensor
+    upper: torch.Tensor
+
+
+def factorize(moment: torch.Tensor, settings: GptqSettings) -> Factor:
+    """Factor a second moment [in, in]; raises ModelError where it is not finite or stays singular."""
+    import torch
+
+    diagonal = moment.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0 or mean == float("inf"):
+        raise ModelError(
+            "The inputs of a layer are all zero, or not finite: the checkpoint or the calibration is broken."
+        )
+    columns = torch.arange(len(diagonal), device=moment.device)
+    order = columns if settings.order == "none" else torch.argsort(diagonal, descending=True, stable=True)
+    damping = settings.damping
+    for _ in range(DAMPING_TRIES):
+        damped = moment[order][:, order]
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return Factor(order, diagonal + damping * mean, upper)
+        damping = max(10 * damping, 1e-4)
+    raise ModelError("A layer's second moment stays singular under damping; use more calibration tokens.")
+
+
+def solve(weight: torch.Tensor, factor: Factor, settings: GptqSettings) -> QuantizedLinear:
+    """Quantize weight [out, in] against a factored second moment of its inputs."""
+    import torch
+
+    rows, columns = weight.shape
+    size = settings.group_size
+    slots = torch.arange(columns, device=weight.device)
+    groups = slots // size if settings.order == "full" else factor.order // size  # of each, in solving order
+    group_of = groups.tolist()
+    work = weight.float().T[factor.order].contiguous()  # [in, out]: a column of the weight is a row here
+    codes = torch.empty_like(work)
+    scales, zeros = torch.empty(2, columns // size, rows, device=weight.device)
+    ahead = settings.order == "static" or size > 8 * BLOCK_COLUMNS
+    if ahead:
+        seen = factor.order if settings.order == "full" else slots
+        grid = round_grid(weight[:, seen], factor.importance[seen], settings)
+        scales, zeros = grid.scales.squeeze(-1).T.contiguous(), grid.zeros.squeeze(-1).T.contiguous()
+    block_columns = size * max(1, BLOCK_COLUMNS // size)
+    for start in range(0, columns, block_columns):
+        stop = min(start + block_columns, columns)
+        block, upper = work[start:stop], factor.upper[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for column in range(stop - start):
+            group = group_of[start + column]
+            if not ahead and (start + column) % size == 0:
+                importance = factor.importance[factor.order[start + column : start + column + size]]
+                grid = round_grid(block[column : column + size].T, importance, settings)
+                scales[group], zeros[group] = grid.scales.flatten(), grid.zeros.flatten()
+            grid = Grid(scales[group], zeros[group])
+            chosen = grid.round(block[column], settings.bits)
+            codes[start + column] = chosen
+            errors[column] = (block[column] - grid.place(chosen)).div_(upper[column, column])
+            block[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+        work[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+    return _neutral(codes.T, scales.T, zeros.T, groups, factor.order, settings)
+
+
+def round_grid(weight: torch.Tensor, importance: torch.Tensor, settings: GptqSettings) -> Grid:
+    """The grids, [out, groups, 1], of all groups of neighbouring columns of weight [out, in]."""
+    size = settings.group_size
+    return choose_grid(
+        weight.float().unflatten(-1, (-1, size)),
+        importance.unflatten(-1, (-1, size)),
+        bits=settings.bits,
+        symmetric=settings.symmetric,
+        search=settings.search,
+    )
+
+
+def round_to_nearest(weight: torch.Tensor, settings: GptqSettings) -> QuantizedLinear:
+    """The plain baseline: grids that keep every group's extreme, codes by rounding, no calibration."""
+    import torch
+
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    grid = round_grid(weight, torch.ones_like(weight[0]), replace(settings, search=False))
+    codes = grid.round(weight.float().unflatten(-1, (-1, settings.group_size)), settings.bits).flatten(1)
+    return _neutral(
+        codes, grid.scales.squeeze(-1), grid.zeros.squeeze(-1), columns // settings.group_size, columns, settings
+    )
+
+
+def relative_error(weight: torch.Tensor, quantized: QuantizedLinear, moment: torch.Tensor) -> float:
+    """The share of the layer's output energy that quantization loses: |XW - XW'|^2 / |XW|^2 over the calibration."""
+    import torch
+
+    weight = weight.float()
+    change = torch.from_numpy(quantized.dequantize()).to(weight.device) - weight
+    return float((change @ moment * change).sum() / (weight @ moment * weight).sum())
+
+
+def _neutral(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    order: torch.Tensor,
+    settings: GptqSettings,
+) -> QuantizedLinear:
+    """Put columns back into their own order and leave torch."""
+    import torch
+
+    back = torch.argsort(order)
+    return QuantizedLinear(
+        codes=codes[:, back].to(torch.uint8).cpu().numpy(),
+        scales=scales.half().cpu().numpy(),
+        zeros=zeros.to(torch.uint8).cpu().numpy(),
+        group_index=groups[back].int().cpu().numpy(),
+        bits=settings.bits,
+        group_size=settings.group_size,
+    )

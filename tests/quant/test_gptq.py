@@ -1,0 +1,193 @@
+"""The whole GPTQ run: on tiny checkpoints of every family, and (slow) on the reference judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant.calibration import Transcript, describe, write_transcripts
+from gramlite.quant.gptq import command, quantize_gptq
+from gramlite.quant.gptq_folder import open_gptq
+from gramlite.quant.report import QuantizationReport
+from gramlite.quant.solve import GptqSettings
+from gramlite.quant.stream import read_tensor
+from transformers import AutoModelForCausalLM
+
+from gramlite.artifact import read_manifest, verify_files
+from gramlite.errors import InputError, ModelError
+
+from .conftest import FAMILIES
+
+Make = Callable[..., Path]
+
+
+def quantize(
+    source: Path, output: Path, transcripts: list[Transcript], settings: GptqSettings, **options: Any
+) -> QuantizationReport:
+    calibration = describe(transcripts, tokens=10_000, seed=0, source="made up")
+    return quantize_gptq(source, output, transcripts, settings, calibration=calibration, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_beats_round_to_nearest(
+    family: str, make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    heard: list[tuple[int, int]] = []
+    report = quantize(
+        make_checkpoint(family), tmp_path / "out", transcripts, GptqSettings(group_size=32),
+        after_layer=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    assert len(report.layers) == 14
+    assert all(layer.error < layer.plain_error for layer in report.layers)
+    assert report.to_json()["worse_than_plain"] == 0
+    assert heard == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_holds_the_whole_model(
+    family: str, make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    """At 8 bits the dequantized folder, put back into transformers, computes what the checkpoint does."""
+    source = make_checkpoint(family)
+    quantize(source, tmp_path / "out", transcripts, GptqSettings(bits=8, group_size=32))
+    folder = open_gptq(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.tensor([transcripts[0].ids])
+    with torch.inference_mode():
+        before = model(ids).logits
+        state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+        for name in folder.linears:
+            state[f"{name}.weight"] = torch.from_numpy(folder.read_linear(name).dequantize())
+        for name in folder.tensors:
+            if name in state:
+                state[name] = torch.from_numpy(folder.read_float(name).copy())
+        if model.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
+        after = model(ids).logits
+    assert (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_sequential_layers_are_calibrated_on_quantized_ones(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    codes = {}
+    for sequential in (True, False):
+        output = tmp_path / str(sequential)
+        quantize(source, output, transcripts, GptqSettings(group_size=32, sequential=sequential))
+        folder = open_gptq(output)
+        codes[sequential] = [folder.read_linear(name).codes for name in folder.linears]
+    names = folder.linears
+    same = {name: np.array_equal(*pair) for name, pair in zip(names, zip(*codes.values(), strict=True), strict=True)}
+    assert same["model.layers.0.self_attn.q_proj"]
+    assert not same["model.layers.1.mlp.down_proj"]
+
+
+def test_manifest_tells_how_it_was_made(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:
+    report = quantize(make_checkpoint(), tmp_path / "out", transcripts, GptqSettings(group_size=16, order="full"))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    verify_files(tmp_path / "out", manifest)
+    assert (manifest.format, manifest.quantization) == ("gptq", "gptq:4x16")
+    assert manifest.settings["order"] == "full"
+    assert manifest.settings["layer_errors"]["model.layers.0.mlp.up_proj"] > 0
+    assert manifest.calibration is not None
+    assert manifest.calibration["transcripts"] == 12
+    assert len(manifest.calibration["sha256"]) == 64
+    assert manifest.bits_per_weight == report.bits_per_weight
+    assert 4 < report.bits_per_weight < 16
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert (config["desc_act"], config["sym"], config["group_size"]) == (True, True, 16)
+    assert config == json.loads((tmp_path / "out/quantize_config.json").read_text())
+
+
+def test_the_same_twice(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:
+    source = make_checkpoint()
+    for name in ("one", "two"):
+        quantize(source, tmp_path / name, transcripts, GptqSettings(group_size=32))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_refusals_leave_the_older_artifact_alone(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    source, output = make_checkpoint(), tmp_path / "out"
+    with pytest.raises(InputError, match="48 does not divide the 64 inputs of model.layers.0"):
+        quantize(source, output, transcripts, GptqSettings(group_size=48))
+    assert not output.exists()
+    quantize(source, output, transcripts, GptqSettings(group_size=32))
+    before = (output / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="already exists"):
+        quantize(source, output, transcripts, GptqSettings(group_size=32))
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cut short"):
+        quantize(source, output, transcripts, GptqSettings(group_size=32), force=True)
+    assert (output / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-checkpoint", "out"]
+
+
+def test_weights_that_float16_cannot_hold_are_refused(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][0] = 1e6
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="'model.norm.weight' has values that float16"):
+        quantize(source, tmp_path / "out", transcripts, GptqSettings(group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_prints_one_object(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:
+    source, file = make_checkpoint(), tmp_path / "transcripts.jsonl"
+    write_transcripts(file, transcripts)
+    arguments = [str(source), "-o", str(tmp_path / "out"), "--calibration", str(file), "--group-size", "32"]
+    result = CliRunner().invoke(
+        command, [*arguments, "--tokens", "300", "--device", "cpu", "--json"], catch_exceptions=False
+    )
+    figures = json.loads(result.stdout)
+    assert figures["layers"] == 14
+    assert figures["mean_error"] < figures["mean_plain_error"]
+    assert figures["peak_bytes"] > 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.calibration is not None
+    assert 200 < manifest.calibration["tokens"] <= 300
+
+
+@pytest.mark.slow
+def test_reference_judge(tmp_path: Path) -> None:
+    """Four of the reference judge's layers, from both ends, on real tokens."""
+    from gramlite.quant.solve import factorize, relative_error, round_to_nearest, solve
+    from gramlite.quant.stream import Stage, stream_decoder
+
+    from gramlite.reference import build_checkpoint
+
+    checkpoint = open_checkpoint(build_checkpoint(tmp_path / "reference"))
+    draw = np.random.default_rng(0)
+    texts = [Transcript(tuple(int(token) for token in draw.integers(100, 40_000, 300)), (), str(n)) for n in range(4)]
+    ratios = []
+
+    def visit(stage: Stage) -> None:
+        for name in stage.linears:
+            if name.split(".")[2] in ("0", "1", "28", "29"):
+                weight = read_tensor(checkpoint, f"{name}.weight").float()
+                quantized = solve(weight, factorize(stage.moment, GptqSettings()), GptqSettings())
+                plain = relative_error(weight, round_to_nearest(weight, GptqSettings()), stage.moment)
+                ratios.append(relative_error(weight, quantized, stage.moment) / plain)
+
+    stream_decoder(checkpoint, texts, visit)
+    assert len(ratios) == 28
+    assert max(ratios) < 1
+    assert np.mean(ratios) < 0.5
