@@ -1,0 +1,230 @@
+"""GPTQ folder -> GGUF: the same codes and scales in llama.cpp's blocks, so that nothing further is lost."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from gramlite.export.architecture import (
+    Architecture,
+    ExpectedTensor,
+    expected_tensors,
+    read_architecture,
+    rope_factors,
+)
+from gramlite.export.gguf import HEADER_BYTES, add_architecture, add_vocabulary, check_written, pad, put
+from gramlite.export.publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
+from gramlite.export.stream import PIECE_BYTES, BackgroundHash, permute_heads
+from gramlite.export.tokenizer import Vocabulary, read_vocabulary
+
+from gramlite.artifact import Manifest, read_manifest
+from gramlite.errors import ModelError
+from gramlite.ggml_types import GGML_TYPES
+
+from .blocks import gguf_blocks, gguf_type
+from .gptq_folder import GptqFolder, open_gptq
+from .linear import QuantizedLinear
+
+EMBEDDINGS = ("f16", "q8_0")
+TYPES = {kind.name: (number, kind) for number, kind in GGML_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What goes into the file: every tensor with the GGUF type it takes."""
+
+    folder: GptqFolder
+    architecture: Architecture
+    vocabulary: Vocabulary
+    tensors: tuple[tuple[ExpectedTensor, str], ...]
+
+    @property
+    def file_type(self) -> str:
+        """The type of most weights, as llama.cpp names the file."""
+        kinds = [kind for tensor, kind in self.tensors if tensor.name.removesuffix(".weight") in self.folder.linears]
+        return max(set(kinds), key=kinds.count)
+
+    @property
+    def payload(self) -> int:
+        return sum(bytes_of(tensor.shape, kind) for tensor, kind in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor, _ in self.tensors)
+
+
+def pack_gguf(
+    source: Path, destination: Path, *, embedding: str = "f16", template: str | None = None, force: bool = False
+) -> Manifest:
+    """Write a GPTQ folder as one GGUF file whose dequantized weights are the folder's own, bit for bit.
+
+    `embedding` (f16 or q8_0) is the type of the embedding and the head, the only tensors that may lose anything.
+    Raises ModelError for a layer that GGUF cannot hold: groups in activation order or of no multiple of 32.
+    """
+    source, destination = Path(source), Path(destination)
+    plan = plan_pack(source, embedding)
+    judge = judge_template(source, template)
+    origin = read_manifest(source)
+    with progress_bar(plan.payload) as advance:
+
+        def build(temporary: Path) -> Manifest:
+            write_header(temporary, plan, judge, destination.stem)
+            sha256 = write_tensors(temporary, plan, advance)
+            check_written(temporary, source)
+            return Manifest(
+                format="gguf",
+                name=destination.stem,
+                quantization=plan.file_type,
+                method="gptq",
+                source=describe_source(source, {}) | ({"source": origin.source} if origin else {}),
+                settings={"embedding": embedding} | (origin.settings if origin else {}),
+                calibration=origin.calibration if origin else None,
+                tools=tool_versions("gguf", "numpy"),
+                template={key: judge[key] for key in ("name", "sha256")} if judge else None,
+                bits_per_weight=round(8 * plan.payload / plan.weights, 4),
+                files={destination.name: sha256},
+            )
+
+        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+
+
+def plan_pack(source: Path, embedding: str) -> PackPlan:
+    """Match every tensor of the architecture to the folder's and settle its type, before anything is written."""
+    folder = open_gptq(source)
+    architecture = read_architecture(folder.config)
+    vocabulary = read_vocabulary(source, folder.config, architecture.vocabulary)
+    tensors = []
+    for name, expected in expected_tensors(architecture).items():
+        module = name.removesuffix(".weight")
+        if module in folder.linears:
+            linear = folder.read_linear(module)
+            if linear.codes.shape != expected.shape:
+                raise ModelError(
+                    f"{module} is {linear.codes.shape} in {source}; config.json asks for {expected.shape}."
+                )
+            kind = gguf_type(module, linear)
+        elif name not in folder.tensors:
+            raise ModelError(f"{source} lacks the tensor {name!r}. Quantize or download it again.")
+        elif folder.tensors[name].shape != expected.shape:
+            raise ModelError(f"{name!r} is {folder.tensors[name].shape} in {source}; {expected.shape} is due.")
+        else:
+            kind = "F32" if len(expected.shape) == 1 else embedding.upper()
+        tensors.append((expected, kind))
+    return PackPlan(folder, architecture, vocabulary, tuple(tensors))
+
+
+def bytes_of(shape: tuple[int, ...], kind: str) -> int:
+    return math.prod(shape) // TYPES[kind][1].block * TYPES[kind][1].block_bytes
+
+
+def write_header(path: Path, plan: PackPlan, template: dict[str, Any] | None, name: str) -> None:
+    """Write everything that stands before the tensors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, plan.architecture.family)
+    try:
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{plan.file_type}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_architecture(writer, plan.architecture)
+        add_vocabulary(writer, plan.vocabulary)
+        add_template(writer, template)
+        factors = rope_factors(plan.architecture)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for tensor, kind in plan.tensors:
+            writer.add_tensor_info(
+                tensor.target,
+                tensor.shape,
+                np.dtype(np.float32),
+                bytes_of(tensor.shape, kind),
+                raw_dtype=gguf.GGMLQuantizationType[kind],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def write_tensors(path: Path, plan: PackPlan, advance: Advance) -> str:
+    """Append every tensor, one in memory at a time; return the file's sha256."""
+    with ExitStack() as stack:
+        digest = stack.enter_context(BackgroundHash())
+        with path.open("rb") as head:
+            while piece := head.read(PIECE_BYTES):
+                digest.update(piece)
+        output = stack.enter_context(path.open("ab"))
+        pad(output, digest)
+        factors = rope_factors(plan.architecture)
+        if factors is not None:
+            put(output, digest, factors.tobytes())
+            pad(output, digest)
+        for tensor, kind in plan.tensors:
+            data = tensor_bytes(plan, tensor, kind)
+            put(output, digest, data)
+            pad(output, digest)
+            advance(tensor.target, len(data))
+        return digest.hexdigest()
+
+
+def tensor_bytes(plan: PackPlan, tensor: ExpectedTensor, kind: str) -> bytes:
+    """A tensor as the file holds it, its rows in llama.cpp's rope order where that differs."""
+    module = tensor.name.removesuffix(".weight")
+    if module in plan.folder.linears:
+        linear = plan.folder.read_linear(module)
+        if tensor.heads:
+            linear = permute_rows(linear, tensor.heads, plan.architecture.head_size)
+        return gguf_blocks(linear, kind).tobytes()
+    values: npt.NDArray[Any] = plan.folder.read_float(tensor.name)
+    if tensor.heads:
+        values = permute_heads(values, tensor.heads, plan.architecture.head_size)
+    if kind == "Q8_0":
+        import gguf
+
+        values = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    elif kind == "F16":
+        values = values.astype(np.float16)
+    return values.tobytes()
+
+
+def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> QuantizedLinear:
+    """A query or key projection with its rows in llama.cpp's order; codes, scales and zero points go together."""
+    return QuantizedLinear(
+        codes=permute_heads(linear.codes, heads, head_size),
+        scales=permute_heads(linear.scales, heads, head_size),
+        zeros=permute_heads(linear.zeros, heads, head_size),
+        group_index=linear.group_index,
+        bits=linear.bits,
+        group_size=linear.group_size,
+    )
+
+
+@click.command("pack", short_help="GPTQ folder -> GGUF, bit for bit")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option(
+    "--embedding",
+    type=click.Choice(EMBEDDINGS, case_sensitive=False),
+    default="f16",
+    show_default=True,
+    help="Type of the embedding and the head.",
+)
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the one recorded.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    folder: Path, target: str, output: Path, embedding: str, template: str | None, force: bool, as_json: bool
+) -> None:
+    """Write a GPTQ FOLDER as a GGUF file with the very same weights, which llama.cpp runs without CUDA."""
+    manifest = pack_gguf(folder, output, embedding=embedding, template=template, force=force)
+    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
