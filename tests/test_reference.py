@@ -85,7 +85,7 @@ class Tensors:
         raw = self.data[slice(*entry["data_offsets"])]
         padded = np.zeros((len(raw) // 2, 4), np.uint8)
         padded[:, 2:] = raw.reshape(-1, 2)  # the two lower bytes of a float32 are zero in bf16
-        return padded.view("<f4").reshape(entry["shape"])
+        return padded.view(np.float32).reshape(entry["shape"])
 
 
 def nearest_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -109,7 +109,8 @@ def q4_1_values(raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.fl
     blocks = raw.reshape(-1, 20)
     scale, minimum = blocks[:, :4].copy().view("<f2").astype(np.float32).T[..., None]
     codes = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
-    return (scale * codes.astype(np.float32) + minimum).reshape(shape)
+    values: NDArray[np.float32] = scale * codes.astype(np.float32) + minimum
+    return values.reshape(shape)
 
 
 def q8_0_parts(raw: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
@@ -308,7 +309,7 @@ def test_manifests_say_what_was_merged(f16: Path, checkpoint: Path) -> None:
         assert manifest.source["base"]["sha256"] == reference_weights.BASE_SHA256
         assert manifest.template is not None and manifest.template["name"] == "gramlite"
         assert set(manifest.tools) == {"gramlite", "gguf", "numpy"}
-    assert "model.safetensors" in manifest.files
+        assert ("model.safetensors" in manifest.files) == path.is_dir()
 
 
 def without_package(name: str) -> importlib.metadata.Distribution:
@@ -430,7 +431,8 @@ def test_interrupted_build_leaves_nothing(
         return read_header(path)
 
     monkeypatch.setattr(reference, "read_header", interrupted)
-    monkeypatch.setattr(reference, "merged_weights", lambda base: iter([("model.norm.weight", np.zeros(576, np.uint16))]))
+    one_tensor = [("model.norm.weight", np.zeros(576, np.uint16))]
+    monkeypatch.setattr(reference, "merged_weights", lambda base: iter(one_tensor))
     destination = tmp_path / "judge.gguf"
     destination.write_bytes(b"an older one")
     with pytest.raises(type(failure) if isinstance(failure, OSError) else KeyboardInterrupt):
@@ -523,7 +525,7 @@ def test_transformers_reads_the_checkpoint_and_gives_golds_margins(checkpoint: P
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     answers = tokenizer.convert_tokens_to_ids(["A", "B"])
     for suite in ("autoj", "pandalm", "judgebench_gpt"):
-        for row, gold in gold_rows(suite)[:3]:
+        for row, gold in gold_rows(suite)[:2]:
             for order, sign in (("ab", 1), ("ba", -1)):
                 prompt = rendered(tokenizer, row, order) + "<think>\n\n</think>\n<answer>\n"
                 with torch.inference_mode():
