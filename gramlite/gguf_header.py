@@ -25,6 +25,13 @@ __all__ = ["Header", "Hyperparameters", "Tensor", "check_adapter_fits", "hyperpa
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 TOKENIZERS = ("gpt2", "llama")
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+UNSUPPORTED = (
+    "expert_count",
+    "expert_used_count",
+    "expert_group_count",
+    "expert_group_used_count",
+    "nextn_predict_layers",
+)
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
@@ -221,12 +228,9 @@ def _check_rope_and_norm(header: Header, sizes: Hyperparameters) -> None:
         raise header.refusal(
             f"'{prefix}.rope.scaling.type' is {shown(scaling)}; known are {', '.join(ROPE_SCALINGS)}"
         )
-    for name, what in (
-        ("expert_count", "a mixture of experts"),
-        ("nextn_predict_layers", "multi-token prediction"),
-    ):
+    for name in UNSUPPORTED:
         if _typed(header, f"{prefix}.{name}", "uint32", 0):
-            raise header.refusal(f"'{prefix}.{name}' is not 0: {what} is not supported")
+            raise header.refusal(f"'{prefix}.{name}' is not 0: only dense models are supported")
     if not _typed(header, f"{prefix}.attention.causal", "bool", True):
         raise header.refusal(f"'{prefix}.attention.causal' is false: it is an encoder, which cannot judge")
 

@@ -380,6 +380,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "norm-epsilon-missing": (drop("llama.attention.layer_norm_rms_epsilon"), "layer_norm_rms_epsilon"),
     "norm-epsilon-negative": (put("llama.attention.layer_norm_rms_epsilon", FLOAT32, -1.0), "layer_norm_rms"),
     "experts": (put("llama.expert_count", UINT32, 8), "expert_count"),
+    "experts-used": (put("llama.expert_used_count", UINT32, 2), "expert_used_count"),
+    "expert-groups": (put("llama.expert_group_count", UINT32, 1), "expert_group_count"),
     "prediction-layers": (put("llama.nextn_predict_layers", UINT32, 1), "nextn_predict_layers"),
     "encoder": (put("llama.attention.causal", BOOL, 0), "attention.causal"),
     "tokenizer-missing": (drop("tokenizer.ggml.model"), "tokenizer.ggml.model"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import random
 import resource
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -304,6 +306,64 @@ def test_the_reference_base_agrees_with_the_gguf_package() -> None:
         assert (ours.tolist() if isinstance(ours, numpy.ndarray) else ours) == (
             tuple(other) if isinstance(ours, tuple) else other
         ), name
+
+
+# In a process of its own, because llama.cpp ends the process where an assertion of its own fails.
+LOAD = """
+import ctypes, sys
+import llama_cpp
+callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+for path in sys.argv[1:]:
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    if model:
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
+        context = llama_cpp.llama_init_from_model(model, settings)
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        text, tokens = "Hello \\u4e2d \\x01 ab".encode(), (llama_cpp.llama_token * 64)()
+        count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, 64, False, False)
+        assert count > 0 and llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)) == 0
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+    print("ran" if model else "refused", path, flush=True)
+"""
+
+
+def load_natively(paths: list[Path]) -> list[str]:
+    """What llama.cpp makes of each file; fails with the file's name where it ends the process."""
+    pytest.importorskip("llama_cpp")
+    command = [sys.executable, "-c", LOAD, *map(str, paths)]
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    answers = [line.split()[0] for line in result.stdout.splitlines()]
+    assert result.returncode == 0, f"{paths[len(answers)]} ended the process: {result.stderr[-500:]}"
+    return answers
+
+
+def test_llama_cpp_runs_what_we_call_valid(tmp_path: Path) -> None:
+    paths = []
+    for architecture in ("llama", "qwen2", "qwen3"):
+        for tokenizer in ("gpt2", "llama"):
+            paths.append(tmp_path / f"{architecture}-{tokenizer}.gguf")
+            paths[-1].write_bytes(broken_gguf.model_pieces(architecture, tokenizer).file())
+    assert load_natively(paths) == ["ran"] * 6
+
+
+def test_llama_cpp_survives_what_we_accept(tmp_path: Path) -> None:
+    source = random.Random(7)
+    paths: list[Path] = []
+    bases = [broken_gguf.model_pieces("llama", "gpt2"), broken_gguf.model_pieces("qwen3", "llama")]
+    while len(paths) < 150:
+        pieces = source.choice(bases)
+        damaged = bytearray(pieces.file())
+        for _ in range(source.choice([1, 1, 2, 4])):
+            damaged[source.randrange(len(pieces.header()))] = source.choice([0, 1, 0x7F, 0x80, 0xFF])
+        path = tmp_path / f"{len(paths)}.gguf"
+        path.write_bytes(damaged)
+        if parses_or_refuses(path):
+            paths.append(path)
+    assert load_natively(paths).count("ran") > 100
 
 
 def test_parse_header_alone_accepts_other_architectures(tmp_path: Path) -> None:
