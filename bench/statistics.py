@@ -45,12 +45,12 @@ NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 def mcnemar_exact(lost: int, gained: int) -> float:
     """Two-sided exact p of McNemar's test: a binomial test of 1/2 on the discordant pairs."""
-    from scipy.stats import binom
+    from scipy.special import bdtr
 
     discordant = lost + gained
     if discordant == 0:
         return 1.0
-    return min(1.0, 2.0 * float(binom.cdf(min(lost, gained), discordant, 0.5)))
+    return min(1.0, 2.0 * float(bdtr(min(lost, gained), discordant, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -65,11 +65,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def wilson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson's score interval for a rate (Wilson 1927)."""
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     if n <= 0:
         return 0.0, 1.0
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = float(ndtri(0.5 + confidence / 2))
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -78,13 +78,13 @@ def wilson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tup
 
 def clopper_pearson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The exact interval for a rate (Clopper & Pearson 1934); `n` may be an effective, fractional size."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
     if n <= 0:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
-    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    low = 0.0 if successes <= 0 else float(betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes >= n else float(betaincinv(successes + 1, n - successes, 1 - tail))
     return low, high
 
 
@@ -121,7 +121,7 @@ def rate_interval(
 
     Without clusters this is Clopper-Pearson; with them it is Korn & Graubard (1998).
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     data = np.asarray(hits, dtype=np.float64)
     n = len(data)
@@ -132,7 +132,7 @@ def rate_interval(
     count = n if clusters is None else len(set(clusters))
     if 1 < count < n:
         tail = 0.5 + confidence / 2
-        effective *= float(t.ppf(tail, n - 1) / t.ppf(tail, count - 1)) ** 2
+        effective *= float(stdtrit(n - 1, tail) / stdtrit(count - 1, tail)) ** 2
     low, high = clopper_pearson(rate * effective, effective, confidence=confidence)
     return Estimate(rate, low, high, n)
 
@@ -180,9 +180,12 @@ def resampled_means(kinds: Floats, weights: Floats, resamples: int, generator: n
     chunk = max(1, CHUNK_DRAWS // draws)
     for start in range(0, resamples, chunk):
         stop = min(start + chunk, resamples)
-        chosen = generator.choice(len(kinds), size=(stop - start, draws), p=share)
-        totals = kinds[chosen].sum(axis=1)
-        means[start:stop] = totals[:, 0] / totals[:, 1]
+        size = (stop - start, draws)
+        if draws == len(kinds):
+            chosen = generator.integers(len(kinds), size=size)
+        else:
+            chosen = generator.choice(len(kinds), size=size, p=share)
+        means[start:stop] = kinds[:, 0][chosen].sum(axis=1) / kinds[:, 1][chosen].sum(axis=1)
     return means
 
 
@@ -192,27 +195,49 @@ def mcnemar_power(n: int, discordance: float, difference: float, *, alpha: float
     `discordance` is the share of pairs on which one judge is right and the other wrong, `difference` the true
     accuracy difference; a difference larger than the discordance raises the latter.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtr, bdtrc, gammaln, xlog1py, xlogy
 
     difference = abs(difference)
     rate = min(1.0, max(discordance, difference))
     if n <= 0 or rate == 0:
         return 0.0
-    tilt = (1 + difference / rate) / 2
-    discordant = np.arange(int(binom.ppf(1e-10, n, rate)), int(binom.isf(1e-10, n, rate)) + 1)
-    quantile = np.asarray(binom.ppf(alpha / 2, discordant, 0.5))
-    critical = quantile - (np.asarray(binom.cdf(quantile, discordant, 0.5)) > alpha / 2)
-    reject = binom.cdf(critical, discordant, tilt) + binom.sf(discordant - critical - 1, discordant, tilt)
-    return float((binom.pmf(discordant, n, rate) * np.where(critical >= 0, reject, 0.0)).sum())
+    reach = 7 * math.sqrt(n * rate * (1 - rate)) + 10
+    discordant = np.arange(max(0, int(n * rate - reach)), min(n, int(n * rate + reach)) + 1, dtype=np.float64)
+    log_shares = gammaln(n + 1) - gammaln(discordant + 1) - gammaln(n - discordant + 1)
+    shares = np.exp(log_shares + xlogy(discordant, rate) + xlog1py(n - discordant, -rate))
+    critical = critical_count(discordant, alpha)
+    rejects = critical >= 0
+    at, of, tilt = critical[rejects], discordant[rejects], (1 + difference / rate) / 2
+    draws = of.astype(np.int64)
+    found = bdtr(at, draws, tilt) + bdtrc(of - at - 1, draws, tilt)
+    return min(1.0, float((shares[rejects] * found).sum()))
+
+
+def critical_count(discordant: Floats, alpha: float) -> Floats:
+    """The largest count on either side that the exact test rejects at each number of discordant pairs; -1 for none."""
+    from scipy.special import bdtr, ndtri
+
+    guess = np.floor(discordant / 2 + float(ndtri(alpha / 2)) * np.sqrt(discordant) / 2) + 1
+    guess = np.clip(guess, 0, discordant)
+    draws = discordant.astype(np.int64)
+    for _ in range(4):  # the normal quantile is at most a few counts too high
+        too_likely = np.asarray(bdtr(np.maximum(guess, 0), draws, 0.5)) > alpha / 2
+        guess = np.where((guess >= 0) & too_likely, guess - 1, guess)
+    return np.asarray(guess, dtype=np.float64)
 
 
 def minimum_detectable_effect(n: int, discordance: float, *, power: float = POWER) -> float | None:
     """The smallest true difference McNemar's exact test finds with `power`; None if n is too small."""
-    from scipy.optimize import brentq
-
     if n < 1 or mcnemar_power(n, discordance, 1.0) < power:
         return None
-    return float(brentq(lambda d: mcnemar_power(n, discordance, d) - power, 1e-9, 1.0, xtol=1e-7))
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if mcnemar_power(n, discordance, middle) < power:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def pairs_needed(difference: float, discordance: float, *, power: float = POWER) -> int | None:
@@ -240,22 +265,21 @@ def pairs_to_settle(estimate: Estimate, threshold: float, *, power: float = POWE
     The half width shrinks with the square root of n and the estimate itself wanders, hence the factor
     1 + z(power) / z(confidence). None where the estimate sits on the threshold or nothing was measured.
     """
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     distance = abs(estimate.value - threshold)
     half = (estimate.high - estimate.low) / 2
     if estimate.n == 0 or not math.isfinite(half) or distance == 0:
         return None
-    factor = 1 + float(norm.ppf(power)) / float(norm.ppf(0.5 + CONFIDENCE / 2))
+    factor = 1 + float(ndtri(power)) / float(ndtri(0.5 + CONFIDENCE / 2))
     pairs = math.ceil(estimate.n * (half * factor / distance) ** 2)
     return max(estimate.n + 1, pairs) if pairs <= MOST_PAIRS else None
 
 
-def verdict_divergence(base: ArrayLike, other: ArrayLike) -> Floats:
-    """KL(base || other) in nats of each row's two-way verdict distribution, given p(A) of both judges."""
-    p = np.clip(np.asarray(base, dtype=np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-    q = np.clip(np.asarray(other, dtype=np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-    return np.asarray(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+def verdict_divergence(base: float, other: float) -> float:
+    """KL(base || other) in nats of a row's two-way verdict distribution, given p(A) of both judges."""
+    p, q = (min(max(probability, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR) for probability in (base, other))
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:

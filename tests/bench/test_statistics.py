@@ -131,6 +131,15 @@ def test_design_effect_of_copies_is_the_cluster_size() -> None:
     assert st.design_effect(values, None) == 1.0
 
 
+def test_critical_counts_are_the_exact_tests_own() -> None:
+    discordant = np.array([*range(1, 400), 5000, 200_000], dtype=np.float64)
+    for alpha in (0.05, 0.01):
+        critical = st.critical_count(discordant, alpha)
+        rejected = stats.binom.cdf(critical, discordant, 0.5)
+        assert np.all(rejected <= alpha / 2)
+        assert np.all(stats.binom.cdf(critical + 1, discordant, 0.5) > alpha / 2)
+
+
 def test_power_is_what_simulation_says() -> None:
     generator = np.random.default_rng(8)
     for n, discordance, difference in ((200, 0.15, 0.06), (500, 0.08, 0.03), (80, 0.3, 0.2)):
@@ -186,10 +195,9 @@ def test_pairs_to_settle_does_settle() -> None:
 
 
 def test_divergence_is_scipy_entropy() -> None:
-    p, q = np.array([0.5, 0.9, 1.0, 0.2]), np.array([0.5, 0.6, 0.3, 0.7])
-    expected = [stats.entropy([a, 1 - a], [b, 1 - b]) for a, b in zip(p, q, strict=True)]
-    assert st.verdict_divergence(p, q) == pytest.approx(expected, abs=1e-6)
-    assert math.isfinite(st.verdict_divergence([1.0], [0.0])[0])
+    for p, q in ((0.5, 0.5), (0.9, 0.6), (1.0, 0.3), (0.2, 0.7)):
+        assert st.verdict_divergence(p, q) == pytest.approx(stats.entropy([p, 1 - p], [q, 1 - q]), abs=1e-6)
+    assert math.isfinite(st.verdict_divergence(1.0, 0.0))
 
 
 def test_pareto_front() -> None:

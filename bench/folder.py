@@ -1,0 +1,162 @@
+"""Run folders: what `bench run` writes and `bench compare` reads.
+
+    RUN/run.json          suite, settings, model, versions, hardware, times, counts and the official score
+    RUN/rows.jsonl        the judged rows, each with its `label`, its `meta` (subset, prompt_sha) and its
+    `seconds`
+
+A file of judged rows from `gramlite judge -o`, or of gold margins, stands in for a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from gramlite.errors import InputError
+from gramlite.judge import mean_log_odds, winner_of
+
+from .records import read_records
+
+RECORD = "run.json"
+ROWS = "rows.jsonl"
+RUN_VERSION = 1
+GOLD_KEYS = {"id", "margin_ab", "margin_ba"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read: its rows by id in the order they lie in, and what run.json records of it."""
+
+    name: str
+    path: Path
+    rows: Mapping[str, Row]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The model of run.json, else of the first row."""
+        recorded = self.record.get("model")
+        return recorded if isinstance(recorded, dict) else next(iter(self.rows.values()), {}).get("model") or {}
+
+    @property
+    def suite(self) -> Mapping[str, Any]:
+        recorded = self.record.get("suite")
+        return recorded if isinstance(recorded, dict) else {}
+
+    @property
+    def seconds_per_pair(self) -> float | None:
+        """The mean of the rows' seconds, None where they have none."""
+        known = [row["seconds"] for row in self.rows.values() if is_number(row.get("seconds"))]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The size of the model on disk, where run.json has it."""
+        size = self.model.get("bytes")
+        return size if isinstance(size, int) else None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder or a file of rows; of several rows with one id the last counts.
+
+    Raises InputError where there is nothing to read or no row in it.
+    """
+    rows_path = path / ROWS if path.is_dir() else path
+    if not rows_path.is_file():
+        what = f"The folder {path} holds no {ROWS}" if path.is_dir() else f"There is no run at {path}"
+        raise InputError(f"{what}. Make one: gramlite bench run SUITE:FILE -m MODEL -o {path}")
+    rows: dict[str, Row] = {}
+    for row in _rows(rows_path):
+        rows[str(row.get("id"))] = row
+    if not rows:
+        raise InputError(f"{rows_path} holds no rows. Run it first: gramlite bench run ... -o {path}")
+    record = read_record(path) if path.is_dir() else {}
+    return Run(_name(path, record), path, rows, record)
+
+
+def _name(path: Path, record: Mapping[str, Any]) -> str:
+    name = record.get("name")
+    if isinstance(name, str) and name:
+        return name
+    return path.name if path.is_dir() else path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    if path.suffix == ".gz":
+        found: Iterator[Row] = (record for _, record in read_records(path))
+    else:
+        found = _whole_rows(path)
+    for row in found:
+        if GOLD_KEYS <= row.keys():
+            yield gold_row(row)
+        elif "verdict" in row:
+            yield row
+        else:
+            raise InputError(f"{path} holds a line that is no judged row (keys: {', '.join(sorted(row)[:6])}).")
+
+
+def _whole_rows(path: Path) -> Iterator[Row]:
+    """The whole lines of a file that may end in a torn one."""
+    from gramlite.journal import read_journal
+
+    return (row for row, _ in read_journal(path) if row is not None)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder, empty where there is none; raises InputError for one that cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Delete it to compare the rows alone.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object. Delete it to compare the rows alone.")
+    return value
+
+
+def gold_row(record: Mapping[str, Any]) -> Row:
+    """A gold verdict (un-swapped log-odds of both orders) as a judged row; its set becomes the subset."""
+    margins = {"ab": float(record["margin_ab"]), "ba": float(record["margin_ba"])}
+    margin = mean_log_odds(list(margins.values()))
+    orders = [
+        {"order": order, "verdict": winner_of(value), "p_a": probability(value), "margin": value}
+        for order, value in margins.items()
+    ]
+    return {
+        "id": record["id"],
+        "verdict": winner_of(margin),
+        "p_a": probability(margin),
+        "margin": margin,
+        "consistent": orders[0]["verdict"] == orders[1]["verdict"],
+        "orders": orders,
+        "label": record.get("label"),
+        "meta": {"subset": str(record.get("set", "all")).removesuffix(".jsonl")},
+    }
+
+
+def probability(margin: float) -> float:
+    """The probability whose log-odds are `margin` nats."""
+    return 1 / (1 + math.exp(-margin)) if margin >= 0 else math.exp(margin) / (1 + math.exp(margin))
+
+
+def distinct_names(runs: list[Run]) -> list[Run]:
+    """The same runs, those that share a name told apart by number."""
+    seen: dict[str, int] = {}
+    renamed = []
+    for run in runs:
+        seen[run.name] = seen.get(run.name, 0) + 1
+        renamed.append(run if seen[run.name] == 1 else replace(run, name=f"{run.name} ({seen[run.name]})"))
+    return renamed
