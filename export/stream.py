@@ -145,7 +145,8 @@ def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[A
     """Convert a piece of a tensor; ModelError where it holds what is no number, or what the target cannot hold."""
     if not is_finite(numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype]), tensor.dtype):
         raise ModelError(
-            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. "
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no "
+            "number. "
             "Download it again."
         )
     values = convert(data, tensor.dtype, target)

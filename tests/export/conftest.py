@@ -249,3 +249,78 @@ def last_logits() -> Callable[[Path, list[int]], Any]:
             llama_cpp.llama_model_free(model)
 
     return logits
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Path]:
+    """Writes a PEFT folder with random factors of whole numbers / 8, exact in every dtype, for modules of a checkpoint."""
+
+    def make(
+        folder: Path, checkpoint: Path, modules: list[str], *, rank: int = 4, dtype: str = "float32", **settings: Any
+    ) -> Path:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        folder.mkdir(parents=True)
+        torch.manual_seed(5)
+        tensors = {}
+        weights = load_file(checkpoint / "model.safetensors")
+        for module in modules:
+            out_features, in_features = weights[f"{module}.weight"].shape
+            own = (settings.get("rank_pattern") or {}).get(module.rpartition(".")[2], rank)
+            for letter, shape in (("A", (own, in_features)), ("B", (out_features, own))):
+                factor = torch.randint(-4, 5, shape).to(getattr(torch, dtype)) / 8
+                tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "bias": "none",
+            "base_model_name_or_path": "org/base",
+        }
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference judge before its adapter: bf16(dequantize(base GGUF)) as a checkpoint folder."""
+    import shutil
+
+    import gguf
+    import numpy
+
+    from gramlite.reference_weights import DATA, base_path
+
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("base") / "checkpoint"
+    shutil.copytree(DATA / "hf", folder)
+    names = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    tensors = {}
+    for tensor in gguf.GGUFReader(base_path()).tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        parts = tensor.name.split(".")
+        name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}.get(parts[0])
+        name = name or f"model.layers.{parts[1]}.{names[parts[2]]}"
+        if parts[-2] in ("attn_q", "attn_k"):  # rows 0, 1, 2, ... of a head are 0, 32, 1, 33, ... of the checkpoint's
+            row = numpy.arange(len(values))
+            values = values[row // 64 * 64 + row % 64 % 32 * 2 + row % 64 // 32]
+        tensors[f"{name}.weight"] = torch.from_numpy(numpy.array(values)).to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gramlite.reference import build_checkpoint
+
+    return build_checkpoint(tmp_path_factory.mktemp("reference") / "checkpoint")

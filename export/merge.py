@@ -1,0 +1,154 @@
+"""Merges a LoRA adapter into a checkpoint: the same folder with W + scale * B @ A in place of each adapted W.
+
+The sum is computed in float32 and rounded once to the checkpoint's own dtype, so the result does not depend on the
+runtime that merges. Tensors that are not adapted, the configuration and the tokenizer are copied as they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+import numpy
+from numpy.typing import NDArray
+
+from gramlite.artifact import FOLDER_MANIFEST, Manifest
+from gramlite.errors import InputError, ModelError
+from gramlite.storage import atomic_output, sha256_file
+
+from .architecture import expected_tensors, read_architecture
+from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from .peft import LowRank, match_modules, open_adapter, read_factor
+from .plan import match_tensors
+from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from .report import Advance, print_artifact, progress_bar
+from .stream import NUMPY_TYPES, BackgroundHash, convert_checked, is_finite, narrow, read_pieces, to_half
+
+COPIED = (".json", ".txt", ".model", ".jinja", ".md")
+COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+SPARE_BYTES = 64 << 20
+
+
+def merge_adapter(folder: Path, peft_folder: Path, destination: Path, *, force: bool = False) -> Manifest:
+    """Write a checkpoint folder with a LoRA merged in, and return its manifest.
+
+    Raises ModelError, which names it, for a checkpoint or adapter that is refused, InputError when `destination`
+    exists and `force` is not set or lies in the checkpoint, ResourceError when the disk is full.
+    """
+    folder, destination = Path(folder), Path(destination)
+    checkpoint, adapter = open_checkpoint(folder), open_adapter(peft_folder)
+    architecture = read_architecture(checkpoint.config)
+    match_tensors(checkpoint, architecture)
+    match_modules(adapter, expected_tensors(architecture))
+    refuse_overwriting(destination, folder, force)
+    judge = judge_template(folder, None) or judge_template(Path(peft_folder), None)
+    total = sum(file.stat().st_size for file in checkpoint.files)
+    with progress_bar(total) as advance, atomic_output(destination, force=force, need_bytes=total + SPARE_BYTES) as out:
+        out.mkdir()
+        files = copy_small_files(folder, out)
+        hashes = {}
+        modules = {module.weight: module for module in adapter.modules}
+        for file in checkpoint.files:
+            hashes[file.name], files[file.name] = merge_file(checkpoint, file, out / file.name, modules, advance)
+        manifest = Manifest(
+            format="hf",
+            name=destination.name,
+            quantization=next(iter(checkpoint.tensors.values())).dtype,
+            method="merge of a LoRA",
+            source=describe_source(folder, hashes)
+            | {"adapter": describe_source(adapter.folder, {adapter.file.name: sha256_file(adapter.file)})},
+            settings={"modules": len(modules), "notes": []},
+            tools=tool_versions("numpy"),
+            template=judge,
+            bits_per_weight=round(bits_per_weight(checkpoint), 4),
+            files=files,
+        )
+        write_durably(out / FOLDER_MANIFEST, manifest_text(manifest))
+    return manifest
+
+
+def refuse_overwriting(destination: Path, source: Path, force: bool) -> None:
+    """Neither the source nor a folder that is no checkpoint may be replaced."""
+    target, origin = destination.resolve(), source.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise InputError(f"{destination} and the checkpoint {source} lie in one another. Choose another -o.")
+    if force and destination.exists() and not (destination / "config.json").is_file():
+        raise InputError(f"{destination} is no checkpoint, so --force will not replace it. Choose another -o.")
+
+
+def copy_small_files(folder: Path, out: Path) -> dict[str, str]:
+    """Copy configuration, tokenizer, model card and licence; return their sha256 by name."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        wanted = path.suffix in COPIED or path.name.startswith(COPIED_NAMES)
+        if path.is_file() and wanted and path.name != FOLDER_MANIFEST:
+            shutil.copyfile(path, out / path.name)
+            hashes[path.name] = sha256_file(out / path.name)
+    return hashes
+
+
+def merge_file(
+    checkpoint: Checkpoint, file: Path, destination: Path, modules: dict[str, LowRank], advance: Advance
+) -> tuple[str, str]:
+    """Write one safetensors file with its adapted tensors merged; return the sha256 of the old and the new one."""
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
+    with BackgroundHash() as before, BackgroundHash() as after, file.open("rb", buffering=0) as source:
+        with destination.open("wb") as output:
+            header = source.read(tensors[0].start if tensors else file.stat().st_size)
+            before.update(header)
+            write(output, after, header)
+            for tensor in tensors:
+                if tensor.name in modules:
+                    data = b"".join(read_pieces(source, tensor))
+                    before.update(data)
+                    write(output, after, merged(data, tensor, modules[tensor.name]))
+                    advance(tensor.name, tensor.bytes)
+                    continue
+                for piece in read_pieces(source, tensor):
+                    before.update(piece)
+                    write(output, after, piece)
+                    advance(tensor.name, len(piece))
+        return before.hexdigest(), after.hexdigest()
+
+
+def write(output: BinaryIO, digest: BackgroundHash, data: bytes) -> None:
+    output.write(data)
+    digest.update(data)
+
+
+def merged(data: bytes, tensor: StoredTensor, module: LowRank) -> bytes:
+    """The bytes of W + scale * B @ A, summed in float32 and rounded once to the dtype of W."""
+    change = read_factor(module.b) @ read_factor(module.a)
+    if module.scale != 1:
+        change *= numpy.float32(module.scale)
+    change += convert_checked(data, tensor, "F32").reshape(tensor.shape)
+    result = encode(change, tensor.dtype)
+    if not is_finite(change, "F32") or not is_finite(result, tensor.dtype):
+        raise ModelError(f"Merging {module.module} gives values that {tensor.dtype} cannot hold. Check the adapter.")
+    return result.tobytes()
+
+
+def encode(values: NDArray[numpy.float32], dtype: str) -> NDArray[numpy.generic]:
+    if dtype == "F32":
+        return values.astype(NUMPY_TYPES["F32"], copy=False)
+    return narrow(values) if dtype == "BF16" else to_half(values)
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    weights = sum(int(numpy.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    return 8 * sum(tensor.bytes for tensor in checkpoint.tensors.values()) / weights
+
+
+@click.command("merge", short_help="checkpoint + PEFT LoRA -> checkpoint")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("peft_folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(checkpoint: Path, peft_folder: Path, output: Path, force: bool, as_json: bool) -> None:
+    """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
+    manifest = merge_adapter(checkpoint, peft_folder, output, force=force)
+    next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
+    print_artifact(output, manifest, command=next_command, as_json=as_json)
