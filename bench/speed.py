@@ -270,11 +270,12 @@ def peak_memory(model: Path) -> float:
     import subprocess
 
     code = (
-        "import json, resource, sys, gramlite\n"
+        "import sys, gramlite\n"
         "from gramlite import RuntimeOptions, Settings\n"
         "judge = gramlite.load(sys.argv[1], settings=Settings(mode='direct'), runtime=RuntimeOptions(context=4096))\n"
         "judge(prompt='Explain. ' * 400, response_a='One. ' * 400, response_b='Two. ' * 400)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+        "status = open('/proc/self/status').read()\n"
+        "print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)\n"
     )
     finished = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
     return round(float(finished.stdout), 1)

@@ -38,7 +38,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, line) for name, (_, line) in self._commands_in.items()]
-        rows += [(name, command.get_short_help_str()) for name, command in sorted(self.commands.items())]
+        rows += [(name, command.get_short_help_str(100)) for name, command in sorted(self.commands.items())]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

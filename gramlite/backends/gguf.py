@@ -23,7 +23,7 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import MICRO_BATCH, Gpu, Machine, Offload, free_memory, plan_offload, thread_count
+from ..device import Gpu, Machine, Offload, free_memory, plan_offload, thread_count
 from ..errors import GramliteError, ModelError, ResourceError
 from ..gguf_header import Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
@@ -144,6 +144,7 @@ class GgufBackend:
         plan = plan_offload(header, options, machine(), adapter=adapter)
         self.context = plan.context
         self.device = plan.device
+        self._micro_batch = plan.micro_batch
         try:
             self._load(header.path, options, plan, parallel)
         except BaseException:
@@ -165,14 +166,13 @@ class GgufBackend:
             raise ModelError(f"llama.cpp could not load {path}: {_last_words()}. Export or download it again.")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = plan.context
-        params.n_batch = params.n_ubatch = MICRO_BATCH
+        params.n_batch = params.n_ubatch = self._micro_batch
         params.n_seq_max = parallel + 1
         params.n_outputs_max = parallel + 1
         params.n_threads = params.n_threads_batch = thread_count(options.threads)
         params.kv_unified = True
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if plan.gpu_layers else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        # on, though a single step is faster without: prefill is most of a pair's time, and it skips masked cells
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
         # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
@@ -189,7 +189,7 @@ class GgufBackend:
             )
         if options.adapter:
             self._attach(options.adapter)
-        self._batch = llama_cpp.llama_batch_init(MICRO_BATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self._micro_batch, 0, 1)
 
     def _attach(self, path: str) -> None:
         self._adapter = llama_cpp.llama_adapter_lora_init(self._model, path.encode())
@@ -258,8 +258,8 @@ class GgufBackend:
         return kept
 
     def _prefill(self, tokens: Sequence[int], sequence: int, position: int, *, want_logits: bool) -> Logits:
-        for start in range(0, len(tokens), MICRO_BATCH):
-            part = tokens[start : start + MICRO_BATCH]
+        for start in range(0, len(tokens), self._micro_batch):
+            part = tokens[start : start + self._micro_batch]
             self._batch.n_tokens = 0
             self._add(part, sequence, position + start)
             self._batch.logits[len(part) - 1] = want_logits and start + len(part) == len(tokens)
