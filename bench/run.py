@@ -1,0 +1,278 @@
+"""`gramlite bench run`: judge a suite into a run folder that survives a kill and is gone on with.
+
+The rows lie in a journal (see `gramlite.journal`): each is on disk before the next is begun. Besides what
+`gramlite judge` writes, a row has the pair's `label`, its `meta` with the subset, and `seconds`: the
+wall-clock time since the row before it, whose mean over the rows is the time a pair takes, however many are
+decoded together.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gramlite.commands.options import JudgeOptions, judge_options
+from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.journal import Journal
+from gramlite.pair import Pair, Verdict
+from gramlite.storage import sha256_cached, write_json
+
+from .folder import RECORD, ROWS, RUN_VERSION, read_run
+from .suites import Suite, open_suite
+
+if TYPE_CHECKING:
+    from gramlite.display import Display
+    from gramlite.judge import Judge
+
+PACKAGES = (
+    "numpy", "llama-cpp-python", "onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers",
+    "bitsandbytes", "gptqmodel",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """A suite that is to be judged: its name, module, file and pairs."""
+
+    name: str
+    module: Suite
+    path: Path
+    pairs: Sequence[Pair]
+    limit: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What run.json says of the suite; `pairs_sha256` covers the pairs that were judged."""
+        return {
+            "name": self.name,
+            "path": str(self.path.resolve()),
+            "sha256": None if self.path.is_dir() else sha256_cached(self.path),
+            "limit": self.limit,
+            "pairs": len(self.pairs),
+            "pairs_sha256": hashlib.sha256("".join(map(pair_digest, self.pairs)).encode()).hexdigest(),
+        }
+
+
+def load_work(specification: str, limit: int | None = None) -> Work:
+    """The pairs of `SUITE[:FILE]`; raises InputError for a suite without pairs or with an id that is there twice."""
+    name, module, path = open_suite(specification)
+    pairs = list(module.load(path, limit=limit))
+    if not pairs:
+        raise InputError(f"{path} holds no pair for the suite {name}. {module.SOURCE}")
+    doubled = [identifier for identifier, count in Counter(pair.id for pair in pairs).items() if count > 1]
+    if doubled:
+        raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
+    return Work(name, module, path, pairs, limit)
+
+
+def pair_digest(pair: Pair) -> str:
+    """16 hexadecimal digits of all that a pair's row depends on."""
+    text = json.dumps([pair.id, pair.prompt, pair.response_a, pair.response_b, pair.label])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_suite(
+    judge: Judge, work: Work, folder: Path, *, display: Display, resume: bool = False, force: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge what is not judged yet and return the finished run.json.
+
+    `about` is added to run.json (what the model's file is, how it was run). Raises IntegrityError when the
+    folder was made with another model, other settings or another suite, and InputError when it is there and
+    neither `resume` nor `force` is given.
+    """
+    record = {
+        "settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model,
+        "suite": {key: work.to_json()[key] for key in ("name", "sha256")},
+    }  # fmt: skip
+    started = now()
+    with Journal(folder / ROWS, record=record, resume=resume, force=force) as journal:
+        kept = sum(journal.kept.values())
+        about = {"name": folder.name, **describe_run(judge, work), **(about or {}), "started": started}
+        write_json(folder / RECORD, {**about, "finished": None})
+        began = time.perf_counter()
+        for row, verdict in judged_rows(judge, work.pairs, journal.kept):
+            journal.append(row)
+            display.show(row, verdict)
+        seconds = time.perf_counter() - began
+    return finish(folder, work, {**about, "finished": now(), "seconds": round(seconds, 3), "kept": kept})
+
+
+def judged_rows(
+    judge: Judge, pairs: Iterable[Pair], kept: Mapping[str, int]
+) -> Iterator[tuple[dict[str, Any], Verdict]]:
+    """The rows of the pairs that are not kept, in order."""
+    todo = [pair for pair in pairs if not kept.get(pair_digest(pair))]
+    last = time.perf_counter()
+    for pair, verdict in zip(todo, judge.many(todo), strict=True):
+        current = time.perf_counter()
+        row = {**verdict.to_json(), "label": pair.label, "meta": dict(pair.meta or {}), "input": pair_digest(pair)}
+        yield {**row, "seconds": round(current - last, 4)}, verdict
+        last = time.perf_counter()
+
+
+def finish(folder: Path, work: Work, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the rows and write the finished run.json."""
+    rows = [row for row in read_run(folder).rows.values() if row.get("input")]
+    wanted = {pair_digest(pair) for pair in work.pairs}
+    rows = [row for row in rows if row["input"] in wanted]
+    complete = {
+        **record,
+        "rows": len(rows),
+        "no_verdict": sum(row["verdict"] is None for row in rows),
+        "seconds_per_pair": sum(row["seconds"] for row in rows) / len(rows) if rows else None,
+        "score": {"suite": work.name, **work.module.score(rows, work.pairs)},
+    }
+    write_json(folder / RECORD, complete)
+    return complete
+
+
+def describe_run(judge: Judge, work: Work) -> dict[str, Any]:
+    """Suite, settings, model, versions and hardware."""
+    return {
+        "run_version": RUN_VERSION,
+        "suite": work.to_json(),
+        "settings": judge.settings_record,
+        "settings_hash": judge.settings_hash,
+        "model": dict(judge.model),
+        "versions": versions(),
+        "hardware": {**hardware(), "device": judge.backend.device},
+    }
+
+
+def describe_artifact(path: Path) -> dict[str, Any]:
+    """What run.json says of the model's file: path, size in bytes and the manifest, where there is one."""
+    from gramlite.artifact import read_manifest
+
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    manifest = read_manifest(path)
+    return {
+        "path": str(path.resolve()),
+        "bytes": sum(file.stat().st_size for file in files),
+        "manifest": asdict(manifest) if manifest else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, gramlite and the packages that a verdict may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("gramlite", *PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores, the memory in GB and the operating system."""
+    import psutil
+
+    return {
+        "cpu": processor_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def model_path(options: JudgeOptions) -> Path:
+    """The model's file or folder; without one, the reference judge's."""
+    if options.model is not None:
+        return Path(options.model)
+    from gramlite.reference import cached_gguf
+
+    return cached_gguf()
+
+
+def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> None:
+    """The score on standard output."""
+    score = record["score"]
+    if as_json or not sys.stdout.isatty():
+        summary = {key: record[key] for key in ("name", "rows", "no_verdict", "seconds", "seconds_per_pair", "score")}
+        click.echo(json.dumps({"run": str(folder), **summary}, ensure_ascii=False))
+        return
+    for name, value in score["scores"].items():
+        shown = "–" if value is None else f"{100 * value:.2f} %"
+        click.echo(f"{name:<40} {shown}{'  *' if name == score['headline'] else ''}")
+    click.echo(f"n = {score['n']:,}, without a verdict {score['no_verdict']:,}, not judged {score['missing']:,}")
+    for note in score["notes"]:
+        click.echo(note)
+
+
+@click.command()
+@click.argument("suite", metavar="SUITE[:FILE]")
+@judge_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN_FOLDER", help="Where to.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs only.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run, or with a larger --limit.")
+@click.option("--force", is_flag=True, help="Start an existing run anew.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+def command(
+    options: JudgeOptions,
+    suite: str,
+    output: Path,
+    limit: int | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Judge a benchmark into a run folder and score it officially.
+
+    The suites are autoj, hhh, judgebench, llmbar, mtbench, pandalm, rewardbench, rmbench, and pairs:FILE
+    for your own.
+    """
+    from gramlite.display import Display
+    from gramlite.interrupt import on_interrupt
+
+    work = load_work(suite, limit)
+    if (output / ROWS).exists() and not (resume or force):
+        raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
+    path = model_path(options)
+    with ExitStack() as stack:
+        judge = stack.enter_context(options.open())
+        display = stack.enter_context(Display(as_json=as_json, quiet=True, total=len(work.pairs)))
+        stack.enter_context(on_interrupt(judge.abort))
+        about = {"model": {**judge.model, **describe_artifact(path)}, "deterministic": options.deterministic}
+        try:
+            record = run_suite(judge, work, output, display=display, resume=resume, force=force, about=about)
+        except KeyboardInterrupt:
+            from gramlite.commands.judge import resume_command
+
+            display.close()
+            click.echo(
+                f"Interrupted. {display.shown} rows more are in {output}. To go on: {resume_command()}", err=True
+            )
+            return INTERRUPTED
+        display.close()
+    print_score(output, record, as_json=as_json)
+    return SOME_ROWS_WITHOUT_VERDICT if record["no_verdict"] else 0
