@@ -6,6 +6,7 @@ Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-tra
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
-from gramlite.errors import ModelError
+from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, sha256_file
 
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
@@ -55,7 +56,7 @@ def quantize_gptq(
     checkpoint = open_checkpoint(source)
     names = linear_names(checkpoint)
     for name in names:
-        settings.check(name, *checkpoint.tensors[f"{name}.weight"].shape)
+        settings.of(name).check(name, *checkpoint.tensors[f"{name}.weight"].shape)
     layers = len(names) // sum(map(len, STAGES))
     reports: list[LayerReport] = []
     digests: dict[str, str] = {}
@@ -110,13 +111,13 @@ def quantize_stage(stage: Stage, settings: GptqSettings) -> list[tuple[str, Quan
     factor = factorize(stage.moment, settings)
     done = []
     for name, module in stage.linears.items():
-        weight = module.weight
-        linear = solve(weight, factor, settings)
+        weight, own = module.weight, settings.of(name)
+        linear = solve(weight, factor, own)
         report = LayerReport(
             name=name,
             bits=linear.bits,
             error=relative_error(weight, linear, stage.moment),
-            plain_error=relative_error(weight, round_to_nearest(weight, settings), stage.moment),
+            plain_error=relative_error(weight, round_to_nearest(weight, own), stage.moment),
         )
         if settings.sequential:
             weight.copy_(torch.from_numpy(linear.dequantize()))
@@ -138,7 +139,8 @@ def linear_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def quantization_config(settings: GptqSettings) -> dict[str, Any]:
-    """What config.json and quantize_config.json say, in the words of AutoGPTQ and gptqmodel."""
+    """What config.json and quantize_config.json say, in the words of AutoGPTQ and, for exceptions, gptqmodel."""
+    dynamic = {f"+:.*{re.escape(part)}.*": {"bits": bits} for part, bits in reversed(settings.exceptions)}
     return {
         "quant_method": "gptq",
         "bits": settings.bits,
@@ -151,6 +153,7 @@ def quantization_config(settings: GptqSettings) -> dict[str, Any]:
         "lm_head": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": [f"gramlite:{version('gramlite')}"]},
     }
 
@@ -191,10 +194,19 @@ def _bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
     return 8 * sum(tensor.bytes for tensor in open_gptq(folder).tensors.values()) / weights
 
 
+def parse_exception(text: str) -> tuple[str, int]:
+    """`v_proj=8` as a part of a layer's name and its bits; raises InputError for anything else."""
+    part, equals, bits = text.rpartition("=")
+    if not part or not equals or not bits.isdigit():
+        raise InputError(f"--bits-for {text} is not PART=BITS, such as v_proj=8 or layers.0.mlp.down_proj=8.")
+    return part, int(bits)
+
+
 @click.command("gptq", short_help="checkpoint -> GPTQ, calibrated on judge transcripts")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
+@click.option("--bits-for", "exceptions", multiple=True, metavar="PART=BITS", help="Other bits for some layers.")
 @click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
 @click.option("--symmetric/--asymmetric", default=True, show_default=True, help="Without or with zero points.")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")

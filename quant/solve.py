@@ -29,7 +29,8 @@ class GptqSettings:
     of neighbours ("static"), or with the groups themselves made of columns of like activation ("full", the classic
     desc_act, which only the GPTQ format can hold). `damping` is the share of the mean diagonal added to the second
     moment. `search` clips group extremes where that lowers the weighted error. With `sequential` each layer is
-    calibrated on what the already quantized layers before it put out.
+    calibrated on what the already quantized layers before it put out. `exceptions` are pairs of a part of a layer's
+    name and the bits that layers so named take instead; the last that fits counts.
     """
 
     bits: int = 4
@@ -39,6 +40,14 @@ class GptqSettings:
     damping: float = 0.01
     search: bool = True
     sequential: bool = True
+    exceptions: tuple[tuple[str, int], ...] = ()
+
+    def of(self, name: str) -> GptqSettings:
+        """The settings of one layer; 8-bit exceptions are symmetric, the only kind that GGUF has."""
+        for part, bits in reversed(self.exceptions):
+            if part in name:
+                return replace(self, bits=bits, symmetric=self.symmetric or bits == 8)
+        return self
 
     def check(self, name: str, rows: int, columns: int) -> None:
         """Raise InputError unless a layer of rows x columns can be quantized and packed so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
-from gramlite.quant.gptq import command, quantize_gptq
+from gramlite.quant.gptq import command, parse_exception, quantize_gptq
 from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import QuantizationReport
 from gramlite.quant.solve import GptqSettings
@@ -107,6 +108,28 @@ def test_manifest_tells_how_it_was_made(make_checkpoint: Make, transcripts: list
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert (config["desc_act"], config["sym"], config["group_size"]) == (True, True, 16)
     assert config == json.loads((tmp_path / "out/quantize_config.json").read_text())
+
+
+def test_some_layers_take_other_bits(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:
+    exceptions = (("v_proj", 8), ("layers.1.mlp", 2), ("down_proj", 3))
+    settings = GptqSettings(group_size=32, symmetric=False, exceptions=exceptions)
+    quantize(make_checkpoint(), tmp_path / "out", transcripts, settings)
+    folder = open_gptq(tmp_path / "out")
+    linears = {name.removeprefix("model.layers."): folder.read_linear(name) for name in folder.linears}
+    expected = {"0.self_attn.v_proj": 8, "1.mlp.up_proj": 2, "1.mlp.down_proj": 3, "0.mlp.up_proj": 4}
+    assert {name: linears[name].bits for name in expected} == expected
+    assert linears["0.self_attn.v_proj"].symmetric
+    assert not linears["0.mlp.up_proj"].symmetric
+    dynamic = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["dynamic"]
+    for name, linear in linears.items():
+        fits = [rule["bits"] for pattern, rule in dynamic.items() if re.match(pattern[2:], f"model.layers.{name}")]
+        assert (fits or [4])[0] == linear.bits
+
+
+@pytest.mark.parametrize("text", ["v_proj", "=8", "v_proj=", "v_proj=four"])
+def test_exceptions_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="PART=BITS"):
+        parse_exception(text)
 
 
 def test_the_same_twice(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:
