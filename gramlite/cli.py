@@ -54,6 +54,7 @@ COMMANDS = {
     "inspect": ("gramlite.commands.inspect", "Say what a model file is and how much memory it needs."),
     "doctor": ("gramlite.commands.doctor", "Say what works on this machine, and why something does not."),
     "reference": ("gramlite.commands.reference", "Build the reference judge."),
+    "pack": ("gramlite.quant.pack", "Pack a GPTQ folder into GGUF, bit for bit."),
 }
 
 
@@ -79,6 +80,7 @@ GROUPS = {
     "bench": (
         "Measure judges: what quantization cost, flips, speed.",
         {
+            "run": ("gramlite.bench.run", "Judge a suite into a run folder."),
             "compare": ("gramlite.bench.compare", "Compare runs pair by pair, with intervals and a gate."),
             "speed": ("gramlite.bench.speed", "Time a judge against its floor and its neighbours."),
         },

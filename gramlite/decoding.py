@@ -110,6 +110,7 @@ class Decoder:
         self._reason: str | None = None
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         self._on_text = on_text
+        self._told = 0
         self._stream = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -146,9 +147,9 @@ class Decoder:
         self._tokens.append(token)
         piece = self._vocabulary.piece(token)
         self._text += piece
-        if self._on_text:
-            self._on_text(self._stream.decode(piece))
-        if self._closing in self._text[-len(self._closing) - len(piece) :]:
+        closed = self._text.find(self._closing, max(0, len(self._text) - len(self._closing) - len(piece)))
+        self._tell(len(self._text) - self._begun_closing() if closed < 0 else closed)
+        if closed >= 0:
             self._answering = True
             return [token, *self._rest_of_scaffold()]
         if len(self._tokens) >= self.sampling.budget or self._loops():
@@ -198,11 +199,20 @@ class Decoder:
         """Close the thinking by force, completing a closing tag that was cut short."""
         self._forced = True
         self._answering = True
-        text = bytes(self._text)
-        begun = next((n for n in range(len(self._closing) - 1, 0, -1) if text.endswith(self._closing[:n])), 0)
-        lead = b"" if begun or not text or text.endswith(b"\n") else b"\n"
+        begun = self._begun_closing()
+        lead = b"" if begun or not self._text or self._text.endswith(b"\n") else b"\n"
         rest = lead + self._closing[begun:] + self._form.answer.encode()
         return encode_trusted(self._vocabulary, rest.decode())
+
+    def _begun_closing(self) -> int:
+        """How many bytes at the end of the text may be the beginning of the closing tag."""
+        return next((n for n in range(len(self._closing) - 1, 0, -1) if self._text.endswith(self._closing[:n])), 0)
+
+    def _tell(self, end: int) -> None:
+        """Let the listener hear the thinking up to `end`; a tag that may be closing it is held back."""
+        if self._on_text and end > self._told:
+            self._on_text(self._stream.decode(bytes(self._text[self._told : end])))
+            self._told = end
 
     def _rest_of_scaffold(self) -> Sequence[int]:
         """What is left of the scaffold after a closing tag that the model wrote itself."""

@@ -71,7 +71,7 @@ class Display:
             self._streaming = order
             self._out.print(Text(ORDER_TITLES[order], style="bold underline"))
         if order == self._streaming:
-            self._out.print(Text(visible(text).partition("</")[0]), end="", soft_wrap=True)
+            self._out.print(Text(visible(text)), end="", soft_wrap=True)
 
     def advance(self) -> None:
         """Count a row that needs no judging."""

@@ -113,7 +113,14 @@ def test_streamed_text_is_whole_characters() -> None:
     heard: list[str] = []
     listening = Decoder(VOCABULARY, REASONING, Sampling(), on_text=heard.append)
     run_script(listening, "naïve – ☕".encode() + b"</think>")
-    assert "".join(heard) == "naïve – ☕</think>"
+    assert "".join(heard) == "naïve – ☕"
+    assert len(heard) == len("naïve – ☕".encode()), "each token is heard when it comes"
+
+
+def test_a_closing_tag_is_held_back_until_it_is_none() -> None:
+    heard: list[str] = []
+    run_script(Decoder(VOCABULARY, REASONING, Sampling(), on_text=heard.append), b"a </thin line</think>")
+    assert "".join(heard) == "a </thin line"
 
 
 def test_verdict_only_forms_never_think() -> None:
