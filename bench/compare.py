@@ -186,13 +186,22 @@ def notes_of(base: Run, run: Run, counts: Mapping[str, int], effect: float) -> l
             f"(design effect {effect:.2f}); McNemar's p takes rows as independent."
         )
     for key in ("mode", "orders", "votes", "temperature", "budget", "template"):
-        first, second = ((side.record.get("settings") or {}).get(key) for side in (base, run))
+        first, second = (_setting(side, key) for side in (base, run))
         if first != second and base.record and run.record:
             notes.append(f"The settings differ: {key} is {first} in {base.name} and {second} in {run.name}.")
+    if base.record and run.record:
+        texts = [i for i, row in base.rows.items() if i in run.rows and row.get("input") != run.rows[i].get("input")]
+        if texts:
+            notes.append(f"{len(texts)} common rows were judged from other texts in {run.name} than in {base.name}.")
     hashes = {side.suite.get("sha256") for side in (base, run)} - {None}
     if len(hashes) > 1:
         notes.append("The runs read different suite files; labels and ids agree on the common rows.")
     return notes
+
+
+def _setting(side: Run, key: str) -> object:
+    value = (side.record.get("settings") or {}).get(key)
+    return value.get("name") if isinstance(value, dict) else value
 
 
 def show(base: Run, comparisons: Sequence[Comparison], runs: Mapping[str, Run]) -> None:

@@ -236,6 +236,11 @@ def _flips() -> str:
     )
 
 
+def _setting(name: str, value: object) -> str:
+    """A setting in words; of the nested ones the name is enough."""
+    return f"{name} {value.get('name', '…')}" if isinstance(value, dict) else f"{name} {value}"
+
+
 def _made_with(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     """What the figures were made with: models, settings, versions and machines of each run."""
     rows: list[dict[str, Cell]] = []
@@ -243,7 +248,7 @@ def _made_with(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]
         record, model = run.record, run.model
         versions = ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items())
         hardware = ", ".join(f"{k} {v}" for k, v in (record.get("hardware") or {}).items() if v)
-        settings = ", ".join(f"{k} {v}" for k, v in (record.get("settings") or {}).items() if v is not None)
+        settings = ", ".join(_setting(k, v) for k, v in (record.get("settings") or {}).items() if v is not None)
         fields = {
             "run": run.name, "format": model.get("format"), "type": model.get("quantization"),
             "sha256": str(model.get("sha256") or "")[:16], "settings": settings, "versions": versions,

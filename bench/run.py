@@ -31,7 +31,7 @@ from gramlite.pair import Pair, Verdict
 from gramlite.storage import sha256_cached, write_json
 
 from .folder import RECORD, ROWS, RUN_VERSION, read_run
-from .suites import Suite, open_suite
+from .suites import Suite, open_suite, suite_names
 
 if TYPE_CHECKING:
     from gramlite.display import Display
@@ -41,6 +41,12 @@ PACKAGES = (
     "numpy", "llama-cpp-python", "onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers",
     "bitsandbytes", "gptqmodel",
 )  # fmt: skip
+
+HELP = (
+    "Judge a benchmark into a run folder and score it officially.\n\n"
+    f"The suites are {', '.join(suite_names())}; your own pairs are pairs:FILE. Without a file, the suite's own is "
+    "looked for in the folder GRAMLITE_BENCHMARKS."
+)
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> No
         click.echo(note)
 
 
-@click.command()
+@click.command(help=HELP)
 @click.argument("suite", metavar="SUITE[:FILE]")
 @judge_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN_FOLDER", help="Where to.")
@@ -246,11 +252,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Judge a benchmark into a run folder and score it officially.
-
-    The suites are autoj, hhh, judgebench, llmbar, mtbench, pandalm, rewardbench, rmbench, and pairs:FILE
-    for your own.
-    """
+    """Judge a suite and print its score."""
     from gramlite.display import Display
     from gramlite.interrupt import on_interrupt
 

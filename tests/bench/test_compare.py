@@ -174,6 +174,14 @@ def test_settings_that_differ_are_noted(make_run: MakeRun) -> None:
     assert any("different suite files" in note for note in notes)
 
 
+def test_texts_that_differ_are_noted(make_run: MakeRun) -> None:
+    rows = [side("A", identifier=str(i), label="A", input=f"digest {i}") for i in range(3)]
+    changed = [*rows[:2], {**rows[2], "input": "another"}]
+    base, run = make_run("base", rows, suite={}), make_run("run", changed, suite={})
+    notes = compare_runs(read_run(base), read_run(run)).notes
+    assert notes == ["1 common rows were judged from other texts in run than in base."]
+
+
 def test_a_torn_last_line_and_a_row_judged_twice(make_run: MakeRun) -> None:
     folder = make_run("base", [side(None, identifier="x"), side("A", identifier="x", label="A")])
     with (folder / "rows.jsonl").open("a") as file:
