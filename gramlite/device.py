@@ -30,11 +30,12 @@ MiB = 1 << 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device that answered, its free and total memory in bytes."""
+    """A CUDA device that answered, its free and total memory in bytes, and its place among them."""
 
     name: str
     free: int
     total: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Offload:
     gpu_layers: int
     context: int
     device: str
+    main_gpu: int = 0
 
     @property
     def micro_batch(self) -> int:
@@ -107,7 +109,7 @@ def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int) -> Offload:
     if layers < total:
         free = f"{gpu.free / MiB:,.0f} MiB free on {gpu.name}"
         logger.warning("%d of %d layers fit the %s; the rest run on the CPU.", layers, total, free)
-    return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})")
+    return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", gpu.index)
 
 
 def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapter: Header | None = None) -> int:

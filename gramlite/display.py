@@ -91,7 +91,7 @@ class Display:
             else:
                 self._out.print(row_line(row))
         elif row["verdict"] is None:
-            self._errors.print(Text(f"{row['id']}: {row['reason']}", style="red"))
+            self._errors.print(Text(visible(f"{row['id']}: {row['reason']}"), style="red"))
         self.advance()
 
     def _show_pair(self, verdict: Verdict) -> None:

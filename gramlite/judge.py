@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -129,8 +130,10 @@ class Judge:
 
         `on_text` hears each order's rationale as it is written. Raises InputError for a pair that cannot be judged.
         """
-        verdict = next(self.many([Pair(prompt, response_a, response_b, id=id)], on_text=on_text, strict=True))
-        return verdict
+        with closing(
+            self.many([Pair(prompt, response_a, response_b, id=id)], on_text=on_text, strict=True)
+        ) as verdicts:
+            return next(verdicts)
 
     def many(
         self,
@@ -139,7 +142,7 @@ class Judge:
         strict: bool = False,
         lookahead: bool = True,
         on_text: Listener | None = None,
-    ) -> Iterator[Verdict]:
+    ) -> Generator[Verdict, None, None]:
         """Judge pairs lazily and yield one verdict each, in input order.
 
         A pair that cannot be judged yields a verdict with no winner and a reason; with `strict` it raises. With

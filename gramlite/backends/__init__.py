@@ -87,7 +87,10 @@ def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
         module = importlib.import_module(f"{__name__}.{artifact.format}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith(__name__):
-            raise ModelError(f"No backend runs the format {artifact.format!r} ({artifact.path}).") from error
+            raise ModelError(
+                f"No backend runs the format {artifact.format!r} of {artifact.path}. If it is a checkpoint, type: "
+                f"gramlite export gguf {artifact.path} -o judge.gguf"
+            ) from error
         raise ModelError(
             f"The {artifact.format} backend needs the package {error.name!r}. "
             f"Type: pip install 'gramlite[{artifact.format}]'"

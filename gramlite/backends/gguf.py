@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
 import unicodedata
 from collections import deque
@@ -32,7 +33,6 @@ from . import Request, RuntimeOptions
 
 SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 TRUNK = 0
-GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 NO_ROOM = 1  # llama_decode's return values
 ABORTED = 2
 
@@ -65,21 +65,26 @@ def machine() -> Machine:
 
 
 def _gpus() -> list[Gpu]:
-    """The GPUs that ggml enumerates, through its own device interface (ggml-backend.h)."""
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml.so"))
-    base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    """The CUDA devices that ggml enumerates, through its own device interface (ggml-backend.h)."""
+    ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    try:
+        library, base = (ctypes.CDLL(str(folder / f"lib{name}.{ending}")) for name in ("ggml", "ggml-base"))
+    except OSError:
+        return []
     library.ggml_backend_dev_count.restype = ctypes.c_size_t
     library.ggml_backend_dev_get.restype = ctypes.c_void_p
-    base.ggml_backend_dev_description.restype = ctypes.c_char_p
-    found = []
+    for describe in (base.ggml_backend_dev_name, base.ggml_backend_dev_description):
+        describe.restype = ctypes.c_char_p
+    found: list[Gpu] = []
     for index in range(library.ggml_backend_dev_count()):
         device = ctypes.c_void_p(library.ggml_backend_dev_get(ctypes.c_size_t(index)))
-        if base.ggml_backend_dev_type(device) != GPU_DEVICE:
+        if not (base.ggml_backend_dev_name(device) or b"").startswith(b"CUDA"):
             continue
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         name = (base.ggml_backend_dev_description(device) or b"GPU").decode("utf-8", "replace")
-        found.append(Gpu(name, free.value, total.value))
+        found.append(Gpu(name, free.value, total.value, index=len(found)))
     return found
 
 
@@ -153,6 +158,7 @@ class GgufBackend:
         normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
         self.vocabulary = LlamaVocabulary(self._model, normalize=normalize)
         self._memory = llama_cpp.llama_get_memory(self._context)
+        self._parallel = parallel
         self._free = list(range(parallel, 0, -1))
         self._trunk: tuple[int, ...] = ()
         self._orphans = 0  # cells of former trunks that running sequences still hold
@@ -161,6 +167,8 @@ class GgufBackend:
     def _load(self, path: Path, options: RuntimeOptions, plan: Offload, parallel: int) -> None:
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = plan.gpu_layers
+        model_params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+        model_params.main_gpu = plan.main_gpu
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         if not self._model:
             raise ModelError(f"llama.cpp could not load {path}: {_last_words()}. Export or download it again.")
@@ -218,9 +226,13 @@ class GgufBackend:
                 for running in [r for r in self._running if r.request.decoder.finished]:
                     self._running.remove(running)
                     yield self._end(running)
-        finally:
-            if self._running:  # given up half way
+        except GeneratorExit:  # the caller has enough; what is computed stays, unless something was half way
+            if self._running:
                 self._forget()
+            raise
+        except BaseException:
+            self._forget()
+            raise
 
     def _has_room(self, request: Request) -> bool:
         if not self._running:
@@ -295,7 +307,6 @@ class GgufBackend:
         status = llama_cpp.llama_decode(self._context, self._batch)
         if status == 0:
             return
-        self._forget()
         if status == ABORTED:
             raise GramliteError("The judging was stopped.")
         if status == NO_ROOM:
@@ -318,7 +329,7 @@ class GgufBackend:
     def _forget(self) -> None:
         """Drop everything that is computed, after a failure or an early end."""
         llama_cpp.llama_memory_clear(self._memory, False)
-        self._free += [running.sequence for running in self._running]
+        self._free = list(range(self._parallel, 0, -1))
         self._running.clear()
         self._trunk = ()
         self._orphans = 0

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from broken_gguf import UINT32, model_pieces
+
+from gramlite.backends import RuntimeOptions
+from gramlite.device import GPU_MICRO_BATCH, Gpu, Machine, context_size, layers_that_fit, plan_offload, thread_count
+from gramlite.errors import InputError, ResourceError
+from gramlite.gguf_header import Header, read_header
+from gramlite.memory import predict
+
+GiB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
+    pieces = model_pieces()
+    pieces.put("llama.context_length", UINT32, 16384)
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    path.write_bytes(pieces.file())
+    return read_header(path)
+
+
+def needed(header: Header, context: int, **options: object) -> int:
+    return predict(header, context_size(RuntimeOptions(**options), context)).total  # type: ignore[arg-type]
+
+
+def gpu(free: int) -> Gpu:
+    return Gpu("GPU 0", free, 24 * GiB)
+
+
+def test_without_a_gpu_it_is_the_cpu_with_one_line(header: Header, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gramlite")
+    plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (), "the driver is missing"))
+    assert (plan.gpu_layers, plan.device, plan.context) == (0, "cpu", 8192)
+    assert [record.message for record in caplog.records] == ["Running on the CPU: the driver is missing."]
+
+
+def test_a_gpu_with_room_takes_every_layer_and_the_head(header: Header) -> None:
+    plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(8 * GiB),)))
+    assert plan.gpu_layers == 3 and plan.device == "cuda (3 of 3 layers on GPU 0)"
+    assert plan.micro_batch == GPU_MICRO_BATCH
+
+
+def test_the_gpu_with_most_free_memory_is_taken(header: Header) -> None:
+    other = Gpu("GPU 1", 8 * GiB, 24 * GiB)
+    assert "GPU 1" in plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(1000), other))).device
+
+
+def test_a_gpu_with_little_room_takes_some_layers(header: Header, caplog: pytest.LogCaptureFixture) -> None:
+    size = context_size(RuntimeOptions(), 8192, micro_batch=GPU_MICRO_BATCH)
+    whole = predict(header, size)
+    counts = [layers_that_fit(header, size, free) for free in range(0, whole.total + 4096, 4096)]
+    assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3}
+    free = next(free for free in range(0, whole.total, 4096) if layers_that_fit(header, size, free) == 1)
+    plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(int(free / 0.94) + 4096),)))
+    assert plan.gpu_layers == 1 and "1 of 3 layers fit" in caplog.text
+
+
+def test_a_gpu_without_room_falls_back_loudly_or_not_at_all(header: Header, caplog: pytest.LogCaptureFixture) -> None:
+    full = Machine(GiB, (gpu(1000),))
+    assert plan_offload(header, RuntimeOptions(), full).gpu_layers == 0
+    assert "not one layer fits" in caplog.text
+    with pytest.raises(ResourceError, match="--device cuda was asked for, but not one layer fits"):
+        plan_offload(header, RuntimeOptions(device="cuda"), full)
+    with pytest.raises(ResourceError, match="no CUDA device"):
+        plan_offload(header, RuntimeOptions(device="cuda"), Machine(GiB))
+
+
+def test_cpu_is_cpu_also_beside_a_gpu(header: Header) -> None:
+    assert plan_offload(header, RuntimeOptions(device="cpu"), Machine(GiB, (gpu(8 * GiB),))).device == "cpu"
+
+
+def test_a_context_shrinks_by_itself_but_not_when_it_was_asked_for(
+    header: Header, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = Machine(needed(header, 2048) + 1)
+    plan = plan_offload(header, RuntimeOptions(device="cpu"), short)
+    assert plan.context == 2048 and "using 2048" in caplog.text
+    with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes.*largest context that fits is 2,048"):
+        plan_offload(header, RuntimeOptions(device="cpu", context=4096), short)
+    with pytest.raises(ResourceError, match="No context fits"):
+        plan_offload(header, RuntimeOptions(device="cpu"), Machine(1000))
+
+
+def test_a_context_beyond_the_models_is_refused(header: Header) -> None:
+    with pytest.raises(InputError, match="16,384 tokens the model was trained for"):
+        plan_offload(header, RuntimeOptions(context=20000), Machine(GiB))
+
+
+def test_threads(tmp_path: Path) -> None:
+    assert thread_count(3) == 3 and thread_count(None) >= 1
