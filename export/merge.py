@@ -31,7 +31,9 @@ COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 SPARE_BYTES = 64 << 20
 
 
-def merge_adapter(folder: Path, peft_folder: Path, destination: Path, *, force: bool = False) -> Manifest:
+def merge_adapter(
+    folder: Path, peft_folder: Path, destination: Path, *, template: str | None = None, force: bool = False
+) -> Manifest:
     """Write a checkpoint folder with a LoRA merged in, and return its manifest.
 
     Raises ModelError, which names it, for a checkpoint or adapter that is refused, InputError when `destination`
@@ -43,7 +45,7 @@ def merge_adapter(folder: Path, peft_folder: Path, destination: Path, *, force: 
     match_tensors(checkpoint, architecture)
     match_modules(adapter, expected_tensors(architecture))
     refuse_overwriting(destination, folder, force)
-    judge = judge_template(folder, None) or judge_template(Path(peft_folder), None)
+    judge = judge_template(folder, template) or judge_template(Path(peft_folder), None)
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress_bar(total) as advance, atomic_output(destination, force=force, need_bytes=total + SPARE_BYTES) as out:
         out.mkdir()
@@ -145,10 +147,13 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("peft_folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
 @click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(checkpoint: Path, peft_folder: Path, output: Path, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: Path, peft_folder: Path, output: Path, template: str | None, force: bool, as_json: bool
+) -> None:
     """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
-    manifest = merge_adapter(checkpoint, peft_folder, output, force=force)
+    manifest = merge_adapter(checkpoint, peft_folder, output, template=template, force=force)
     next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
     print_artifact(output, manifest, command=next_command, as_json=as_json)
