@@ -21,8 +21,9 @@ logger = logging.getLogger("gramlite")
 
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
-# Tokens computed together. With flash attention, which skips masked cells, a CPU is as fast with 256 as with 512.
-CPU_MICRO_BATCH = 256
+# Tokens computed together. Without flash attention each is scored against every cell of its batch's context and only
+# then masked, so that small batches save a CPU work and memory; a GPU wants large ones.
+CPU_MICRO_BATCH = 128
 GPU_MICRO_BATCH = 512
 GPU_MARGIN = 0.06  # of a GPU's free memory, left for the driver's own needs
 MiB = 1 << 20
@@ -65,7 +66,7 @@ def context_size(options: RuntimeOptions, cells: int, *, micro_batch: int = CPU_
     """What llama.cpp is asked for: the trunk and `parallel` sequences, each with logits for its last position."""
     sequences = (1 if options.deterministic else max(1, options.parallel)) + 1
     return ContextSize(
-        cells=cells, micro_batch=micro_batch, outputs=sequences, sequences=sequences, flash_attention=True
+        cells=cells, micro_batch=micro_batch, outputs=sequences, sequences=sequences
     )
 
 

@@ -179,8 +179,10 @@ class GgufBackend:
         params.n_outputs_max = parallel + 1
         params.n_threads = params.n_threads_batch = thread_count(options.threads)
         params.kv_unified = True
-        # on, though a single step is faster without: prefill is most of a pair's time, and it skips masked cells
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        # on a CPU flash attention makes a pair's prefill 2 % faster and its decoding 10 % slower
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if plan.gpu_layers else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
         # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
