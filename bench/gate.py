@@ -20,7 +20,7 @@ from gramlite.storage import atomic_output
 
 from .compare import Comparison
 from .measures import MEASURES
-from .statistics import pairs_to_settle
+from .statistics import pairs_to_settle, pairs_to_settle_rate
 
 Outcome = Literal["pass", "fail", "undecidable"]
 CLAUSE = re.compile(r"^\s*([a-z_]+)\s*(>=|<=)\s*([-+]?\d+(?:\.\d+)?)\s*%?\s*$")
@@ -83,7 +83,8 @@ def _finding(comparison: Comparison, clause: Clause) -> Finding:
         sentence = f"{clause}: undecidable for {comparison.run}. No row has {measure.title}."
         return Finding(clause, comparison.run, "undecidable", sentence)
     outcome = outcome_of(change.low, change.high, clause.relation, limit)
-    needed = pairs_to_settle(change, limit) if outcome == "undecidable" else None
+    settle = pairs_to_settle if measure.base or measure.unit != "rate" else pairs_to_settle_rate
+    needed = settle(change, limit) if outcome == "undecidable" else None
     return Finding(clause, comparison.run, outcome, _sentence(comparison, clause, outcome, needed), needed)
 
 

@@ -7,7 +7,7 @@ fractions here; percent and percentage points are a matter of printing.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -244,19 +244,44 @@ def pairs_needed(difference: float, discordance: float, *, power: float = POWER)
     """How many pairs find a true accuracy difference of this size with `power`; None above ten million."""
     if not 0 < abs(difference) <= 1:
         raise ValueError("the difference must lie between 0 and 1")
+    return fewest_pairs(lambda n: mcnemar_power(n, discordance, difference) >= power)
+
+
+def fewest_pairs(enough: Callable[[int], bool]) -> int | None:
+    """The smallest number of pairs, to a two-thousandth, that is enough; None above ten million."""
     high = 8
-    while mcnemar_power(high, discordance, difference) < power:
+    while not enough(high):
         high *= 2
         if high > MOST_PAIRS:
             return None
     low = high // 2
     while high - low > max(1, high // 2000):
         middle = (low + high) // 2
-        if mcnemar_power(middle, discordance, difference) < power:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def pairs_to_settle_rate(estimate: Estimate, threshold: float, *, power: float = POWER) -> int | None:
+    """How many rows bring a rate's exact interval clear of `threshold`, if the true rate is the one seen now.
+
+    None where the rate sits on the threshold or nothing was measured. Rows are taken as independent.
+    """
+    from scipy.special import bdtr
+
+    rate, limit = estimate.value, threshold
+    if estimate.n == 0 or rate == limit or not 0 <= limit <= 1:
+        return None
+    if rate > limit:
+        rate, limit = 1 - rate, 1 - limit
+
+    def enough(n: int) -> bool:
+        # the upper bound of k hits lies below the limit just where the limit makes so few hits unlikely
+        counts = np.arange(int(n * limit) + 2, dtype=np.float64)
+        unlikely = int((np.asarray(bdtr(counts, n, limit)) <= (1 - CONFIDENCE) / 2).sum())
+        return unlikely > 0 and float(bdtr(float(unlikely - 1), n, rate)) >= power
+
+    found = fewest_pairs(enough)
+    return None if found is None else max(estimate.n + 1, found)
 
 
 def pairs_to_settle(estimate: Estimate, threshold: float, *, power: float = POWER) -> int | None:

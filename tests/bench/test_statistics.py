@@ -194,6 +194,28 @@ def test_pairs_to_settle_does_settle() -> None:
     assert st.pairs_to_settle(st.NOTHING, 0.0) is None
 
 
+@pytest.mark.parametrize(("rate", "limit"), [(0.0, 0.03), (0.02, 0.03), (0.05, 0.03), (0.97, 0.95), (0.5, 0.6)])
+def test_pairs_to_settle_a_rate_do_settle(rate: float, limit: float) -> None:
+    now = st.Estimate(rate, 0.0, 1.0, 10)
+    n = st.pairs_to_settle_rate(now, limit)
+    assert n is not None
+    counts = np.random.default_rng(3).binomial(n, rate, size=2000)
+    bounds = np.array([st.clopper_pearson(int(count), n) for count in counts])
+    settled = bounds[:, 1] <= limit if rate < limit else bounds[:, 0] > limit
+    assert settled.mean() >= 0.77
+    fewer = int(0.8 * n)
+    bounds = np.array(
+        [st.clopper_pearson(int(k), fewer) for k in np.random.default_rng(4).binomial(fewer, rate, size=2000)]
+    )
+    assert (bounds[:, 1] <= limit if rate < limit else bounds[:, 0] > limit).mean() < 0.8
+
+
+def test_what_cannot_be_settled() -> None:
+    assert st.pairs_to_settle_rate(st.Estimate(0.03, 0, 1, 10), 0.03) is None
+    assert st.pairs_to_settle_rate(st.NOTHING, 0.03) is None
+    assert st.pairs_to_settle_rate(st.Estimate(0.0, 0, 1, 10), 0.03) == pytest.approx(122, abs=2)
+
+
 def test_divergence_is_scipy_entropy() -> None:
     for p, q in ((0.5, 0.5), (0.9, 0.6), (1.0, 0.3), (0.2, 0.7)):
         assert st.verdict_divergence(p, q) == pytest.approx(stats.entropy([p, 1 - p], [q, 1 - q]), abs=1e-6)
