@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gramlite.errors import ModelError
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-MAX_LAYERS = 4096
+MAX_LAYERS = 512  # what llama.cpp allows
 MAX_SIZE = 1 << 31
 
 

@@ -26,6 +26,7 @@ from .report import Advance, judge_command, print_artifact, print_notes, progres
 from .stream import (
     PIECE_BYTES,
     BackgroundHash,
+    BackgroundSync,
     convert_checked,
     permute_heads,
     read_pieces,
@@ -162,6 +163,7 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
             while piece := head.read(PIECE_BYTES):
                 digest.update(piece)
         output = stack.enter_context(path.open("ab"))
+        sync = stack.enter_context(BackgroundSync(output))
         factors = rope_factors(plan.architecture)
         pad(output, digest)
         if factors is not None:
@@ -180,6 +182,7 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
                             put(output, digest, convert_piece(piece, tensor, expected[tensor.name], plan))
                             advance(expected[tensor.name].target, len(piece))
                     pad(output, digest)
+                    sync.written(output.tell())
                 hashes[file.name] = source_digest.hexdigest()
         return hashes, digest.hexdigest()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from gramlite.errors import ModelError
 from .checkpoint import StoredTensor, damaged
 
 PIECE_BYTES = 4 << 20
+SYNC_BYTES = 128 << 20
 NUMPY_TYPES: dict[str, numpy.dtype[Any]] = {
     "F32": numpy.dtype("<f4"),
     "F16": numpy.dtype("<f2"),
@@ -60,6 +62,34 @@ class BackgroundHash:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class BackgroundSync:
+    """Asks the disk to take what was written so far, in a thread of its own, so that the last fsync has little to do."""
+
+    def __init__(self, output: BinaryIO) -> None:
+        self._output = output
+        self._due = SYNC_BYTES
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")
+        self._pending: Future[None] | None = None
+
+    def written(self, position: int) -> None:
+        """Say how far the file has got; raises what an earlier sync raised, as on a full disk."""
+        if position >= self._due and (self._pending is None or self._pending.done()):
+            if self._pending:
+                self._pending.result()
+            self._due = position + SYNC_BYTES
+            self._pending = self._executor.submit(os.fsync, self._output.fileno())
+
+    def __enter__(self) -> BackgroundSync:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._pending and error is None and not self._pending.cancelled():
+            self._pending.result()
 
 
 def read_pieces(file: BinaryIO, tensor: StoredTensor, *, heads: int = 0) -> Iterator[bytes]:
@@ -143,15 +173,16 @@ def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[A
 
 def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[Any]:
     """Convert a piece of a tensor; ModelError where it holds what is no number, or what the target cannot hold."""
-    if not is_finite(numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype]), tensor.dtype):
+    source = numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype])
+    values = convert(data, tensor.dtype, target)
+    # narrowing to bfloat16 may carry what is no number over into a zero; elsewhere it shows in the result
+    carried = target == "BF16" and tensor.dtype != "BF16" and not is_finite(source, tensor.dtype)
+    if is_finite(values, target) and not carried:
+        return values
+    if not is_finite(source, tensor.dtype):
         raise ModelError(
-            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no "
-            "number. "
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. "
             "Download it again."
         )
-    values = convert(data, tensor.dtype, target)
-    if target not in (tensor.dtype, "F32") and not is_finite(values, target):
-        raise ModelError(
-            f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with --dtype bf16 or --dtype f32."
-        )
-    return values
+    wider = "--dtype bf16 or --dtype f32" if target == "F16" else "--dtype f32"
+    raise ModelError(f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with {wider}.")
