@@ -1,9 +1,10 @@
 """How fast a judge is, against the floor that its kernels set and against plain llama-cpp-python.
 
 The floor of a pair is what the native library needs for work that cannot be left out: each distinct prompt token
-once at the measured prefill rate, and each decoding step at the measured time of a step. Contenders take turns pair
-by pair in one process, so that a drift of the machine's speed cancels in the ratios; a ratio's spread is the middle
-half of the pairs'.
+once at the rate measured behind a shared beginning, and each joint decoding step at the measured time of a step.
+Contenders take turns group by group in one process, so that a drift of the machine's speed cancels in the ratios; a
+ratio's spread is the middle half of the turns'. Direct mode takes one pair a turn, think mode as many as it decodes
+together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,40 +32,41 @@ RATIONALE_TOKENS = 256
 
 @dataclass
 class Contender:
-    """Something that judges a pair in both orders, and the seconds each pair took it, by repetition."""
+    """Something that judges pairs in both orders, and the seconds a pair that each turn took."""
 
     name: str
-    judge: Callable[[Pair], object]
+    judge: Callable[[Sequence[Pair]], object]
     seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer `slower` takes than `faster`, pair by pair: median and middle half."""
+    """How many times longer `slower` takes than `faster`, turn by turn: median and middle half."""
 
     slower: str
     faster: str
     median: float
     low: float
     high: float
-    pairs: int
+    turns: int
 
 
-def take_turns(contenders: Sequence[Contender], pairs: Sequence[Pair], *, repetitions: int) -> None:
-    """Let the contenders judge each pair in turn, after one warm-up pair that is not counted."""
+def take_turns(contenders: Sequence[Contender], pairs: Sequence[Pair], *, group: int, repetitions: int) -> None:
+    """Let the contenders judge each group of pairs in turn, after a warm-up group that is not counted."""
+    groups = [pairs[start : start + group] for start in range(0, len(pairs), group)]
     for contender in contenders:
-        contender.judge(pairs[0])
+        contender.judge(groups[0])
     for repetition in range(repetitions):
-        for index, pair in enumerate(pairs):
+        for index, members in enumerate(groups):
             shift = (index + repetition) % len(contenders)
             for contender in [*contenders[shift:], *contenders[:shift]]:
                 began = time.perf_counter()
-                contender.judge(pair)
-                contender.seconds.append(time.perf_counter() - began)
+                contender.judge(members)
+                contender.seconds.append((time.perf_counter() - began) / len(members))
 
 
 def ratio(slower: Contender, faster: Contender) -> Ratio:
-    """The ratio of two contenders' times; both took the same pairs, each in its own order of turns."""
+    """The ratio of two contenders' times; both took the same groups of pairs."""
     ratios = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(slower.name, faster.name, middle, low, high, len(ratios))
@@ -72,26 +74,30 @@ def ratio(slower: Contender, faster: Contender) -> Ratio:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the native library can do: prefill in tokens a second, and the seconds of one step of two sequences."""
+    """What the native library can do: prefill in tokens a second behind a shared beginning, and the seconds of a step."""
 
     prefill_rate: float
     step_seconds: float
 
 
-def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], *, repetitions: int) -> Kernels:
-    """Time bare prefills of whole prompts and bare steps of two sequences, on the judge's own context."""
+def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int, *, repetitions: int) -> Kernels:
+    """Time bare calls on the judge's own context: prompts behind their `shared` first tokens, and joint steps."""
     backend: Any = judge.backend
+    sequences = range(1, backend._layout.parallel + 1)
     rates, steps = [], []
     for tokens in [*prompts] * repetitions:
         backend._forget()
-        began = time.perf_counter()
-        backend._prefill(tokens, 1, 0, want_logits=True)
-        rates.append(len(tokens) / (time.perf_counter() - began))
-        backend._prefill(tokens, 2, 0, want_logits=True)
+        for sequence in sequences:
+            backend._prefill(tokens[:shared], [sequence], 0)
+            began = time.perf_counter()
+            backend._prefill(tokens[shared:], [sequence], shared)
+            rates.append((len(tokens) - shared) / (time.perf_counter() - began))
+            if sequence == 1 and len(sequences) == 1:
+                break
         for step in range(8):
             backend._batch.n_tokens = 0
-            for sequence in (1, 2):
-                backend._add([tokens[step]], sequence, len(tokens) + step)
+            for sequence in sequences:
+                backend._add([tokens[step]], [sequence], len(tokens) + step)
                 backend._batch.logits[backend._batch.n_tokens - 1] = True
             began = time.perf_counter()
             backend._decode()
@@ -100,19 +106,20 @@ def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], *, repetitio
     return Kernels(statistics.median(rates), statistics.median(steps))
 
 
-def floor_seconds(verdicts: Iterable[Mapping[str, Any]], kernels: Kernels, prefix_tokens: int) -> float:
-    """The least seconds that judged rows could have taken: distinct prompt tokens and joint decoding steps."""
-    total = 0.0
-    for row in verdicts:
-        computed = sum(order["tokens"]["prompt"] + prefix_tokens - order["tokens"]["cached"] for order in row["orders"])
-        steps = max(order["tokens"]["generated"] for order in row["orders"])
-        total += computed / kernels.prefill_rate + (steps + (steps > 0)) * kernels.step_seconds
-    return total
+def floor_seconds(rows: Sequence[Mapping[str, Any]], kernels: Kernels, *, prefix_tokens: int, parallel: int) -> float:
+    """The least seconds that rows judged together could have taken: distinct prompt tokens and joint decoding steps."""
+    orders = [order for row in rows for order in row["orders"]]
+    computed = sum(order["tokens"]["prompt"] + prefix_tokens - order["tokens"]["cached"] for order in orders)
+    generated = [order["tokens"]["generated"] for order in orders]
+    steps = max(max(generated), sum(generated) / parallel)
+    return computed / kernels.prefill_rate + steps * kernels.step_seconds
 
 
 def plain_contenders(judge: Judge, model: Path, *, threads: int, context: int) -> list[Contender]:
     """llama-cpp-python as people use it: a probability by logprobs, a bare letter, and a written rationale."""
     import llama_cpp
+
+    from gramlite.template import presented
 
     def open_model(logits_all: bool) -> Any:
         return llama_cpp.Llama(
@@ -127,28 +134,21 @@ def plain_contenders(judge: Judge, model: Path, *, threads: int, context: int) -
         shown = judge.template.segments(presented(Pair(pair.prompt, first, second), "ab"))
         return "".join(segment.text for segment in shown)
 
-    from gramlite.template import presented
+    def complete(llama: Any, logprobs: int | None) -> Callable[[Sequence[Pair]], object]:
+        def prompt(pair: Pair, swap: bool) -> str:
+            return judge.scaffold.before + message(pair, swap) + judge.scaffold.after + prefix
 
-    def complete(llama: Any, logprobs: int | None) -> Callable[[Pair], object]:
-        def both_orders(pair: Pair) -> object:
-            scaffold = judge.scaffold
-            return [
-                llama.create_completion(
-                    scaffold.before + message(pair, swap) + scaffold.after + prefix,
-                    max_tokens=1,
-                    temperature=0,
-                    logprobs=logprobs,
-                )
-                for swap in (False, True)
-            ]
+        def judge_pairs(pairs: Sequence[Pair]) -> object:
+            asked = {"max_tokens": 1, "temperature": 0, "logprobs": logprobs}
+            return [llama.create_completion(prompt(pair, swap), **asked) for pair in pairs for swap in (False, True)]
 
-        return both_orders
+        return judge_pairs
 
-    def chat(pair: Pair) -> object:
+    def chat(pairs: Sequence[Pair]) -> object:
+        asked = {"max_tokens": RATIONALE_TOKENS, "temperature": 0}
         return [
-            chatting.create_chat_completion(
-                [{"role": "user", "content": message(pair, swap)}], max_tokens=RATIONALE_TOKENS, temperature=0
-            )
+            chatting.create_chat_completion([{"role": "user", "content": message(pair, swap)}], **asked)
+            for pair in pairs
             for swap in (False, True)
         ]
 
@@ -161,11 +161,11 @@ def plain_contenders(judge: Judge, model: Path, *, threads: int, context: int) -
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured: seconds a pair by contender, ratios, kernels, floors and the machine."""
+    """What was measured: seconds a pair by contender, ratios, kernels and overhead by mode, and the settings."""
 
     contenders: dict[str, dict[str, float]]
     ratios: list[Ratio]
-    kernels: Kernels
+    kernels: dict[str, Kernels]
     overhead: dict[str, float]
     settings: dict[str, Any]
 
@@ -173,65 +173,79 @@ class SpeedReport:
         return {
             "contenders": self.contenders,
             "ratios": [vars(one) for one in self.ratios],
-            "kernels": vars(self.kernels),
+            "kernels": {mode: vars(kernels) for mode, kernels in self.kernels.items()},
             "overhead_over_floor": self.overhead,
             "settings": self.settings,
         }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One mode's turns: its contenders, ours first, its kernels and how much longer than the floor it took."""
+
+    contenders: list[Contender]
+    kernels: Kernels
+    overhead: float
+
+
+def time_mode(
+    judge: Judge, plain: Sequence[Contender], pairs: Sequence[Pair], *, group: int, repetitions: int
+) -> Timed:
+    """Let a judge and its plain contenders take turns, the judge's kernels measured before and after."""
+    from gramlite.prompt import encode_trusted
+
+    groups: list[list[dict[str, Any]]] = []
+
+    def judge_pairs(members: Sequence[Pair]) -> object:
+        groups.append([verdict.to_json() for verdict in judge.many(members)])
+        return groups[-1]
+
+    form, mode = judge.template.form, judge.settings.mode
+    prefix = len(encode_trusted(judge.backend.vocabulary, form.direct if mode == "direct" else form.opening))
+    parallel: int = judge.backend._layout.parallel  # type: ignore[attr-defined]
+    prompts = [judge._encode(pair, "ab").tokens for pair in pairs[: max(2, 6 // parallel)]]
+    ours = Contender(f"gramlite, {mode}", judge_pairs)
+    shared = len(judge._preamble) // 2
+    before = measure_kernels(judge, prompts, shared, repetitions=1)
+    take_turns([ours, *plain], pairs, group=group, repetitions=repetitions)
+    after = measure_kernels(judge, prompts, shared, repetitions=1)
+    kernels = Kernels(
+        statistics.mean([before.prefill_rate, after.prefill_rate]),
+        statistics.mean([before.step_seconds, after.step_seconds]),
+    )
+    least = [floor_seconds(rows, kernels, prefix_tokens=prefix, parallel=parallel) / len(rows) for rows in groups[1:]]
+    return Timed([ours, *plain], kernels, sum(ours.seconds) / sum(least) - 1)
 
 
 def measure_speed(model: Path, pairs: Sequence[Pair], *, repetitions: int, against: Sequence[str]) -> SpeedReport:
     """Time both modes of a judge on pairs, its kernels, and plain llama-cpp-python where it is asked for."""
     import gramlite
     from gramlite import RuntimeOptions, Settings
+    from gramlite.commands.options import THINK_PARALLEL
     from gramlite.device import thread_count
-    from gramlite.prompt import encode_trusted
 
     context, threads = 4096, thread_count(None)
-    runtime = RuntimeOptions(context=context, parallel=2, threads=threads)
-    began = time.perf_counter()
-    judge = gramlite.load(model, settings=Settings(mode="direct"), runtime=runtime)
-    load_seconds = time.perf_counter() - began
-    thinking = judge.with_settings(mode="think", budget=RATIONALE_TOKENS)
-    rows: dict[str, list[dict[str, Any]]] = {"gramlite, direct": [], "gramlite, think": []}
-
-    def ours(name: str, using: Judge) -> Contender:
-        def judge_pair(pair: Pair) -> object:
-            verdict = using(prompt=pair.prompt, response_a=pair.response_a, response_b=pair.response_b)
-            rows[name].append(verdict.to_json())
-            return verdict
-
-        return Contender(name, judge_pair)
-
-    direct, think = ours("gramlite, direct", judge), ours("gramlite, think", thinking)
-    vocabulary = judge.backend.vocabulary
-    prompts = [judge._prepare(pair).prompts["ab"].tokens for pair in pairs[:6]]  # type: ignore[union-attr]
-    kernels = measure_kernels(judge, prompts, repetitions=2)
-    contenders = [direct, think]
-    ratios = []
-    if "llama-cpp-python" in against:
-        plain = plain_contenders(judge, model, threads=threads, context=context)
-        contenders += plain
-    # each mode's own prefixes stay computed between its pairs, as they do when it is used alone
-    take_turns([direct, *contenders[2:4]], pairs, repetitions=repetitions)
-    take_turns([think, *contenders[4:]], pairs, repetitions=repetitions)
-    if len(contenders) > 2:
-        ratios = [ratio(plain[0], direct), ratio(plain[1], direct), ratio(plain[2], think)]
-    again = measure_kernels(judge, prompts, repetitions=2)
-    kernels = Kernels((kernels.prefill_rate + again.prefill_rate) / 2, (kernels.step_seconds + again.step_seconds) / 2)
-    prefixes = {
-        "gramlite, direct": len(encode_trusted(vocabulary, judge.template.form.direct)),
-        "gramlite, think": len(encode_trusted(vocabulary, judge.template.form.opening)),
-    }
-    overhead = {
-        name: sum(contender.seconds) / floor_seconds(rows[name][1:], kernels, prefixes[name]) - 1
-        for name, contender in (("gramlite, direct", direct), ("gramlite, think", think))
-    }
-    judge.close()
+    load_seconds = 0.0
+    timed: dict[str, Timed] = {}
+    ratios: list[Ratio] = []
+    for mode, parallel, group in (("direct", 1, 1), ("think", THINK_PARALLEL, THINK_PARALLEL)):
+        settings = Settings(mode=mode, budget=RATIONALE_TOKENS)  # type: ignore[arg-type]
+        began = time.perf_counter()
+        with gramlite.load(
+            model, settings=settings, runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads)
+        ) as judge:
+            load_seconds = load_seconds or time.perf_counter() - began
+            plain = []
+            if "llama-cpp-python" in against:
+                plain = plain_contenders(judge, model, threads=threads, context=context)
+                plain = plain[:2] if mode == "direct" else plain[2:]
+            timed[mode] = time_mode(judge, plain, pairs, group=group, repetitions=repetitions)
+            ratios += [ratio(contender, timed[mode].contenders[0]) for contender in plain]
     return SpeedReport(
-        {contender.name: summary(contender.seconds) for contender in contenders},
+        {contender.name: summary(contender.seconds) for one in timed.values() for contender in one.contenders},
         ratios,
-        kernels,
-        overhead,
+        {mode: one.kernels for mode, one in timed.items()},
+        {f"gramlite, {mode}": one.overhead for mode, one in timed.items()},
         settings_record(model, len(pairs), repetitions, threads, context, load_seconds),
     )
 
@@ -316,10 +330,9 @@ def show(report: SpeedReport) -> None:
         console.print(
             f"{one.slower} takes {one.median:.2f} times as long as {one.faster} ({one.low:.2f} to {one.high:.2f})"
         )
-    console.print(
-        f"Kernels: prefill {report.kernels.prefill_rate:,.0f} tokens/s, a step of two sequences "
-        f"{1000 * report.kernels.step_seconds:.2f} ms."
-    )
+    for mode, kernels in report.kernels.items():
+        rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
+        console.print(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
     console.print(", ".join(f"{key} {value}" for key, value in report.settings.items() if key != "versions"))
 
 

@@ -145,26 +145,25 @@ class GgufBackend:
         self._adapter: Any = None
         self._batch: Any = None
         self.metadata = _metadata(header)
-        parallel = 1 if options.deterministic else max(1, options.parallel)
         plan = plan_offload(header, options, machine(), adapter=adapter)
         self.context = plan.context
         self.device = plan.device
-        self._micro_batch = plan.micro_batch
+        self._layout = plan.layout
+        self._separate = options.deterministic
         try:
-            self._load(header.path, options, plan, parallel)
+            self._load(header.path, options, plan)
         except BaseException:
             self.close()
             raise
         normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
         self.vocabulary = LlamaVocabulary(self._model, normalize=normalize)
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._parallel = parallel
-        self._free = list(range(parallel, 0, -1))
+        self._free = list(range(self._layout.parallel, 0, -1))
         self._trunk: tuple[int, ...] = ()
         self._orphans = 0  # cells of former trunks that running sequences still hold
         self._running: list[_Running] = []
 
-    def _load(self, path: Path, options: RuntimeOptions, plan: Offload, parallel: int) -> None:
+    def _load(self, path: Path, options: RuntimeOptions, plan: Offload) -> None:
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = plan.gpu_layers
         model_params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
@@ -173,15 +172,15 @@ class GgufBackend:
         if not self._model:
             raise ModelError(f"llama.cpp could not load {path}: {_last_words()}. Export or download it again.")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = plan.context
-        params.n_batch = params.n_ubatch = self._micro_batch
-        params.n_seq_max = parallel + 1
-        params.n_outputs_max = parallel + 1
+        params.n_ctx = plan.layout.cells(plan.context)
+        params.n_batch = params.n_ubatch = self._layout.micro_batch
+        params.n_seq_max = params.n_outputs_max = plan.layout.parallel + 1
         params.n_threads = params.n_threads_batch = thread_count(options.threads)
-        params.kv_unified = True
-        # on a CPU flash attention makes a pair's prefill 2 % faster and its decoding 10 % slower
+        params.kv_unified = not plan.layout.streams
         params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if plan.gpu_layers else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if plan.layout.flash_attention
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
@@ -199,7 +198,7 @@ class GgufBackend:
             )
         if options.adapter:
             self._attach(options.adapter)
-        self._batch = llama_cpp.llama_batch_init(self._micro_batch, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self._layout.micro_batch, 0, 2)
 
     def _attach(self, path: str) -> None:
         self._adapter = llama_cpp.llama_adapter_lora_init(self._model, path.encode())
@@ -239,53 +238,70 @@ class GgufBackend:
     def _has_room(self, request: Request) -> bool:
         if not self._running:
             return True
+        if self._layout.streams or not self._free:
+            return bool(self._free)
         used = len(self._trunk) + self._orphans + sum(running.own for running in self._running)
-        return bool(self._free) and used + len(request.prompt) + request.decoder.most_tokens <= self.context
+        return used + len(request.prompt) + request.decoder.most_tokens <= self.context
 
     def _begin(self, request: Request) -> _Running:
         """Compute a request's prompt and take its first step."""
-        prompt = request.prompt
-        shared = request.splits[-1] if request.splits else 0
-        cached = self._extend_trunk(prompt[:shared], request.splits)
+        prompt, splits = request.prompt, request.splits
+        kept = self._trim_trunk(prompt, splits)
+        shared = splits[-1] if splits else 0
         sequence = self._free.pop()
-        if shared:
-            llama_cpp.llama_memory_seq_cp(self._memory, TRUNK, sequence, 0, shared)
-        logits = self._prefill(prompt[shared:], sequence, shared, want_logits=True)
+        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
+            # the last stretch of the trunk goes together with what follows it, where sequences share their cells
+            if end == shared and not (self._layout.streams or self._separate):
+                self._share(sequence, start)
+                logits = self._prefill(prompt[start:], [sequence], start, trunk_until=end)
+                break
+            self._prefill(prompt[start:end], [TRUNK], start)
+        else:
+            self._share(sequence, shared)
+            logits = self._prefill(prompt[shared:], [sequence], shared)
+        self._trunk = prompt[:shared]
         own = len(prompt) - shared + request.decoder.most_tokens
-        return _Running(request, sequence, len(prompt), cached, request.decoder.advance(logits), own)
+        return _Running(request, sequence, len(prompt), kept, request.decoder.advance(logits), own)
 
-    def _extend_trunk(self, prefix: tuple[int, ...], splits: Sequence[int]) -> int:
-        """Make the trunk hold `prefix`; returns how many tokens of it were there already.
+    def _trim_trunk(self, prompt: tuple[int, ...], splits: Sequence[int]) -> int:
+        """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is.
 
-        Only whole stretches between splits are kept, so that what is computed together, and with it the last bits of
-        a verdict, does not depend on what was judged before.
+        Only whole stretches between splits are kept, so that what is computed together hardly depends on what was
+        judged before; with `deterministic` it does not at all.
         """
-        common = common_prefix(self._trunk, prefix)
+        common = common_prefix(self._trunk, prompt)
         kept = max((split for split in splits if split <= common), default=0)
         if kept < len(self._trunk):
             llama_cpp.llama_memory_seq_rm(self._memory, TRUNK, kept, -1)
             self._orphans += len(self._trunk) - kept if self._running else 0
-            self._trunk = self._trunk[:kept]
-        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
-            self._prefill(prefix[start:end], TRUNK, start, want_logits=False)
-            self._trunk = prefix[:end]
         return kept
 
-    def _prefill(self, tokens: Sequence[int], sequence: int, position: int, *, want_logits: bool) -> Logits:
-        for start in range(0, len(tokens), self._micro_batch):
-            part = tokens[start : start + self._micro_batch]
+    def _share(self, sequence: int, length: int) -> None:
+        """Give a sequence the trunk's cells; between streams that copies them, and only whole streams can be copied."""
+        if length:
+            end = -1 if self._layout.streams else length
+            llama_cpp.llama_memory_seq_cp(self._memory, TRUNK, sequence, -1 if end < 0 else 0, end)
+
+    def _prefill(
+        self, tokens: Sequence[int], sequences: Sequence[int], position: int, *, trunk_until: int = 0
+    ) -> Logits:
+        """Compute tokens from `position` on; those before `trunk_until` belong to the trunk too. Returns the last logits."""
+        for start in range(0, len(tokens), self._layout.micro_batch):
+            part = tokens[start : start + self._layout.micro_batch]
+            common = min(max(trunk_until - position - start, 0), len(part))
             self._batch.n_tokens = 0
-            self._add(part, sequence, position + start)
-            self._batch.logits[len(part) - 1] = want_logits and start + len(part) == len(tokens)
+            self._add(part[:common], [TRUNK, *sequences], position + start)
+            self._add(part[common:], sequences, position + start + common)
+            self._batch.logits[len(part) - 1] = start + len(part) == len(tokens)
             self._decode()
-        return self._logits(self._batch.n_tokens - 1) if want_logits else np.empty(0, np.float32)
+        return self._logits(self._batch.n_tokens - 1)
 
     def _step(self) -> None:
         """Feed every running sequence's waiting tokens at once and let each take its next step."""
         self._batch.n_tokens = 0
         last = []
         for running in self._running:
-            self._add(running.waiting, running.sequence, running.fed)
+            self._add(running.waiting, [running.sequence], running.fed)
             running.fed += len(running.waiting)
             last.append(self._batch.n_tokens - 1)
             self._batch.logits[last[-1]] = True
@@ -293,15 +309,16 @@ class GgufBackend:
         for running, index in zip(self._running, last, strict=True):
             running.waiting = running.request.decoder.advance(self._logits(index))
 
-    def _add(self, tokens: Sequence[int], sequence: int, position: int) -> None:
+    def _add(self, tokens: Sequence[int], sequences: Sequence[int], position: int) -> None:
         batch = self._batch
         base = batch.n_tokens
         for offset, token in enumerate(tokens):
             index = base + offset
             batch.token[index] = token
             batch.pos[index] = position + offset
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = sequence
+            batch.n_seq_id[index] = len(sequences)
+            for place, sequence in enumerate(sequences):
+                batch.seq_id[index][place] = sequence
             batch.logits[index] = False
         batch.n_tokens = base + len(tokens)
 
@@ -331,7 +348,7 @@ class GgufBackend:
     def _forget(self) -> None:
         """Drop everything that is computed, after a failure or an early end."""
         llama_cpp.llama_memory_clear(self._memory, False)
-        self._free = list(range(self._parallel, 0, -1))
+        self._free = list(range(self._layout.parallel, 0, -1))
         self._running.clear()
         self._trunk = ()
         self._orphans = 0

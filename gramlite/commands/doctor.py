@@ -34,7 +34,9 @@ def version_of(package: str) -> str | None:
 def check_machine() -> Finding:
     from ..device import free_memory, thread_count
 
-    says = f"{platform.system()} {platform.machine()}, {thread_count(None)} threads, {free_memory() / MiB:,.0f} MiB free"
+    says = (
+        f"{platform.system()} {platform.machine()}, {thread_count(None)} threads, {free_memory() / MiB:,.0f} MiB free"
+    )
     return Finding("machine", True, f"Python {platform.python_version()}, {says}")
 
 

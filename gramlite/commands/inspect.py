@@ -19,7 +19,7 @@ MiB = 1 << 20
 def inspect_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself and the memory it needs, in bytes; raises ModelError when it is refused."""
     from ..backends import RuntimeOptions
-    from ..device import context_size
+    from ..device import choose_layout, context_size
     from ..gguf_header import hyperparameters, read_header
     from ..memory import predict
     from ..quantization import bits_per_weight, quantization_name
@@ -32,7 +32,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     memory = {}
     for context in CONTEXTS:
         if context <= sizes.context:
-            needed = predict(header, context_size(RuntimeOptions(), context))
+            needed = predict(header, context_size(choose_layout(RuntimeOptions(), gpu=False), context))
             memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),
@@ -77,7 +77,9 @@ def show(found: dict[str, Any]) -> None:
             shown = f"{value:,}" if isinstance(value, int) else visible(str(value))
             facts.add_row(key.replace("_", " "), shown, style=None)
     manifest = found.get("manifest")
-    facts.add_row("manifest", f"made by {manifest['method']}" if manifest and manifest["method"] else str(bool(manifest)))
+    facts.add_row(
+        "manifest", f"made by {manifest['method']}" if manifest and manifest["method"] else str(bool(manifest))
+    )
     console.print(facts)
     if found.get("memory"):
         table = Table(title="Memory needed, MiB", title_justify="left")

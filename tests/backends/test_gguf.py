@@ -3,7 +3,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,3 +299,40 @@ def test_a_changed_file_is_noticed(reference_q8: Path, tmp_path: Path) -> None:
     Path(f"{copy}.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match="sha256"):
         gramlite.load(copy, runtime=CPU)
+
+
+def test_a_real_batch_killed_anywhere_and_resumed_has_one_row_an_input(reference_q8: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = (
+        {"id": f"p{n}", "prompt": f"What is {n} + {n}?", "response_a": f"{2 * n}", "response_b": "7"} for n in range(12)
+    )
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        arguments = ["judge", str(pairs), "-m", str(reference_q8), "--mode", "direct", "--device", "cpu", "--resume"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "gramlite", *arguments, "-o", str(output)], stderr=subprocess.DEVNULL
+        )
+
+    def read(output: Path) -> dict[str, Any]:
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(lines) == len({line["id"] for line in lines})
+        return {line["id"]: (line["verdict"], line["margin"]) for line in lines}
+
+    assert start(tmp_path / "whole.jsonl").wait() == 0
+    whole = read(tmp_path / "whole.jsonl")
+    assert len(whole) == 12
+    chooser = random.Random(1)
+    killed = 0
+    for attempt in range(10):
+        output = tmp_path / f"out{attempt}.jsonl"
+        wanted = chooser.randrange(12)
+        process = start(output)
+        while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.01)
+        time.sleep(chooser.uniform(0, 0.2))
+        process.kill()
+        killed += process.wait() != 0
+        assert start(output).wait() == 0
+        assert read(output) == whole, "the same rows, bit for bit, as in one go"
+    assert killed >= 8
