@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def side(verdict: str | None, *, prompt: str | None = None, identifier: str = ""
     return row | more | ({"meta": {"subset": "s", "prompt_sha": prompt}} if prompt else {})
 
 
-def two_runs(make_run: MakeRun, table: list[tuple[str | None, str | None, str | None]]) -> tuple[Path, Path]:
+def two_runs(make_run: MakeRun, table: Sequence[tuple[str | None, str | None, str | None]]) -> tuple[Path, Path]:
     """Folders of two runs from (label, base verdict, run verdict)."""
     first = [side(base, identifier=str(i), label=label) for i, (label, base, _) in enumerate(table)]
     second = [side(run, identifier=str(i), label=label) for i, (label, _, run) in enumerate(table)]

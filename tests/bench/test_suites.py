@@ -205,7 +205,7 @@ def test_rewardbench(tmp_path: Path, generator: np.random.Generator) -> None:
         points.setdefault(str((pair.meta or {})["subset"]), []).append(value)
     expected: dict[str, float | None] = {}
     for section, weights in sections.items():
-        expected[section] = sum(np.mean(points[s]) * w for s, w in weights.items()) / sum(weights.values())
+        expected[section] = float(sum(np.mean(points[s]) * w for s, w in weights.items()) / sum(weights.values()))
     expected["overall"] = float(np.mean([expected[section] for section in sections]))
     check(suite.score(rows, pairs)["scores"], expected)
 
@@ -285,7 +285,7 @@ def test_pandalm(tmp_path: Path, generator: np.random.Generator) -> None:
     rows = [judge(generator, str(pair.id)) for pair in pairs]
     confusion = np.zeros((3, 3))
     for vote, row in zip(votes, rows, strict=True):
-        truth = max(vote, key=lambda v, vote=vote: (vote.count(v), -vote.index(v)))
+        truth = max(vote, key=vote.count)  # the first of equals
         confusion[truth, {"A": 1, "B": 2}.get(str(row["verdict"]), 0)] += 1
     diagonal = np.diag(confusion)
     precision, recall = diagonal / confusion.sum(axis=0), diagonal / confusion.sum(axis=1)
