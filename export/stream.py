@@ -1,6 +1,6 @@
 """Tensors in pieces: read from a safetensors file, converted, permuted for rope, hashed on the way.
 
-Only a few pieces of some MiB are in memory at a time, whatever the tensor's size; reading with `read` instead of a
+Only a few pieces of about a MiB are in memory at a time, whatever the tensor's size; reading with `read` instead of a
 memory map keeps the process's resident memory at that.
 """
 
@@ -22,7 +22,7 @@ from gramlite.errors import ModelError
 
 from .checkpoint import StoredTensor, damaged
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20  # larger ones give their memory back and fault it in again each time
 SYNC_BYTES = 128 << 20
 NUMPY_TYPES: dict[str, numpy.dtype[Any]] = {
     "F32": numpy.dtype("<f4"),
@@ -46,7 +46,7 @@ class BackgroundHash:
         self._pending: deque[Future[None]] = deque()
 
     def update(self, piece: Any) -> None:
-        while len(self._pending) >= 4:
+        while len(self._pending) >= 8:
             self._pending.popleft().result()
         self._pending.append(self._executor.submit(self._digest.update, piece))
 
