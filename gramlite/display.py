@@ -42,6 +42,7 @@ class Display:
         self._out = Console(highlight=False)
         self._errors = Console(stderr=True, highlight=False)
         self._streaming: Order | None = None
+        self._line_ended = False
         self._single = total is None
         self._progress: Progress | None = None
         if sys.stderr.isatty() and total is not None:
@@ -72,6 +73,7 @@ class Display:
             self._out.print(Text(ORDER_TITLES[order], style="bold underline"))
         if order == self._streaming:
             self._out.print(Text(visible(text)), end="", soft_wrap=True)
+            self._line_ended = text.endswith("\n") if text else self._line_ended
 
     def advance(self) -> None:
         """Count a row that needs no judging."""
@@ -101,7 +103,7 @@ class Display:
             if order.order != self._streaming:
                 self._out.print(Text(ORDER_TITLES[order.order], style="bold underline"))
                 self._out.print(Text(visible(order.rationale)), soft_wrap=True)
-            else:
+            elif not self._line_ended:
                 self._out.print()
             self._out.print()
         self._out.print(verdict_line(verdict))
