@@ -25,12 +25,13 @@ from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, sha256_file
 
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
+from .decoder import STAGES, read_tensor
 from .gptq_folder import GptqWriter, open_gptq
 from .linear import QuantizedLinear
 from .memory import PeakMemory, pick_device, predict_bytes
 from .report import LayerReport, QuantizationReport, layer_bar, print_report
 from .solve import GptqSettings, factorize, relative_error, round_to_nearest, solve
-from .stream import STAGES, Stage, Weigh, read_tensor, stream_decoder
+from .stream import Stage, Weigh, stream_decoder
 
 
 def quantize_gptq(

@@ -214,6 +214,7 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option(
     "--embedding",
+    metavar="[f16|q8_0]",
     type=click.Choice(EMBEDDINGS, case_sensitive=False),
     default="f16",
     show_default=True,

@@ -1,41 +1,36 @@
 """One pass of the calibration transcripts through a decoder, one layer in memory at a time.
 
-Each decoder layer is built on the meta device, filled from its own tensors, run and dropped. Inside a layer the pass
-halts at every linear input: once the second moment of what the linears read is known, they may be quantized, and what
-follows sees the quantized ones. So the order is truly sequential (2210.17323, section 5) at the cost of one forward.
+Inside a layer the pass halts at every linear input: once the second moment of what the linears read is known, they
+may be quantized, and what follows sees the quantized ones. So the order is truly sequential (2210.17323, section 5)
+at the cost of one forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
+from gramlite.export.checkpoint import Checkpoint
 
-from gramlite.errors import InputError, ModelError
+from gramlite.errors import InputError
 
 from .calibration import Transcript
+from .decoder import STAGES, Decoder, layer_prefix
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers whose linears have these names:
-STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 PANEL_ROWS = 256
 
-Weigh = Callable[[Transcript], Sequence[float]]
+# the weights [tokens] with which a linear layer's inputs count, by the layer's name and the transcript's number
+Weigh = Callable[[str, int], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linear layers that read one and the same input, by tensor prefix, and that input's second moment.
+    """Linear layers that read one and the same input, by name, and that input's second moment.
 
     `moment` [in, in] is the sum over all tokens of weight * x x^T in float32, or where only its diagonal was asked
     for, that [in]; `mass` is the sum of the weights.
@@ -58,9 +53,9 @@ def stream_decoder(
 ) -> list[torch.Tensor]:
     """Show `visit` every stage of every layer in order; a weight that it replaces is what the pass goes on with.
 
-    `weigh` gives each token of a transcript its share in the moments (1 where absent); with `diagonal` only the
-    moments' diagonals are summed, at a third of the cost. Returns each transcript's
-    hidden states [tokens, width] behind the last layer, before the final norm.
+    `weigh` gives each token its share in the moments (1 where absent), for each linear layer apart; with `diagonal`
+    only the moments' diagonals are summed, at a third of the cost. Returns each transcript's hidden states
+    [tokens, width] behind the last layer, before the final norm.
     Raises ModelError for an architecture the pass doesn't know, InputError where there is no transcript.
     """
     import torch
@@ -68,85 +63,14 @@ def stream_decoder(
     if not transcripts:
         raise InputError("There is no calibration transcript; give --calibration PAIRS.jsonl with at least one row.")
     with torch.inference_mode():
-        skeleton = build_skeleton(checkpoint)
-        dtype = torch.float32 if device == "cpu" else skeleton.dtype
-        weights = None if weigh is None else [torch.tensor(weigh(t), dtype=dtype, device=device) for t in transcripts]
-        hidden = _embed(checkpoint, transcripts, device, dtype)
-        rotary = type(skeleton.model.rotary_emb)(skeleton.config).to(device)
-        for index in range(len(skeleton.model.layers)):
-            layer = _fill(skeleton.model.layers[index], checkpoint, f"model.layers.{index}.", device, dtype)
-            _LayerPass(layer, f"model.layers.{index}.", rotary, weights, visit, diagonal).run(hidden)
-            skeleton.model.layers[index] = torch.nn.Identity()
+        decoder = Decoder(checkpoint, device)
+        hidden = decoder.embed(transcripts)
+        for index in range(len(decoder)):
+            with decoder.layer(index) as layer:
+                _LayerPass(decoder, layer, layer_prefix(index), visit, weigh, diagonal).run(hidden)
             if after_layer is not None:
                 after_layer(index)
     return hidden
-
-
-def build_skeleton(checkpoint: Checkpoint) -> Any:
-    """The model of transformers on the meta device: structure without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = checkpoint.config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"{checkpoint.folder} is a {kind!r} model; layer by layer quantization knows {', '.join(ARCHITECTURES)}."
-        )
-    config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    return model.eval()
-
-
-def _embed(
-    checkpoint: Checkpoint, transcripts: Sequence[Transcript], device: str, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    import torch
-
-    table = read_tensor(checkpoint, "model.embed_tokens.weight")
-    hidden = []
-    for transcript in transcripts:
-        ids = torch.tensor(transcript.ids)
-        if int(ids.max()) >= len(table):
-            raise InputError(f"Transcript {transcript.id} holds token {int(ids.max())}; the model has {len(table)}.")
-        hidden.append(table[ids].to(device=device, dtype=dtype))
-    return hidden
-
-
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """One tensor of a checkpoint, in its own dtype and memory; raises ModelError where there is no such tensor."""
-    import torch
-
-    stored = checkpoint.tensors.get(name)
-    if stored is None:
-        raise ModelError(f"{checkpoint.folder} lacks the tensor {name!r}. Download the checkpoint again.")
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if stored.dtype not in types:
-        raise ModelError(f"{name!r} is stored as {stored.dtype}; only F32, F16 and BF16 weights can be quantized.")
-    return torch.frombuffer(_read_bytes(stored), dtype=types[stored.dtype]).reshape(stored.shape)
-
-
-def _read_bytes(stored: StoredTensor) -> bytearray:
-    # read instead of mapped, so that no page of the file counts as this process's memory
-    data = bytearray(stored.bytes)
-    with stored.file.open("rb") as file:
-        file.seek(stored.start)
-        if file.readinto(data) != stored.bytes:
-            raise damaged(stored.file, f"it ended while the tensor {stored.name!r} was read")
-    return data
-
-
-def _fill(layer: nn.Module, checkpoint: Checkpoint, prefix: str, device: str, dtype: torch.dtype) -> nn.Module:
-    state = {}
-    for name, parameter in layer.named_parameters():
-        tensor = read_tensor(checkpoint, prefix + name)
-        if tensor.shape != parameter.shape:
-            raise ModelError(
-                f"{prefix}{name} is {tuple(tensor.shape)} where config.json asks for {tuple(parameter.shape)}."
-            )
-        state[name] = tensor.to(device=device, dtype=dtype)
-    layer.load_state_dict(state, assign=True)
-    return layer
 
 
 class _LayerPass:
@@ -154,15 +78,15 @@ class _LayerPass:
 
     def __init__(
         self,
+        decoder: Decoder,
         layer: Any,
         prefix: str,
-        rotary: Any,
-        weights: list[torch.Tensor] | None,
         visit: Callable[[Stage], None],
+        weigh: Weigh | None,
         diagonal: bool,
     ) -> None:
-        self.layer, self.prefix, self.rotary, self.weights, self.visit = layer, prefix, rotary, weights, visit
-        self.diagonal = diagonal
+        self.decoder, self.layer, self.prefix = decoder, layer, prefix
+        self.visit, self.weigh, self.diagonal = visit, weigh, diagonal
 
     def run(self, hidden: list[torch.Tensor]) -> None:
         """Replace each transcript's hidden states by the layer's output."""
@@ -180,12 +104,9 @@ class _LayerPass:
             states += layer.mlp.down_proj(out)
 
     def _attend(self, states: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        positions = torch.arange(len(states), device=states.device).unsqueeze(0)
         batch = self.layer.input_layernorm(states).unsqueeze(0)
         mixed: torch.Tensor = self.layer.self_attn(
-            batch, position_embeddings=self.rotary(batch, positions), attention_mask=None
+            batch, position_embeddings=self.decoder.positions(batch), attention_mask=None
         )[0][0]
         return mixed
 
@@ -206,27 +127,40 @@ class _LayerPass:
         finally:
             setattr(module, last, linear)
 
-    def _halt(self, names: Sequence[str], inputs: Any) -> None:
+    def _halt(self, names: Sequence[str], inputs: Iterable[torch.Tensor]) -> None:
+        linears = {self.prefix + name: self.layer.get_submodule(name) for name in names}
+        shared = [linears] if self.weigh is None else [{name: linear} for name, linear in linears.items()]
+        moments = [_Moment(group, self.decoder.device, self.diagonal) for group in shared]
+        for number, x in enumerate(inputs):
+            for moment in moments:
+                weights = None if self.weigh is None else self.weigh(next(iter(moment.linears)), number)
+                moment.add(x, weights)
+        for moment in moments:
+            self.visit(moment.stage())
+
+
+class _Moment:
+    """The second moment of one input as it is summed."""
+
+    def __init__(self, linears: dict[str, nn.Linear], device: str, diagonal: bool) -> None:
         import torch
 
-        linears = {self.prefix + name: self.layer.get_submodule(name) for name in names}
         width = next(iter(linears.values())).in_features
-        shape = (width,) if self.diagonal else (width, width)
-        moment: torch.Tensor | None = None
-        mass = 0.0
-        for number, x in enumerate(inputs):
-            if moment is None:
-                moment = torch.zeros(shape, device=x.device)
-            weighted = x if self.weights is None else x * self.weights[number].unsqueeze(-1)
-            mass += float(len(x) if self.weights is None else self.weights[number].sum())
-            if self.diagonal:
-                moment += (weighted.float() * x.float()).sum(0)
-            else:
-                _add_products(moment, weighted.float(), x.float())
-        assert moment is not None
-        if not self.diagonal:
-            moment = moment.triu() + moment.triu(1).T
-        self.visit(Stage(linears, moment, mass))
+        self.linears, self.diagonal, self.mass = linears, diagonal, 0.0
+        self.sum = torch.zeros((width,) if diagonal else (width, width), device=device)
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        x = x.float()
+        weighted = x if weights is None else x * weights.to(x).unsqueeze(-1)
+        self.mass += len(x) if weights is None else float(weights.sum())
+        if self.diagonal:
+            self.sum += (weighted * x).sum(0)
+        else:
+            _add_products(self.sum, weighted, x)
+
+    def stage(self) -> Stage:
+        moment = self.sum if self.diagonal else self.sum.triu() + self.sum.triu(1).T
+        return Stage(self.linears, moment, self.mass)
 
 
 def _add_products(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -14,11 +14,11 @@ import torch
 from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
+from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import command, parse_exception, quantize_gptq
 from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import QuantizationReport
 from gramlite.quant.solve import GptqSettings
-from gramlite.quant.stream import read_tensor
 from transformers import AutoModelForCausalLM
 
 from gramlite.artifact import read_manifest, verify_files

@@ -17,12 +17,12 @@ from gramlite.export.checkpoint import open_checkpoint
 from gramlite.export.stream import permute_heads
 from gramlite.quant.blocks import gguf_blocks, gguf_type, matmul_nbits
 from gramlite.quant.calibration import Transcript, describe
+from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import linear_names, quantize_gptq
 from gramlite.quant.gptq_folder import GptqWriter, open_gptq
 from gramlite.quant.linear import QuantizedLinear
 from gramlite.quant.pack import command, pack_gguf
 from gramlite.quant.solve import GptqSettings, round_to_nearest
-from gramlite.quant.stream import read_tensor
 
 from gramlite.artifact import read_manifest, verify_files
 from gramlite.errors import InputError, ModelError

@@ -41,11 +41,12 @@ def watch(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     moments: dict[str, torch.Tensor] = {}
     last: list[torch.Tensor] = []
-    weights = torch.ones(1)
+    number = 0
 
     def hook(name: str) -> Any:
         def add(module: Any, inputs: Any) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+            weights = weigh(name, number) if weigh else torch.ones(len(x))
             moments[name] = moments.get(name, 0) + (x * weights.double().unsqueeze(-1)).T @ x
 
         return add
@@ -55,8 +56,7 @@ def watch(
             module.register_forward_pre_hook(hook(name))
     model.model.norm.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0][0]))
     with torch.inference_mode():
-        for transcript in transcripts:
-            weights = torch.tensor(weigh(transcript)) if weigh else torch.ones(len(transcript.ids))
+        for number, transcript in enumerate(transcripts):  # noqa: B007
             model(torch.tensor([transcript.ids]))
     return moments, last
 
@@ -76,8 +76,9 @@ def test_moments_and_states_are_those_of_transformers(
 
 
 def test_positions_count_by_their_weight(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
-    def weigh(transcript: Transcript) -> list[float]:
-        return [0.5] * len(transcript.prompt_ids) + [8.0] * len(transcript.generated_ids)
+    def weigh(name: str, number: int) -> torch.Tensor:
+        drawn = torch.Generator().manual_seed(len(name) + number)
+        return torch.rand(len(transcripts[number].ids), generator=drawn) ** 4
 
     folder = make_checkpoint()
     moments, _ = collect(folder, transcripts, weigh=weigh)

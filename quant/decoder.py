@@ -1,0 +1,126 @@
+"""A checkpoint's decoder with one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
+
+from gramlite.errors import InputError, ModelError
+
+from .calibration import Transcript
+
+if TYPE_CHECKING:
+    import torch
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers whose linears have these names:
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+class Decoder:
+    """The decoder layers of transformers, on the meta device until `layer` fills one from its own tensors.
+
+    Weights and activations are float32 on a CPU and as the checkpoint has them on CUDA.
+    Raises ModelError for an architecture whose layers are put together otherwise.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        import torch
+
+        self.checkpoint, self.device = checkpoint, device
+        self.skeleton = _build_skeleton(checkpoint)
+        self.dtype: torch.dtype = torch.float32 if device == "cpu" else self.skeleton.dtype
+        self.rotary = type(self.skeleton.model.rotary_emb)(self.skeleton.config).to(device)
+
+    def __len__(self) -> int:
+        return len(self.skeleton.model.layers)
+
+    def embed(self, transcripts: Sequence[Transcript]) -> list[torch.Tensor]:
+        """The hidden states [tokens, width] that enter the first layer; the table is dropped again."""
+        import torch
+
+        table = read_tensor(self.checkpoint, "model.embed_tokens.weight")
+        hidden = []
+        for transcript in transcripts:
+            ids = torch.tensor(transcript.ids)
+            if int(ids.max()) >= len(table):
+                raise InputError(
+                    f"Transcript {transcript.id} holds token {int(ids.max())}; the model has {len(table)}."
+                )
+            hidden.append(table[ids].to(device=self.device, dtype=self.dtype))
+        return hidden
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """One decoder layer with its weights, for as long as the context lasts."""
+        layer = self.skeleton.model.layers[index]
+        prefix = layer_prefix(index)
+        state = {}
+        for name, parameter in layer.named_parameters():
+            tensor = read_tensor(self.checkpoint, prefix + name)
+            if tensor.shape != parameter.shape:
+                raise ModelError(
+                    f"{prefix}{name} is {tuple(tensor.shape)} where config.json asks for {tuple(parameter.shape)}."
+                )
+            state[name] = tensor.to(device=self.device, dtype=self.dtype)
+        layer.load_state_dict(state, assign=True)
+        del state
+        try:
+            yield layer.requires_grad_(False)
+        finally:
+            layer.to("meta")
+
+    def positions(self, states: torch.Tensor) -> Any:
+        """The rotary embedding of a transcript's positions, for hidden states [1, tokens, width]."""
+        import torch
+
+        return self.rotary(states, torch.arange(states.shape[1], device=states.device).unsqueeze(0))
+
+
+def layer_prefix(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def _build_skeleton(checkpoint: Checkpoint) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = checkpoint.config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"{checkpoint.folder} is a {kind!r} model; layer by layer quantization knows {', '.join(ARCHITECTURES)}."
+        )
+    config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    return model.eval()
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, in its own dtype and memory; raises ModelError where there is no such tensor."""
+    import torch
+
+    stored = checkpoint.tensors.get(name)
+    if stored is None:
+        raise ModelError(f"{checkpoint.folder} lacks the tensor {name!r}. Download the checkpoint again.")
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if stored.dtype not in types:
+        raise ModelError(f"{name!r} is stored as {stored.dtype}; only F32, F16 and BF16 weights can be quantized.")
+    return torch.frombuffer(_read_bytes(stored), dtype=types[stored.dtype]).reshape(stored.shape)
+
+
+def _read_bytes(stored: StoredTensor) -> bytearray:
+    # read instead of mapped, so that no page of the file counts as this process's memory
+    data = bytearray(stored.bytes)
+    with stored.file.open("rb") as file:
+        file.seek(stored.start)
+        if file.readinto(data) != stored.bytes:
+            raise damaged(stored.file, f"it ended while the tensor {stored.name!r} was read")
+    return data
