@@ -1,0 +1,87 @@
+"""Gradients of the margin against plain autograd on the whole model, and what they promise against what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant import sensitivity
+from gramlite.quant.calibration import Transcript
+from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights
+from transformers import AutoModelForCausalLM
+
+from gramlite.errors import InputError
+
+from .conftest import FAMILIES
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def judged(transcripts: list[Transcript]) -> list[Transcript]:
+    """The transcripts with a verdict, token 7 or 9, at the end."""
+    return [
+        Transcript(t.prompt_ids, (*t.generated_ids, 7 if number % 3 else 9), t.id)
+        for number, t in enumerate(transcripts)
+    ]
+
+
+def margin(model: Any, transcript: Transcript) -> torch.Tensor:
+    logits = model(torch.tensor([transcript.ids[:-1]])).logits[0, -1]
+    difference: torch.Tensor = logits[7] - logits[9]
+    return difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_of_readings_are_the_weights_gradients(
+    family: str, make_checkpoint: Make, judged: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "STATE_BYTES", 200_000)  # several groups
+    folder = make_checkpoint(family)
+    found: dict[tuple[str, int], torch.Tensor] = {}
+
+    def visit(reading: Reading) -> None:
+        found[reading.name, reading.number] = reading.gradients.T @ reading.inputs
+
+    heard: list[tuple[int, int]] = []
+    margins = read_gradients(
+        open_checkpoint(folder), judged, visit, after_layer=lambda done, total: heard.append((done, total))
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for number, transcript in enumerate(judged):
+        model.zero_grad()
+        expected = margin(model, transcript)
+        expected.backward()
+        assert margins[number] == pytest.approx(float(expected.detach()), abs=1e-4)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                gradient = module.weight.grad
+                assert torch.allclose(found[name, number], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    assert len(found) == 14 * 12
+    assert heard[-1][0] == heard[-1][1] == len(heard)
+    assert len(heard) > 2 * 2 * 2
+
+
+def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, judged: list[Transcript]) -> None:
+    weigh = verdict_weights(open_checkpoint(make_checkpoint()), judged, floor=0.25)
+    name = "model.layers.1.mlp.up_proj"
+    rows = [weigh(name, number) for number in range(len(judged))]
+    assert [len(row) for row in rows] == [len(transcript.ids) for transcript in judged]
+    assert all(float(row[-1]) == 0.25 for row in rows)
+    assert torch.cat([row[:-1] for row in rows]).mean() == pytest.approx(1.25, rel=1e-3)
+    # behind the last attention only the position that is read counts
+    assert all(float(row[:-2].max()) == 0.25 for row in rows)
+    early = weigh("model.layers.0.mlp.up_proj", 0)
+    assert float(early[:-2].max()) > 0.26
+
+
+def test_both_verdicts_are_needed(transcripts: list[Transcript], judged: list[Transcript]) -> None:
+    assert verdict_tokens(judged) == (7, 9)
+    with pytest.raises(InputError, match="end with 1 different tokens"):
+        verdict_tokens([Transcript((1, 2), (7,), "x")])
+    with pytest.raises(InputError, match="Give more pairs"):
+        verdict_tokens(transcripts)
