@@ -80,16 +80,25 @@ def copy_durably(source: Path, destination: Path) -> float:
     return seconds
 
 
-def measure(checkpoint: Path, output: Path, dtype: str) -> dict[str, float]:
-    words = [sys.executable, "-c", EXPORT, str(checkpoint), str(output), dtype]
-    result: dict[str, float] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+def measure(checkpoint: Path, kept: Path, dtype: str) -> dict[str, float]:
+    """Export once and copy `kept`, an earlier export, once; each writes a new file that is removed again."""
+    output = kept.with_name("again.gguf")
+    copied = copy_durably(kept, kept.with_name("copy.gguf"))
+    result = export(checkpoint, output, dtype)
     size = output.stat().st_size
-    copied = copy_durably(output, output.with_suffix(".copy"))
+    output.unlink()
     return result | {
         "bytes": size,
         "bytes_per_second": size / result["seconds"],
         "copy_bytes_per_second": size / copied,
     }
+
+
+def export(checkpoint: Path, output: Path, dtype: str) -> dict[str, float]:
+    """Export in a process of its own: seconds, and peak resident bytes."""
+    words = [sys.executable, "-c", EXPORT, str(checkpoint), str(output), dtype]
+    result: dict[str, float] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    return result
 
 
 def main() -> None:
@@ -103,6 +112,7 @@ def main() -> None:
         checkpoint, output = Path(scratch) / "checkpoint", Path(scratch) / "model.gguf"
         largest = make_checkpoint(checkpoint, options.gigabytes)
         for dtype in options.dtypes:
+            export(checkpoint, output, dtype)
             rows = [measure(checkpoint, output, dtype) for _ in range(options.repeats)]
             for row in rows:
                 print(json.dumps({"dtype": dtype, **row}), flush=True)

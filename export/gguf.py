@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,7 @@ from .stream import (
     BackgroundSync,
     convert_checked,
     permute_heads,
+    read_ahead,
     read_pieces,
 )
 from .tokenizer import Vocabulary
@@ -164,6 +166,7 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
                 digest.update(piece)
         output = stack.enter_context(path.open("ab"))
         sync = stack.enter_context(BackgroundSync(output))
+        reader = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read"))
         factors = rope_factors(plan.architecture)
         pad(output, digest)
         if factors is not None:
@@ -174,9 +177,8 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
                 tensors = [tensor for tensor in plan.checkpoint.tensors.values() if tensor.file == file]
                 source_digest.update(source.read(tensors[0].start if tensors else file.stat().st_size))
                 for tensor in tensors:
-                    for piece in read_pieces(
-                        source, tensor, heads=expected[tensor.name].heads if tensor.name in expected else 0
-                    ):
+                    heads = expected[tensor.name].heads if tensor.name in expected else 0
+                    for piece in read_ahead(read_pieces(source, tensor, heads=heads), reader):
                         source_digest.update(piece)
                         if tensor.name in expected:
                             put(output, digest, convert_piece(piece, tensor, expected[tensor.name], plan))

@@ -108,6 +108,14 @@ def read_pieces(file: BinaryIO, tensor: StoredTensor, *, heads: int = 0) -> Iter
         yield data
 
 
+def read_ahead(pieces: Iterator[bytes], executor: ThreadPoolExecutor, *, depth: int = 4) -> Iterator[bytes]:
+    """The same pieces, the next few read by the executor's one thread while the caller writes."""
+    pending = deque(executor.submit(next, pieces, None) for _ in range(depth))
+    while (piece := pending.popleft().result()) is not None:
+        pending.append(executor.submit(next, pieces, None))
+        yield piece
+
+
 def convert(data: bytes, source: str, target: str) -> NDArray[Any]:
     """Values of dtype `source` as `target` (both F32, F16 or BF16), one-dimensional; bfloat16 as its 16 bits.
 
