@@ -215,14 +215,17 @@ def test_a_tiny_budget_closes_by_force(judge: Judge) -> None:
     assert verdict.winner and all(order.forced and order.tokens["generated"] == 5 for order in verdict.orders)
 
 
-def test_sampling_is_reproducible(judge: Judge) -> None:
-    sampled = judge.with_settings(mode="think", budget=24, votes=2, orders="ab", seed=3)
+def test_sampling_is_reproducible(reference_q8: Path) -> None:
     texts = {"prompt": "Name a colour.", "response_a": "Blue.", "response_b": "Seven."}
-    first, again = sampled(**texts), sampled(**texts)
-    assert first.orders[0].rationale == again.orders[0].rationale
-    assert sum(first.orders[0].votes.values()) == 2
-    other = sampled.with_settings(seed=4)(**texts)
-    assert other.orders[0].rationale != first.orders[0].rationale
+    settings = Settings(budget=24, votes=2, orders="ab", seed=3)
+    exactly = RuntimeOptions(device="cpu", context=4096, deterministic=True)
+    with gramlite.load(reference_q8, settings=settings, runtime=exactly) as sampled:
+        first, again = sampled(**texts), sampled(**texts)
+        assert first.orders[0].rationale == again.orders[0].rationale
+        assert first.orders[0].margin == again.orders[0].margin, "bit for bit, though the prompt was there already"
+        assert sum(first.orders[0].votes.values()) == 2
+        other = sampled.with_settings(seed=4)(**texts)
+        assert other.orders[0].rationale != first.orders[0].rationale
 
 
 def test_a_context_that_is_too_small_is_refused_before_decoding(judge: Judge) -> None:
