@@ -147,7 +147,11 @@ def test_an_interrupt_commits_and_says_how_to_go_on(tmp_path: Path, scripted: Pa
     slow.write_text(json.dumps(json.loads(scripted.read_text()) | {"seconds": 0.05}))
     pairs = pairs_file(tmp_path, *[PAIR | {"id": str(n)} for n in range(500)])
     output = tmp_path / "out.jsonl"
-    process = subprocess.Popen(command_line("judge", pairs, "-m", slow, "-o", output), stderr=subprocess.PIPE, text=True)
+    # a process started in the background ignores SIGINT, and so do its children until they say otherwise
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    arguments = ["judge", str(pairs), "-m", str(slow), "-o", str(output)]
+    code = f"{listening}; from gramlite.cli import main; main({arguments!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     while not output.exists() or output.stat().st_size < 2000:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -132,7 +132,10 @@ def test_ids_must_be_unique_and_there_must_be_pairs(tmp_path: Path) -> None:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from gramlite.bench.run import command; command(standalone_mode=True)"]
+    # a process started in the background ignores SIGINT, and so do its children until they say otherwise
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listening}; from gramlite.bench.run import command; command(standalone_mode=True)"
+    command = [sys.executable, "-c", code]
     return subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
