@@ -224,8 +224,8 @@ def test_sampling_is_reproducible(reference_q8: Path) -> None:
         assert first.orders[0].rationale == again.orders[0].rationale
         assert first.orders[0].margin == again.orders[0].margin, "bit for bit, though the prompt was there already"
         assert sum(first.orders[0].votes.values()) == 2
-        other = sampled.with_settings(seed=4)(**texts)
-        assert other.orders[0].rationale != first.orders[0].rationale
+        others = {sampled.with_settings(seed=seed)(**texts).orders[0].margin for seed in (4, 5, 6)}
+        assert others != {first.orders[0].margin}
 
 
 def test_a_context_that_is_too_small_is_refused_before_decoding(judge: Judge) -> None:
