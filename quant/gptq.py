@@ -9,8 +9,9 @@ import hashlib
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from .decoder import STAGES, read_tensor
 from .gptq_folder import GptqWriter, open_gptq
 from .linear import QuantizedLinear
 from .memory import PeakMemory, pick_device, predict_bytes
-from .report import LayerReport, QuantizationReport, layer_bar, print_report
+from .report import LayerReport, Progress, QuantizationReport, layer_bar, print_report
+from .sensitivity import verdict_weights
 from .solve import GptqSettings, factorize, relative_error, round_to_nearest, solve
 from .stream import Stage, Weigh, stream_decoder
 
@@ -45,15 +47,16 @@ def quantize_gptq(
     weigh: Weigh | None = None,
     template: str | None = None,
     force: bool = False,
-    after_layer: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantize every linear layer of the decoder in `source` and write the GPTQ folder `output` with its manifest.
 
-    `calibration` is what the manifest says of the transcripts (see `describe`), `weigh` the weight of each token;
-    `after_layer` hears how many layers are done, and of how many. Embedding, norms and head become float16.
+    `calibration` is what the manifest says of the transcripts (see `describe`). `weigh` gives the weight of each
+    token where it shall not be the one of `settings.focus`. Embedding, norms and head become float16.
     Raises InputError for settings that do not fit the layers, ModelError for a broken checkpoint.
     """
     started = time.monotonic()
+    progress = progress or (lambda stage, done, total: None)
     checkpoint = open_checkpoint(source)
     names = linear_names(checkpoint)
     for name in names:
@@ -71,11 +74,18 @@ def quantize_gptq(
                 digests[name] = digest(linear)
                 reports.append(report)
 
-        def count(index: int) -> None:
-            if after_layer is not None:
-                after_layer(index + 1, layers)
-
-        stream_decoder(checkpoint, transcripts, visit, device=device, weigh=weigh, after_layer=count)
+        if weigh is None and settings.focus:
+            weigh = verdict_weights(
+                checkpoint, transcripts, device=device, after_layer=partial(progress, "Reading gradients")
+            )
+        stream_decoder(
+            checkpoint,
+            transcripts,
+            visit,
+            device=device,
+            weigh=weigh,
+            after_layer=lambda index: progress("Quantizing layers", index + 1, layers),
+        )
         _add_unquantized(checkpoint, names, writer)
         writer.finish(checkpoint.config, quantization_config(settings), source)
         _check_written(folder, digests)
@@ -210,6 +220,7 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--bits-for", "exceptions", multiple=True, metavar="PART=BITS", help="Other bits for some layers.")
 @click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
 @click.option("--symmetric/--asymmetric", default=True, show_default=True, help="Without or with zero points.")
+@click.option("--focus/--no-focus", default=True, show_default=True, help="Weigh tokens by the verdict's gradient.")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
@@ -229,7 +240,7 @@ def command(source: Path, output: Path, calibration: Path, as_json: bool, **opti
         tokens=options["tokens"],
         seed=options["seed"],
     )
-    with layer_bar("Quantizing layers") as after_layer:
+    with layer_bar() as progress:
         report = quantize_gptq(
             source,
             output,
@@ -239,6 +250,6 @@ def command(source: Path, output: Path, calibration: Path, as_json: bool, **opti
             device=device,
             template=options["template"],
             force=options["force"],
-            after_layer=after_layer,
+            progress=progress,
         )
     print_report(report, command=shlex.join(["gramlite", "pack", str(output), "--to", "gguf"]), as_json=as_json)

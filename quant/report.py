@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+Progress = Callable[[str, int, int], None]
 WORST_SHOWN = 3
 
 
@@ -59,18 +60,27 @@ def mean_error(layers: Sequence[LayerReport]) -> float:
 
 
 @contextmanager
-def layer_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, on a terminal only; the yielded function takes the layers done and all there are."""
+def layer_bar() -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only; the yielded function takes what is being done, the steps done and all."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda stage, done, total: None
         return
     from rich.console import Console
 
     from gramlite.display import row_progress
 
     with row_progress(Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None)
+        shown = ""
+
+        def advance(stage: str, done: int, total: int) -> None:
+            nonlocal shown
+            if stage != shown:
+                bar.reset(task, description=stage, total=total)
+                shown = stage
+            bar.update(task, completed=done)
+
+        yield advance
 
 
 def print_report(report: QuantizationReport, *, command: str, as_json: bool) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 STATE_BYTES = 512 << 20  # layer inputs kept at a time
+FLOOR = 0.3  # the least weight of a token, where the mean is 1 + this
 LINEARS = tuple(name for stage in STAGES for name in stage)
 
 
@@ -88,7 +89,7 @@ def verdict_weights(
     checkpoint: Checkpoint,
     transcripts: Sequence[Transcript],
     *,
-    floor: float,
+    floor: float = FLOOR,
     device: str = "cpu",
     after_layer: Callable[[int, int], None] | None = None,
 ) -> Weigh:

@@ -29,8 +29,9 @@ class GptqSettings:
     of neighbours ("static"), or with the groups themselves made of columns of like activation ("full", the classic
     desc_act, which only the GPTQ format can hold). `damping` is the share of the mean diagonal added to the second
     moment. `search` clips group extremes where that lowers the weighted error. With `sequential` each layer is
-    calibrated on what the already quantized layers before it put out. `exceptions` are pairs of a part of a layer's
-    name and the bits that layers so named take instead; the last that fits counts.
+    calibrated on what the already quantized layers before it put out; with `focus` tokens count by how much the
+    verdict hangs on them. `exceptions` are pairs of a part of a layer's name and the bits that layers so named take
+    instead; the last that fits counts.
     """
 
     bits: int = 4
@@ -40,6 +41,7 @@ class GptqSettings:
     damping: float = 0.01
     search: bool = True
     sequential: bool = True
+    focus: bool = True
     exceptions: tuple[tuple[str, int], ...] = ()
 
     def of(self, name: str) -> GptqSettings:

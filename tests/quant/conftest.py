@@ -61,12 +61,12 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def transcripts() -> list[Transcript]:
-    """Twelve transcripts of random tokens, of different lengths."""
+    """Twelve transcripts of random tokens, of different lengths, that end in the verdict 7 or 9."""
     draw = random.Random(11)
     return [
         Transcript(
             tuple(draw.randrange(VOCABULARY) for _ in range(40 + 3 * number)),
-            tuple(draw.randrange(VOCABULARY) for _ in range(5)),
+            (*(draw.randrange(VOCABULARY) for _ in range(5)), 7 if number % 3 else 9),
             str(number),
         )
         for number in range(12)

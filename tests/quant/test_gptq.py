@@ -18,6 +18,7 @@ from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import command, parse_exception, quantize_gptq
 from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import QuantizationReport
+from gramlite.quant.sensitivity import verdict_weights
 from gramlite.quant.solve import GptqSettings
 from transformers import AutoModelForCausalLM
 
@@ -40,15 +41,16 @@ def quantize(
 def test_every_layer_beats_round_to_nearest(
     family: str, make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
 ) -> None:
-    heard: list[tuple[int, int]] = []
+    heard: list[tuple[str, int, int]] = []
     report = quantize(
         make_checkpoint(family), tmp_path / "out", transcripts, GptqSettings(group_size=32),
-        after_layer=lambda done, total: heard.append((done, total)),
+        progress=lambda *step: heard.append(step),
     )  # fmt: skip
     assert len(report.layers) == 14
     assert all(layer.error < layer.plain_error for layer in report.layers)
     assert report.to_json()["worse_than_plain"] == 0
-    assert heard == [(1, 2), (2, 2)]
+    assert heard[:4] == [("Reading gradients", step, 4) for step in range(1, 5)]
+    assert heard[4:] == [("Quantizing layers", 1, 2), ("Quantizing layers", 2, 2)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +92,20 @@ def test_sequential_layers_are_calibrated_on_quantized_ones(
     same = {name: np.array_equal(*pair) for name, pair in zip(names, zip(*codes.values(), strict=True), strict=True)}
     assert same["model.layers.0.self_attn.q_proj"]
     assert not same["model.layers.1.mlp.down_proj"]
+
+
+def test_focus_weighs_tokens_by_their_gradient(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    source, uniform = make_checkpoint(), lambda name, number: torch.ones(len(transcripts[number].ids))
+    weigh = verdict_weights(open_checkpoint(source), transcripts)
+    quantize(source, tmp_path / "focus", transcripts, GptqSettings(group_size=32))
+    quantize(source, tmp_path / "weigh", transcripts, GptqSettings(group_size=32, focus=False), weigh=weigh)
+    quantize(source, tmp_path / "plain", transcripts, GptqSettings(group_size=32, focus=False))
+    quantize(source, tmp_path / "ones", transcripts, GptqSettings(group_size=32), weigh=uniform)
+    weights = {path.name: (path / "model.safetensors").read_bytes() for path in tmp_path.iterdir() if path != source}
+    assert weights["focus"] == weights["weigh"] != weights["plain"]
+    assert weights["plain"] == weights["ones"]
 
 
 def test_manifest_tells_how_it_was_made(make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def tokens(count: int) -> list[int]:
 
 
 def quantize(source: Path, output: Path, settings: GptqSettings) -> Path:
-    transcripts = [Transcript(tuple(tokens(200)), (1, 2), "one")]
+    transcripts = [Transcript(tuple(tokens(200)), (1,), "one"), Transcript(tuple(tokens(90)), (2,), "two")]
     calibration = describe(transcripts, tokens=1000, seed=0, source="made up")
     quantize_gptq(source, output, transcripts, settings, calibration=calibration)
     return output

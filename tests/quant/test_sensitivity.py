@@ -21,15 +21,6 @@ from .conftest import FAMILIES
 Make = Callable[..., Path]
 
 
-@pytest.fixture
-def judged(transcripts: list[Transcript]) -> list[Transcript]:
-    """The transcripts with a verdict, token 7 or 9, at the end."""
-    return [
-        Transcript(t.prompt_ids, (*t.generated_ids, 7 if number % 3 else 9), t.id)
-        for number, t in enumerate(transcripts)
-    ]
-
-
 def margin(model: Any, transcript: Transcript) -> torch.Tensor:
     logits = model(torch.tensor([transcript.ids[:-1]])).logits[0, -1]
     difference: torch.Tensor = logits[7] - logits[9]
@@ -38,7 +29,7 @@ def margin(model: Any, transcript: Transcript) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_of_readings_are_the_weights_gradients(
-    family: str, make_checkpoint: Make, judged: list[Transcript], monkeypatch: pytest.MonkeyPatch
+    family: str, make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "STATE_BYTES", 200_000)  # several groups
     folder = make_checkpoint(family)
@@ -49,10 +40,10 @@ def test_products_of_readings_are_the_weights_gradients(
 
     heard: list[tuple[int, int]] = []
     margins = read_gradients(
-        open_checkpoint(folder), judged, visit, after_layer=lambda done, total: heard.append((done, total))
+        open_checkpoint(folder), transcripts, visit, after_layer=lambda done, total: heard.append((done, total))
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for number, transcript in enumerate(judged):
+    for number, transcript in enumerate(transcripts):
         model.zero_grad()
         expected = margin(model, transcript)
         expected.backward()
@@ -66,11 +57,11 @@ def test_products_of_readings_are_the_weights_gradients(
     assert len(heard) > 2 * 2 * 2
 
 
-def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, judged: list[Transcript]) -> None:
-    weigh = verdict_weights(open_checkpoint(make_checkpoint()), judged, floor=0.25)
+def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    weigh = verdict_weights(open_checkpoint(make_checkpoint()), transcripts, floor=0.25)
     name = "model.layers.1.mlp.up_proj"
-    rows = [weigh(name, number) for number in range(len(judged))]
-    assert [len(row) for row in rows] == [len(transcript.ids) for transcript in judged]
+    rows = [weigh(name, number) for number in range(len(transcripts))]
+    assert [len(row) for row in rows] == [len(transcript.ids) for transcript in transcripts]
     assert all(float(row[-1]) == 0.25 for row in rows)
     assert torch.cat([row[:-1] for row in rows]).mean() == pytest.approx(1.25, rel=1e-3)
     # behind the last attention only the position that is read counts
@@ -79,9 +70,9 @@ def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, judged: list
     assert float(early[:-2].max()) > 0.26
 
 
-def test_both_verdicts_are_needed(transcripts: list[Transcript], judged: list[Transcript]) -> None:
-    assert verdict_tokens(judged) == (7, 9)
+def test_both_verdicts_are_needed(transcripts: list[Transcript]) -> None:
+    assert verdict_tokens(transcripts) == (7, 9)
     with pytest.raises(InputError, match="end with 1 different tokens"):
         verdict_tokens([Transcript((1, 2), (7,), "x")])
     with pytest.raises(InputError, match="Give more pairs"):
-        verdict_tokens(transcripts)
+        verdict_tokens([*transcripts, Transcript((1,), (3,), "x")])

@@ -55,6 +55,20 @@ def test_codes_are_those_of_the_textbook() -> None:
     assert (torch.from_numpy(solve(weight, factor, settings).codes) != codes).float().mean() < 0.002
 
 
+def test_weighty_inputs_lose_less() -> None:
+    """A twentieth of the inputs, of another kind than the rest, is served better when it counts more."""
+    weight, _ = layer()
+    many = torch.randn(1900, 20) @ torch.randn(20, 128)
+    few = torch.randn(100, 20) @ torch.randn(20, 128) * 0.3
+    settings = GptqSettings(group_size=32)
+    errors = []
+    for share in (1.0, 100.0):
+        moment = many.T @ many + share * few.T @ few
+        quantized = solve(weight, factorize(moment, settings), settings)
+        errors.append(relative_error(weight, quantized, few.T @ few))
+    assert errors[1] < 0.7 * errors[0]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_independent_inputs_leave_nothing_to_make_up_for(symmetric: bool) -> None:
     weight, _ = layer()
