@@ -73,6 +73,7 @@ class _Open:
     pair: Pair
     flags: tuple[str, ...]
     prompts: Mapping[Order, EncodedPrompt]
+    stems: Mapping[Order, frozenset[int]]
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
 
 
@@ -93,6 +94,7 @@ class Judge:
         self.settings = settings
         self.model = dict(model)
         self._turn = _Turn()
+        self._grouped = False
         try:
             choice_tokens(backend.vocabulary, template.form)
         except ValueError as error:
@@ -103,6 +105,12 @@ class Judge:
         """A judge on the same open model with some settings changed."""
         other = Judge(self.backend, self.template, self.scaffold, replace(self.settings, **changes), self.model)
         other._turn = self._turn
+        return other
+
+    def grouped(self) -> Judge:
+        """A judge on the same open model for pairs sorted by question and response_a: what neighbours share is kept."""
+        other = self.with_settings()
+        other._grouped = True
         return other
 
     @property
@@ -225,11 +233,19 @@ class Judge:
         literals = dict.fromkeys(hit for prompt in prompts.values() for hit in prompt.literals)
         for prompt in prompts.values():
             self._check_length(prompt)
-        return _Open(pair, (*flags, *hits, *(f"special:{name}:{text}" for name, text in literals)), prompts)
+        stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
+        return _Open(pair, (*flags, *hits, *(f"special:{name}:{text}" for name, text in literals)), prompts, stems)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
         segments = self.template.segments(presented(pair, order))
         return encode_prompt(self.backend.vocabulary, self.scaffold.wrap(segments))
+
+    def _stems(self, shown: Pair, order: Order, prompt: EncodedPrompt) -> frozenset[int]:
+        """How many tokens a prompt shares with others of its question, and with others of its first response too."""
+        same_first = replace(shown, response_b="\u2402") if order == "ab" else replace(shown, response_a="\u2402")
+        same_question = replace(same_first, response_a="\u2402", response_b="\u2402")
+        variants = (self._encode(variant, order) for variant in (same_first, same_question))
+        return frozenset(common_prefix(prompt.tokens, variant.tokens) for variant in variants)
 
     def _check_length(self, prompt: EncodedPrompt) -> None:
         """Refuse a prompt that does not fit, before anything is computed; nothing is ever truncated."""
@@ -253,6 +269,7 @@ class Judge:
         splits = {common_prefix(tokens, self._preamble)}
         if len(opened.prompts) > 1:
             splits.add(common_prefix(*(prompt.tokens for prompt in opened.prompts.values())))
+        splits |= opened.stems.get(order, frozenset())
         if self.settings.votes > 1:
             splits.add(len(tokens) - 1)
         usable = tuple(sorted(split for split in splits if 0 < split < len(tokens)))
