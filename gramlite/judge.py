@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .backends import Backend, Request
+from .confidence import Calibration
 from .decoding import Decoder, Generation, Mode, Sampling, choice_tokens, describe, softmax_first
 from .delimiters import Policy
 from .errors import GramliteError, InputError, ModelError
@@ -95,6 +96,7 @@ class Judge:
         self.model = dict(model)
         self._turn = _Turn()
         self._grouped = False
+        self.calibration: Calibration | None = None
         try:
             choice_tokens(backend.vocabulary, template.form)
         except ValueError as error:
@@ -105,6 +107,21 @@ class Judge:
         """A judge on the same open model with some settings changed."""
         other = Judge(self.backend, self.template, self.scaffold, replace(self.settings, **changes), self.model)
         other._turn = self._turn
+        if self.calibration and self.calibration.belongs_to(other.model, other.settings_record):
+            other.calibration = self.calibration
+        return other
+
+    def calibrated(self, calibration: Calibration) -> Judge:
+        """A judge on the same open model whose margins, and so p_a and verdict, are rescaled by a fitted calibration.
+
+        `with_settings` keeps it as long as it applies. Raises InputError for one of another model or other settings.
+        """
+        if not calibration.belongs_to(self.model, self.settings_record):
+            raise InputError(
+                "This calibration was fitted to another model or other settings. Run gramlite calibrate for this judge."
+            )
+        other = self.with_settings()
+        other.calibration = calibration
         return other
 
     def grouped(self) -> Judge:
@@ -117,7 +134,7 @@ class Judge:
     def settings_record(self) -> dict[str, Any]:
         """Everything but the model that a verdict depends on."""
         sampling = describe(self.settings.sampling(self.settings.seed))
-        return {
+        record = {
             **sampling,
             "orders": self.settings.orders,
             "votes": self.settings.votes,
@@ -125,6 +142,9 @@ class Judge:
             "template": {"name": self.template.name, "sha256": self.template.sha256},
             "scaffold": asdict(self.scaffold),
         }
+        if self.calibration:
+            record["calibration"] = {"temperature": self.calibration.temperature, "bias": self.calibration.bias}
+        return record
 
     @property
     def settings_hash(self) -> str:
@@ -303,6 +323,8 @@ class Judge:
         sign = 1 if order == "ab" else -1
         margins = [sign * generation.margin for generation in generations if generation.margin is not None]
         margin = mean_log_odds(margins)
+        if self.calibration:
+            margin = self.calibration.apply(margin, order)
         winners = [winner_of(vote) for vote in margins]
         return OrderVerdict(
             order=order,

@@ -55,7 +55,8 @@ class OrderVerdict:
     """What the judge said of a pair in one order of presentation, un-swapped.
 
     `p_a` is the probability that the pair's response_a is better, `margin` its log-odds in nats. With votes, `p_a` is
-    the mean over the votes and `margin` the mean of their log-odds. `rationale` is the first vote's thinking.
+    the mean over the votes and `margin` its log-odds. A calibrated judge rescales both, but not the `votes`.
+    `rationale` is the first vote's thinking, `sections` its parts.
     """
 
     order: Order
@@ -66,6 +67,11 @@ class OrderVerdict:
     forced: bool
     votes: Mapping[str, int]
     tokens: Mapping[str, int]
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """The rationale's feedback, comparison and conclusion, as far as it has them."""
+        return _sections(self.rationale)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -105,6 +111,26 @@ class Verdict:
         agreeing = [o.rationale for o in self.orders if o.verdict == self.winner and o.rationale]
         return agreeing[0] if agreeing else next((o.rationale for o in self.orders if o.rationale), None)
 
+    @property
+    def sections(self) -> dict[str, str]:
+        """The feedback, comparison and conclusion of `rationale`, as far as it has them.
+
+        Beware: in the order "ba" the judge calls the pair's response_b "Response A".
+        """
+        return _sections(self.rationale)
+
+    @property
+    def feedback(self) -> str | None:
+        return self.sections.get("feedback")
+
+    @property
+    def comparison(self) -> str | None:
+        return self.sections.get("comparison")
+
+    @property
+    def conclusion(self) -> str | None:
+        return self.sections.get("conclusion")
+
     def to_json(self) -> dict[str, Any]:
         """The judged row of the JSON contract."""
         return {
@@ -115,7 +141,14 @@ class Verdict:
             "consistent": self.consistent,
             "reason": self.reason,
             "flags": list(self.flags),
+            "sections": self.sections or None,
             "orders": [order.to_json() for order in self.orders],
             "model": dict(self.model),
             "settings": self.settings,
         }
+
+
+def _sections(rationale: str | None) -> dict[str, str]:
+    from .template import rationale_sections
+
+    return rationale_sections(rationale) if rationale else {}
