@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -34,7 +34,6 @@ from .folder import RECORD, ROWS, RUN_VERSION, read_run
 from .suites import Suite, open_suite, suite_names
 
 if TYPE_CHECKING:
-    from gramlite.display import Display
     from gramlite.judge import Judge
 
 PACKAGES = (
@@ -44,20 +43,34 @@ PACKAGES = (
 
 HELP = (
     "Judge a benchmark into a run folder and score it officially.\n\n"
-    f"The suites are {', '.join(suite_names())}; your own pairs are pairs:FILE. Without a file, the suite's own is "
-    "looked for in the folder GRAMLITE_BENCHMARKS."
+    f"The suites are {', '.join(suite_names())}; your own pairs are pairs:FILE. SUITE/SUBSET keeps one subset, or all "
+    "whose names begin with it (rmbench/safety). Without a file, the suite's own is looked for in the folder "
+    "GRAMLITE_BENCHMARKS."
 )
+
+
+class Shows(Protocol):
+    """Whoever is shown rows as they are judged."""
+
+    def show(self, row: Mapping[str, Any], verdict: Verdict | None) -> None: ...
 
 
 @dataclass(frozen=True)
 class Work:
-    """A suite that is to be judged: its name, module, file and pairs."""
+    """A suite that is to be judged: its name, module, file and pairs, and how these were chosen."""
 
     name: str
     module: Suite
     path: Path
     pairs: Sequence[Pair]
     limit: int | None
+    sample: int | None = None
+    subset: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The suite as it is typed, without its file."""
+        return f"{self.name}/{self.subset}" if self.subset else self.name
 
     def to_json(self) -> dict[str, Any]:
         """What run.json says of the suite; `pairs_sha256` covers the pairs that were judged."""
@@ -65,22 +78,64 @@ class Work:
             "name": self.name,
             "path": str(self.path.resolve()),
             "sha256": None if self.path.is_dir() else sha256_cached(self.path),
+            "subset": self.subset,
             "limit": self.limit,
+            "sample": self.sample,
             "pairs": len(self.pairs),
             "pairs_sha256": hashlib.sha256("".join(map(pair_digest, self.pairs)).encode()).hexdigest(),
         }
 
 
-def load_work(specification: str, limit: int | None = None) -> Work:
-    """The pairs of `SUITE[:FILE]`; raises InputError for a suite without pairs or with an id that is there twice."""
-    name, module, path = open_suite(specification)
-    pairs = list(module.load(path, limit=limit))
+def load_work(specification: str, limit: int | None = None, *, sample: int | None = None) -> Work:
+    """The pairs of `SUITE[/SUBSET][:FILE]`: all, the first `limit`, or `sample` drawn by a hash of their ids.
+
+    The larger of two samples holds the smaller. Raises InputError for a suite or subset without pairs, or with an id
+    that is there twice.
+    """
+    if limit and sample:
+        raise InputError("--limit takes the first pairs and --sample draws some. Give one of them.")
+    suite, colon, file = specification.partition(":")
+    suite, slash, subset = suite.partition("/")
+    name, module, path = open_suite(suite + colon + file)
+    pairs = list(module.load(path, limit=None if subset or sample else limit))
+    if slash:
+        pairs = of_subset(pairs, subset, specification)
     if not pairs:
         raise InputError(f"{path} holds no pair for the suite {name}. {module.SOURCE}")
     doubled = [identifier for identifier, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if doubled:
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
-    return Work(name, module, path, pairs, limit)
+    if subset or sample:
+        pairs = chosen_pairs(pairs, limit=limit, sample=sample)
+    return Work(name, module, path, pairs, limit, sample, subset or None)
+
+
+def of_subset(pairs: Sequence[Pair], subset: str, specification: str) -> list[Pair]:
+    """The pairs of a subset, or of all whose names begin with its name and a hyphen; letter case does not matter."""
+    wanted = subset.casefold()
+    names = {str((pair.meta or {}).get("subset")) for pair in pairs}
+    kept = {name for name in names if name.casefold() == wanted or name.casefold().startswith(f"{wanted}-")}
+    if not kept:
+        raise InputError(f"{specification} has no subset {subset!r}. It has: {', '.join(sorted(names))}.")
+    return [pair for pair in pairs if (pair.meta or {}).get("subset") in kept]
+
+
+def chosen_pairs(pairs: Sequence[Pair], *, limit: int | None, sample: int | None) -> list[Pair]:
+    """The first `limit` pairs or a `sample` of them, in their order; of pairs that form one item, all or none."""
+    items: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        items.setdefault(str((pair.meta or {}).get("item") or pair.id), []).append(pair)
+    order = sorted(items, key=lambda item: hashlib.sha256(item.encode()).digest()) if sample else list(items)
+    room = sample or limit or len(pairs)
+    kept: set[str] = set()
+    for item in order:
+        if kept and len(items[item]) > room:
+            break
+        room -= len(items[item])
+        kept.add(item)
+        if room <= 0:
+            break
+    return [pair for item, members in items.items() if item in kept for pair in members]
 
 
 def pair_digest(pair: Pair) -> str:
@@ -90,7 +145,7 @@ def pair_digest(pair: Pair) -> str:
 
 
 def run_suite(
-    judge: Judge, work: Work, folder: Path, *, display: Display, resume: bool = False, force: bool = False,
+    judge: Judge, work: Work, folder: Path, *, display: Shows, resume: bool = False, force: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge what is not judged yet and return the finished run.json.
@@ -236,10 +291,11 @@ def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> No
 
 
 @click.command(help=HELP)
-@click.argument("suite", metavar="SUITE[:FILE]")
+@click.argument("suite", metavar="SUITE[/SUBSET][:FILE]")
 @judge_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN_FOLDER", help="Where to.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs only.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Judge N pairs drawn by a hash of their ids.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, or with a larger --limit.")
 @click.option("--force", is_flag=True, help="Start an existing run anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
@@ -248,6 +304,7 @@ def command(
     suite: str,
     output: Path,
     limit: int | None,
+    sample: int | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -256,7 +313,7 @@ def command(
     from gramlite.display import Display
     from gramlite.interrupt import on_interrupt
 
-    work = load_work(suite, limit)
+    work = load_work(suite, limit, sample=sample)
     if (output / ROWS).exists() and not (resume or force):
         raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
     path = model_path(options)

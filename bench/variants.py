@@ -1,0 +1,256 @@
+"""The types of a sweep: how each is spelled, and the parts that it is made of.
+
+F16, BF16, F32              the checkpoint exported, with nothing lost beyond the dtype
+Q4_K_M, Q4_0, IQ4_XS, ...   the F16 file quantized by llama.cpp; `+imatrix` weighs with an importance matrix
+gptq:BITSxGROUP[:OPTION]... GPTQ, packed into GGUF; the options are `asym`, `no-focus`, `no-search`, `q8_0` (the
+                            embedding's type; F16 otherwise) and PART=BITS (`v_proj=8`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gramlite.artifact import Manifest
+from gramlite.errors import InputError
+from gramlite.quantization import FILE_TYPES
+from gramlite.storage import atomic_output, sha256_cached
+
+from .parts import Part
+
+EXPORTED = ("F16", "BF16", "F32")
+GPTQ = re.compile(r"^gptq:(\d+)x(\d+)((?::[^:]+)*)$", re.IGNORECASE)
+SWITCHES: dict[str, dict[str, Any]] = {
+    "asym": {"symmetric": False},
+    "no-focus": {"focus": False},
+    "no-search": {"search": False},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One type of a sweep. `gptq` holds the quantizer's own settings, empty for llama.cpp's types."""
+
+    name: str
+    kind: str
+    imatrix: bool = False
+    gptq: Mapping[str, Any] = field(default_factory=dict)
+    embedding: str = "f16"
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.imatrix or bool(self.gptq)
+
+    @property
+    def file_name(self) -> str:
+        """The name that files and run folders of this type have."""
+        return self.name.replace(":", "-")
+
+
+def parse_types(text: str) -> list[Variant]:
+    """Types separated by commas, the base first; raises InputError for one that is unknown or there twice."""
+    found = [parse_variant(part.strip()) for part in text.split(",") if part.strip()]
+    if not found:
+        raise InputError("--types names no type. Write types such as F16,Q8_0,Q4_K_M,gptq:4x64.")
+    names = [variant.name for variant in found]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--types names {doubled} twice.")
+    return found
+
+
+def parse_variant(text: str) -> Variant:
+    """One type; raises InputError that says how types are spelled."""
+    if matched := GPTQ.match(text):
+        return _gptq(text, int(matched[1]), int(matched[2]), [part for part in matched[3].split(":") if part])
+    kind, plus, extra = text.partition("+")
+    kind, extra = kind.upper(), extra.lower()
+    if kind not in FILE_TYPES.values() or (plus and (extra != "imatrix" or kind in EXPORTED)):
+        raise InputError(
+            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, ...) and "
+            "gptq:4x64, gptq:4x32:asym, ...: bits, weights that share a scale, and options."
+        )
+    return Variant(f"{kind}+{extra}" if plus else kind, kind, imatrix=bool(plus))
+
+
+def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size}
+    exceptions: list[tuple[str, int]] = []
+    embedding = "f16"
+    for option in options:
+        part, equals, own_bits = option.partition("=")
+        if option.lower() in SWITCHES:
+            settings |= SWITCHES[option.lower()]
+        elif option.lower() in ("f16", "q8_0"):
+            embedding = option.lower()
+        elif equals and part and own_bits.isdigit():
+            exceptions.append((part, int(own_bits)))
+        else:
+            raise InputError(
+                f"{text}: there is no option {option!r}. GPTQ's are {', '.join(SWITCHES)}, q8_0 (the embedding's type) "
+                "and PART=BITS, as in v_proj=8."
+            )
+    if exceptions:
+        settings["exceptions"] = tuple(exceptions)
+    return Variant(text.lower(), "gptq", gptq=settings, embedding=embedding)
+
+
+# --- what each is made of ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a sweep quantizes: a checkpoint, and the judge's pairs or transcripts that calibrate."""
+
+    checkpoint: Path
+    calibration: Path | None = None
+    tokens: int = 65_536
+    seed: int = 0
+    template: str | None = None
+    threads: int | None = None
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """One hash over the names and hashes of the checkpoint's files."""
+        files = sorted(path for path in self.checkpoint.iterdir() if path.is_file() and not path.name.startswith("."))
+        listing = [(path.name, sha256_cached(path)) for path in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a sweep's record says of it."""
+        calibration: dict[str, Any] | None = None
+        if self.calibration:
+            calibration = {"name": self.calibration.name, "sha256": sha256_cached(self.calibration)}
+            calibration |= {"tokens": self.tokens, "seed": self.seed}
+        return {
+            "checkpoint": {"name": self.checkpoint.resolve().name, "sha256": self.checkpoint_sha256},
+            "template": self.template,
+            "calibration": calibration,
+        }
+
+
+def artifact_part(variant: Variant, source: Source, folder: Path) -> Part:
+    """The GGUF file of a type, with all that it needs, in the sweep's folder of artifacts."""
+    path = folder / f"{variant.file_name}.gguf"
+    if variant.gptq:
+        gptq = _gptq_part(variant, source, folder)
+        build = partial(build_packed, folder=gptq.path, embedding=variant.embedding)
+        return Part(path, {"made": "pack", "embedding": variant.embedding}, build, (gptq,))
+    if variant.kind in EXPORTED:
+        return _exported_part(variant.kind, source, folder)
+    exported = _exported_part("F16", source, folder)
+    matrix = _matrix_part(source, folder) if variant.imatrix else None
+    build = partial(
+        build_quantized,
+        exported=exported.path,
+        kind=variant.kind,
+        matrix=matrix.path if matrix else None,
+        threads=source.threads,
+    )
+    return Part(path, {"made": "quantize", "kind": variant.kind}, build, (exported, matrix) if matrix else (exported,))
+
+
+def _exported_part(kind: str, source: Source, folder: Path) -> Part:
+    recipe = {
+        "made": "export", "dtype": kind, "checkpoint": source.checkpoint_sha256, "template": source.template,
+        "gramlite": version("gramlite"),
+    }  # fmt: skip
+    build = partial(build_exported, checkpoint=source.checkpoint, dtype=kind.lower(), template=source.template)
+    return Part(folder / f"{kind}.gguf", recipe, build)
+
+
+def _transcripts_part(source: Source, folder: Path) -> Part:
+    if source.calibration is None:
+        raise InputError(
+            "Types with +imatrix or gptq need --calibration PAIRS.jsonl, pairs or transcripts of the judge."
+        )
+    exported = _exported_part("F16", source, folder)
+    recipe = {"made": "transcripts", **source.record()["calibration"]}
+    build = partial(build_transcripts, source=source, judge=exported.path)
+    return Part(folder / "transcripts.jsonl", recipe, build, (exported,))
+
+
+def _matrix_part(source: Source, folder: Path) -> Part:
+    transcripts = _transcripts_part(source, folder)
+    build = partial(build_matrix, source=source, transcripts=transcripts.path)
+    return Part(folder / "imatrix.gguf", {"made": "imatrix"}, build, (transcripts,))
+
+
+def _gptq_part(variant: Variant, source: Source, folder: Path) -> Part:
+    from gramlite.quant.solve import GptqSettings
+
+    transcripts = _transcripts_part(source, folder)
+    settings = GptqSettings(**variant.gptq)
+    name = ":".join(part for part in variant.name.split(":") if part not in ("f16", "q8_0")).replace(":", "-")
+    build = partial(build_gptq, source=source, transcripts=transcripts.path, settings=dict(variant.gptq))
+    return Part(folder / name, {"made": "gptq", "settings": asdict(settings)}, build, (transcripts,))
+
+
+# --- the makers, each in a process of its own ----------------------------------------------------------------
+
+
+def build_exported(path: Path, *, checkpoint: Path, dtype: str, template: str | None) -> Manifest:
+    from gramlite.export.gguf import export_gguf
+
+    return export_gguf(checkpoint, path, dtype=dtype, template=template, force=True)
+
+
+def build_quantized(path: Path, *, exported: Path, kind: str, matrix: Path | None, threads: int | None) -> Manifest:
+    from gramlite.quant.gguf import quantize_gguf
+    from gramlite.quant.imatrix import read_imatrix
+
+    imatrix = read_imatrix(matrix) if matrix else None
+    return quantize_gguf(exported, path, kind=kind, imatrix=imatrix, force=True, threads=threads)
+
+
+def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
+    from gramlite.quant.calibration import load_calibration, write_transcripts
+
+    assert source.calibration is not None
+    transcripts, _ = load_calibration(
+        source.calibration, judge=judge, template=source.template, tokens=source.tokens, seed=source.seed
+    )
+    with atomic_output(path, force=True) as temporary:
+        write_transcripts(temporary, transcripts)
+
+
+def build_matrix(path: Path, *, source: Source, transcripts: Path) -> None:
+    from gramlite.quant.calibration import read_transcripts
+    from gramlite.quant.imatrix import collect_importance, write_imatrix
+
+    assert source.calibration is not None
+    matrix = collect_importance(source.checkpoint, read_transcripts(transcripts), dataset=source.calibration.name)
+    write_imatrix(path, matrix, force=True)
+
+
+def build_gptq(path: Path, *, source: Source, transcripts: Path, settings: Mapping[str, Any]) -> None:
+    from gramlite.quant.calibration import describe, read_transcripts
+    from gramlite.quant.gptq import quantize_gptq
+    from gramlite.quant.memory import pick_device
+    from gramlite.quant.solve import GptqSettings
+
+    assert source.calibration is not None
+    chosen = read_transcripts(transcripts)
+    described = describe(chosen, tokens=source.tokens, seed=source.seed, source=source.calibration.name)
+    quantize_gptq(
+        source.checkpoint,
+        path,
+        chosen,
+        GptqSettings(**settings),
+        calibration=described,
+        device=pick_device("auto"),
+        template=source.template,
+        force=True,
+    )
+
+
+def build_packed(path: Path, *, folder: Path, embedding: str) -> Manifest:
+    from gramlite.quant.pack import pack_gguf
+
+    return pack_gguf(folder, path, embedding=embedding, force=True)
