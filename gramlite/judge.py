@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from .pair import Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .template import Template, presented, screen
+
+if TYPE_CHECKING:
+    from .ranking import KnownComparisons, Ranking
 
 Listener = Callable[[Order, str], None]
 SAMPLED_TEMPERATURE = 0.75  # what GRAM-R² is published with when it votes
@@ -183,6 +186,19 @@ class Judge:
             else:
                 for pair in pairs:
                     yield from self._run([pair], strict, on_text)
+
+    def rank(
+        self,
+        *,
+        prompt: str,
+        completions: Sequence[str],
+        method: Literal["best", "tournament", "full"] = "best",
+        known: KnownComparisons | None = None,
+    ) -> Ranking:
+        """Rank the completions of one prompt; see `gramlite.ranking.rank`."""
+        from .ranking import rank
+
+        return rank(self, prompt=prompt, completions=completions, method=method, known=known)
 
     def abort(self) -> None:
         """Stop what is running soon; safe to call from a signal's thread."""
