@@ -75,7 +75,10 @@ GROUPS = {
     ),
     "quantize": (
         "Make a judge smaller, calibrated on judging.",
-        {"gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder.")},
+        {
+            "gguf": ("gramlite.quant.gguf", "A checkpoint or GGUF file in any of llama.cpp's types."),
+            "gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder."),
+        },
     ),
     "bench": (
         "Measure judges: what quantization cost, flips, speed.",

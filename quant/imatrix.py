@@ -6,6 +6,7 @@ Format: GGUF as llama-imatrix writes it, two float32 tensors a layer, named afte
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,3 +113,11 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         chunks=chunks if isinstance(chunks, int) else 0,
         datasets=tuple(map(str, datasets)) if isinstance(datasets, tuple) else (),
     )
+
+
+def matrix_sha256(matrix: ImportanceMatrix) -> str:
+    """A hash of all that a quantizer sees of a matrix."""
+    digest = hashlib.sha256()
+    for name, values in sorted(matrix.means().items()):
+        digest.update(name.encode() + b"\0" + values.tobytes())
+    return digest.hexdigest()
