@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,13 +31,22 @@ ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, an
 class Display:
     """Shows rows as they are judged. Rows go to standard output, everything else to standard error.
 
-    `quiet` keeps rows off standard output (they go to a file); `total` is how many rows are expected, if known.
+    `quiet` keeps rows off standard output (they go to a file); `total` is how many rows are expected, if known;
+    `readable` makes of a row what a person sees.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, total: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        quiet: bool,
+        total: int | None,
+        readable: Callable[[Mapping[str, Any]], RenderableType] | None = None,
+    ) -> None:
         self.shown = 0
         self.last: Mapping[str, Any] | None = None
         self._quiet = quiet
+        self._describe = readable or row_line
         self._readable = sys.stdout.isatty() and not as_json
         self._out = Console(highlight=False)
         self._errors = Console(stderr=True, highlight=False)
@@ -91,7 +100,7 @@ class Display:
             elif self._single and verdict is not None and verdict.id is None:
                 self._show_pair(verdict)
             else:
-                self._out.print(row_line(row))
+                self._out.print(self._describe(row))
         elif row["verdict"] is None:
             self._errors.print(Text(visible(f"{row['id']}: {row['reason']}"), style="red"))
         self.advance()

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from .errors import InputError
 from .pair import FIELD_LIMIT_BYTES, Pair, Winner
@@ -31,8 +31,27 @@ class Row:
     error: str | None = None
 
 
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Line(Generic[Value]):
+    """A line of any input, as in Row, with what was made of it."""
+
+    number: int
+    digest: str
+    value: Value | None
+    error: str | None = None
+
+
 def read_rows(stream: BinaryIO) -> Iterator[Row]:
-    """Read JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds."""
+    """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds."""
+    for line in read_lines(stream, pair_from_json):
+        yield Row(line.number, line.digest, line.value, line.error)
+
+
+def read_lines(stream: BinaryIO, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:
+    """Read JSON lines and make something of each object with `build(object, default id)`; see `read_rows`."""
     for number, line in enumerate(_lines(stream), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -43,9 +62,9 @@ def read_rows(stream: BinaryIO) -> Iterator[Row]:
         try:
             if len(line) > LINE_LIMIT_BYTES:
                 raise InputError(f"the line has more than {LINE_LIMIT_BYTES:,} bytes.")
-            yield Row(number, digest, pair_from_json(_parse(text), default_id=str(number)))
+            yield Line(number, digest, build(_parse(text), str(number)))
         except InputError as error:
-            yield Row(number, digest, None, f"line {number}: {error}")
+            yield Line(number, digest, None, f"line {number}: {error}")
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -67,7 +86,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return value
 
 
-def pair_from_json(row: Mapping[str, Any], *, default_id: str | None = None) -> Pair:
+def pair_from_json(row: Mapping[str, Any], default_id: str | None = None) -> Pair:
     """The pair on a row of any accepted shape, checked; raises InputError that names the accepted shapes."""
     for keys, build in _BUILDERS:
         if all(key in row for key in keys):
@@ -84,6 +103,37 @@ def pair_from_json(row: Mapping[str, Any], *, default_id: str | None = None) -> 
     pair = Pair(prompt, response_a, response_b, id=_identifier(row, default_id), label=label, meta=meta)
     pair.check()
     return pair
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and the completions to rank."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    id: str | None = None
+
+
+def item_from_json(row: Mapping[str, Any], default_id: str | None = None) -> Item:
+    """The completions on a row: `prompt` and `completions`, texts or lists of messages; raises InputError."""
+    if "prompt" not in row or not isinstance(row.get("completions"), list) or not row["completions"]:
+        found = ", ".join(sorted(map(str, row))[:8]) or "nothing"
+        raise InputError(f"unknown shape (keys: {found}). Accepted: prompt + completions, a list of at least one.")
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        prompt = conversation(_messages(prompt, "prompt"))
+    elif not isinstance(prompt, str):
+        raise InputError(f"prompt must be a string or a list of messages, not {type(prompt).__name__}.")
+    completions = tuple(_completion(value, f"completions[{index}]") for index, value in enumerate(row["completions"]))
+    return Item(prompt, completions, _identifier(row, default_id))
+
+
+def _completion(value: object, name: str) -> str:
+    if isinstance(value, list):
+        return _messages(value, name)[-1]["content"]
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a string or a list of messages, not {type(value).__name__}.")
+    return value
 
 
 def _identifier(row: Mapping[str, Any], default: str | None) -> str | None:

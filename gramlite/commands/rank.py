@@ -1,0 +1,156 @@
+"""`gramlite rank`: completions in, their order out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from .judge import open_input, resume_command
+from .options import JudgeOptions, judge_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..display import Display
+    from ..journal import Journal
+    from ..judge import Judge
+    from ..ranking_plans import Method
+    from ..rows import Item, Line
+
+
+def rank_lines(
+    judge: Judge, lines: Iterable[Line[Item]], method: Method, display: Display, journal: Journal | None
+) -> Counter[str]:
+    """Rank the items one after the other and emit one row each; returns how many ended in which way."""
+    from ..ranking import KnownComparisons
+
+    todo = Counter(journal.kept) if journal else Counter()
+    known = KnownComparisons()
+    tally: Counter[str] = Counter()
+    for line in lines:
+        if todo[line.digest] > 0:
+            todo[line.digest] -= 1
+            tally["kept"] += 1
+            display.advance()
+            continue
+        row = ranked_row(judge, line, method, known)
+        if journal:
+            journal.append(row)
+        display.show(row, None)
+        tally["judged" if row["verdict"] is not None else "without verdict"] += 1
+    return tally
+
+
+def ranked_row(judge: Judge, line: Line[Item], method: Method, known: Any) -> dict[str, Any]:
+    """The JSON row of an input line; one that could not be read or ranked has a reason that names its line."""
+    from ..ranking import Ranking, rank
+
+    item = line.value
+    if item is None:
+        ranking = Ranking(
+            id=str(line.number), method=method, ranking=None, reason=line.error, model=judge.model,
+            settings=judge.settings_hash,
+        )  # fmt: skip
+        return {**ranking.to_json(), "line": line.number, "input": line.digest}
+    ranking = rank(judge, prompt=item.prompt, completions=item.completions, method=method, id=item.id, known=known)
+    reason = f"line {line.number}: {ranking.reason}" if ranking.ranking is None else ranking.reason
+    return {**ranking.to_json(), "reason": reason, "line": line.number, "input": line.digest}
+
+
+def ranking_table(row: Mapping[str, Any]) -> RenderableType:
+    """One ranked row for a person: place, completion, score, wins and losses."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..display import visible
+
+    name = visible(str(row["id"]))[:40]
+    if row["ranking"] is None:
+        return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
+    decided = [made for made in row["comparisons"] if made["winner"] is not None]
+    won = Counter(made["winner"] for made in decided)
+    lost = Counter(sum(made["pair"]) - made["winner"] for made in decided)
+    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, caption=_caption(row), caption_justify="left")
+    for heading in ("place", "completion", *(["score"] if row["scores"] else []), "won", "lost"):
+        table.add_column(heading, justify="right")
+    for place, index in enumerate(row["ranking"], 1):
+        score = [f"{row['scores'][index]:+.2f} ± {row['standard_errors'][index]:.2f}"] if row["scores"] else []
+        table.add_row(str(place), str(index), *score, str(won[index]), str(lost[index]))
+    return table
+
+
+def _caption(row: Mapping[str, Any]) -> str:
+    circles = [" > ".join(map(str, (*circle, circle[0]))) for circle in row["cycles"][:5]]
+    more = f", and {len(row['cycles']) - 5} more" if len(row["cycles"]) > 5 else ""
+    return f"Circles: {'; '.join(circles)}{more}" if circles else ""
+
+
+def run_file(
+    options: JudgeOptions, source: str, method: Method, output: Path | None, resume: bool, force: bool, as_json: bool
+) -> int:
+    """Rank a file or standard input; returns the exit code."""
+    from ..display import Display
+    from ..interrupt import on_interrupt
+    from ..journal import Journal
+    from ..rows import item_from_json, read_lines
+
+    stream, lines, _ = open_input(source)
+    with ExitStack() as stack:
+        if source != "-":
+            stack.callback(stream.close)
+        judge = stack.enter_context(options.open())
+        journal = None
+        if output:
+            settings = judge.settings_record | {"method": method}
+            record = {"settings_hash": judge.settings_hash, "settings": settings, "model": judge.model}
+            journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
+        display = stack.enter_context(
+            Display(as_json=as_json, quiet=output is not None, total=lines, readable=ranking_table)
+        )
+        stack.enter_context(on_interrupt(judge.abort))
+        try:
+            tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal)
+        except KeyboardInterrupt:
+            display.close()
+            saved = (
+                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
+                if output
+                else "Nothing was saved."
+            )
+            click.echo(f"Interrupted. {saved}", err=True)
+            return INTERRUPTED
+        display.summary(tally, output)
+    return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
+
+
+@click.command(context_settings={"show_default": False})
+@click.argument("items", metavar="ITEMS.jsonl | -")
+@click.option(
+    "--method",
+    type=click.Choice(["best", "tournament", "full"]),
+    default="best",
+    show_default=True,
+    help="Find the best in n-1 comparisons, sort with few, or compare all pairs for scores.",
+)
+@judge_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Write rows to a file.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted -o file.")
+@click.option("--force", is_flag=True, help="Start an existing -o file anew.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+def command(
+    options: JudgeOptions, items: str, method: Method, output: Path | None, resume: bool, force: bool, as_json: bool
+) -> int:
+    """Rank the completions of each question, best first.
+
+    Items come as JSON lines with a prompt and a list of completions, from a file or standard input (-).
+    """
+    if resume and not output:
+        raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    return run_file(options, items, method, output, resume, force, as_json)
