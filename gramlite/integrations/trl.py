@@ -1,0 +1,134 @@
+"""Rewards for TRL: a reward function for GRPOTrainer and a pairwise judge.
+
+Both follow TRL's documented signatures by their shape alone, so TRL need not be installed to import this file:
+
+    trainer = GRPOTrainer(model=..., reward_funcs=win_rate_reward(judge), ...)
+    trainer = OnlineDPOTrainer(model=..., judge=PairwiseJudge(judge), ...)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..judge import Judge
+from ..pair import Pair, Verdict
+from ..ranking import compare
+from ..rows import conversation
+
+Text = str | Sequence[Mapping[str, Any]]
+RewardFunction = Callable[..., list[float | None]]
+
+
+def win_rate_reward(
+    judge: Judge, *, reference: str | None = None, outcome: Literal["probability", "win"] = "probability"
+) -> RewardFunction:
+    """A function for GRPOTrainer's `reward_funcs` that rewards winning against others.
+
+    Without `reference`, a completion's reward is the mean outcome against the other completions of its prompt in the
+    call; with it, the outcome against the completion in the dataset's column of that name. An outcome is the judge's
+    probability of winning, or with "win" 1, 0.5 or 0. Equal completions count one half against each other. The reward
+    is None, which TRL leaves out, where there is nothing to compare with or no verdict.
+    """
+
+    def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
+        questions = [text_of(prompt) for prompt in prompts]
+        answers = [text_of(completion) for completion in completions]
+        if len(questions) != len(answers):
+            raise InputError(f"{len(questions)} prompts came with {len(answers)} completions.")
+        if reference is None:
+            return _within_groups(judge, questions, answers, outcome)
+        if reference not in columns:
+            raise InputError(f"The dataset has no column {reference!r} to compare completions with.")
+        references = [text_of(text) for text in columns[reference]]
+        pairs = [Pair(*texts) for texts in zip(questions, answers, references, strict=True)]
+        with closing(judge.many(pairs)) as verdicts:
+            return [_outcome(verdict, outcome) for verdict in verdicts]
+
+    reward.__name__ = "gramlite_win_rate"  # what TRL calls it in its logs
+    return reward
+
+
+def _within_groups(judge: Judge, questions: Sequence[str], answers: Sequence[str], outcome: str) -> list[float | None]:
+    groups: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question, []).append(index)
+    rewards: list[float | None] = [None] * len(answers)
+    for question, members in groups.items():
+        texts = list(dict.fromkeys(answers[index] for index in members))
+        pairs = [(first, second) for second in range(len(texts)) for first in range(second)]
+        verdicts = compare(judge, question, texts, pairs)
+        against: dict[tuple[int, int], float] = {}
+        for (first, second), verdict in zip(pairs, verdicts, strict=True):
+            won = _outcome(verdict, outcome)
+            if won is not None:
+                against[first, second], against[second, first] = won, 1 - won
+        number = {text: index for index, text in enumerate(texts)}
+        for index in members:
+            own = number[answers[index]]
+            others = [number[answers[other]] for other in members if other != index]
+            results = [0.5 if own == other else against.get((own, other)) for other in others]
+            known = [result for result in results if result is not None]
+            rewards[index] = sum(known) / len(known) if known else None
+    return rewards
+
+
+def _outcome(verdict: Verdict, kind: str) -> float | None:
+    if verdict.winner is None or verdict.p_a is None:
+        return None
+    return verdict.p_a if kind == "probability" else {"A": 1.0, "tie": 0.5, "B": 0.0}[verdict.winner]
+
+
+class PairwiseJudge:
+    """What TRL's trainers expect of a BasePairwiseJudge: `judge(prompts, completions)` gives the better one's index."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def judge(
+        self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]], shuffle_order: bool = True
+    ) -> list[int]:
+        """0 or 1 for each pair of completions, and -1 where there is no verdict.
+
+        With `shuffle_order`, a judge of a single order is shown about half of the pairs swapped, always the same ones;
+        a judge of both orders needs no shuffling. Equal completions give 0. Raises InputError unless there are two
+        completions for each prompt.
+        """
+        if len(prompts) != len(completions) or any(len(pair) != 2 for pair in completions):
+            raise InputError("A pairwise judge needs exactly two completions for each prompt.")
+        shuffles = shuffle_order and self._judge.settings.orders == "ab"
+        pairs, swapped = [], []
+        for prompt, (first, second) in zip(prompts, completions, strict=True):
+            texts = [text_of(first), text_of(second)]
+            swapped.append(shuffles and hashlib.sha256(repr([prompt, *texts]).encode()).digest()[0] % 2 == 1)
+            pairs.append(Pair(text_of(prompt), *(reversed(texts) if swapped[-1] else texts)))
+        with closing(self._judge.many(pairs)) as verdicts:
+            return [_index(verdict, swap) for verdict, swap in zip(verdicts, swapped, strict=True)]
+
+
+def _index(verdict: Verdict, swapped: bool) -> int:
+    index = {"A": 0, "tie": 0, "B": 1, None: -1}[verdict.winner]
+    return 1 - index if swapped and verdict.winner in ("A", "B") else index
+
+
+def text_of(value: Text) -> str:
+    """The text of a plain or a conversational prompt or completion; several messages are headed by their roles.
+
+    Raises InputError for messages whose content is not text.
+    """
+    if isinstance(value, str):
+        return value
+    messages: list[dict[str, str]] = []
+    for message in value:
+        content = message.get("content")
+        if isinstance(content, list):  # blocks, as multimodal datasets have them
+            blocks = [block.get("text") for block in content if isinstance(block, Mapping)]
+            texts = [block for block in blocks if isinstance(block, str)]
+            content = "".join(texts) if len(texts) == len(content) else None
+        if not isinstance(content, str):
+            raise InputError("A judge reads text; a message here has a content that is none.")
+        messages.append({"role": str(message.get("role", "assistant")), "content": content})
+    return conversation(messages) if messages else ""
