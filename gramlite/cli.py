@@ -87,6 +87,7 @@ GROUPS = {
             "run": ("gramlite.bench.run", "Judge a suite into a run folder."),
             "compare": ("gramlite.bench.compare", "Compare runs pair by pair, with intervals and a gate."),
             "sweep": ("gramlite.bench.sweep", "Quantize a checkpoint in many ways and compare them all."),
+            "quality": ("gramlite.bench.quality", "How far quantized files' margins lie from gold ones."),
             "speed": ("gramlite.bench.speed", "Time a judge against its floor and its neighbours."),
         },
     ),
