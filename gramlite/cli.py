@@ -52,6 +52,7 @@ CONTEXT = {"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"
 COMMANDS = {
     "judge": ("gramlite.commands.judge", "Judge pairs of responses, from options, a file or standard input."),
     "rank": ("gramlite.commands.rank", "Rank the completions of each question."),
+    "calibrate": ("gramlite.commands.calibrate", "Fit the confidence, or the think budget, to labelled pairs."),
     "inspect": ("gramlite.commands.inspect", "Say what a model file is and how much memory it needs."),
     "doctor": ("gramlite.commands.doctor", "Say what works on this machine, and why something does not."),
     "reference": ("gramlite.commands.reference", "Build the reference judge."),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 if TYPE_CHECKING:
     from ..judge import Judge
 
-THINK_PARALLEL = 2  # both orders of a pair; four in streams of their own were no faster on two cores
+THINK_PARALLEL = 2  # both orders of a pair; more were no faster on two cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class JudgeOptions:
     orders: str
     votes: int
     temperature: float | None
-    budget: int
+    budget: int | Literal["auto"]
     seed: int
     delimiters: str
     device: str
@@ -35,6 +36,7 @@ class JudgeOptions:
     context: int | None
     parallel: int | None
     deterministic: bool
+    calibrated: bool = False
 
     def open(self) -> Judge:
         """Open the judge that these options describe."""
@@ -47,7 +49,7 @@ class JudgeOptions:
             orders=self.orders,  # type: ignore[arg-type]
             votes=self.votes,
             temperature=self.temperature,
-            budget=self.budget,
+            budget=Settings.budget if self.budget == "auto" else self.budget,
             seed=self.seed,
             delimiters=self.delimiters,  # type: ignore[arg-type]
         )
@@ -59,9 +61,44 @@ class JudgeOptions:
             adapter=self.adapter,
             deterministic=self.deterministic,
         )
-        return load(
+        judge = load(
             self.model, template=self.template, settings=settings, runtime=runtime, trust_template=self.trust_template
         )
+        try:
+            return self._measured(judge)
+        except BaseException:
+            judge.close()
+            raise
+
+    def _measured(self, judge: Judge) -> Judge:
+        """The judge with what was measured of it: its think budget and its calibration, where they are asked for."""
+        if self.budget == "auto":
+            from ..budget import stored_budget
+
+            chosen = stored_budget(self.artifact_path(), judge.model, judge.settings_record)
+            judge = judge.with_settings(budget=chosen)
+        if self.calibrated:
+            from ..confidence import stored_calibration
+
+            judge = judge.calibrated(stored_calibration(self.artifact_path(), judge.model, judge.settings_record))
+        return judge
+
+    def artifact_path(self) -> Path:
+        """The model's file or folder; without one, the reference judge's."""
+        if self.model is not None:
+            return Path(self.model)
+        from ..reference import cached_gguf
+
+        return cached_gguf()
+
+
+def budget(value: str | int) -> int | Literal["auto"]:
+    """A whole number of at least 1, or `auto`."""
+    if value == "auto":
+        return "auto"
+    if not str(value).isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is neither a whole number of at least 1 nor auto.")
+    return int(value)
 
 
 OPTIONS = (
@@ -76,8 +113,8 @@ OPTIONS = (
     click.option("--votes", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="K",
                  help="Rationales sampled for each order."),
     click.option("--temperature", type=float, metavar="F", help="0 is greedy.  [default: 0, with several votes 0.75]"),
-    click.option("--budget", type=click.IntRange(1), default=1024, show_default=True, metavar="N",
-                 help="Most tokens a rationale may take."),
+    click.option("--budget", type=budget, default=1024, show_default=True, metavar="N|auto",
+                 help="Most tokens a rationale may take; auto is what `gramlite calibrate` measured."),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of sampled rationales."),
     click.option("--delimiters", type=click.Choice(["neutralize", "flag", "reject"]), default="neutralize",
                  show_default=True, help="What to do with section delimiters inside the judged text."),
@@ -88,6 +125,7 @@ OPTIONS = (
                  help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
     click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
                  help=f"Sequences decoded together.  [default: {THINK_PARALLEL}, in direct mode 1]"),
+    click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
 )  # fmt: skip
 

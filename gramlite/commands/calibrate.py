@@ -1,0 +1,184 @@
+"""`gramlite calibrate`: labelled pairs in; a calibrated confidence, and with `--budget auto` a think budget, stored."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import INTERRUPTED, InputError
+from .judge import judge_rows, open_input, resume_command
+from .options import JudgeOptions, judge_options
+
+if TYPE_CHECKING:
+    from ..budget import BudgetTable
+    from ..confidence import Calibration, Labelled
+    from ..judge import Judge
+    from ..pair import Verdict
+    from ..rows import Row
+
+
+def labelled_rows(source: str, *, ties: bool) -> list[Row]:
+    """The rows of a file that hold a pair with a label; how many are left out is said on standard error."""
+    from ..rows import read_rows
+
+    stream, _, _ = open_input(source)
+    with stream:
+        rows = list(read_rows(stream))
+    labels = ("A", "B", "tie") if ties else ("A", "B")
+    wanted = [row for row in rows if row.pair and row.pair.label in labels]
+    if len(wanted) < len(rows):
+        click.echo(
+            f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.", err=True
+        )
+    return wanted
+
+
+def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled | None:
+    """Judge the rows, each on disk before the next, in `output` where it is given; None when interrupted."""
+    from ..confidence import labelled
+    from ..display import Display
+    from ..interrupt import on_interrupt
+    from ..journal import Journal, read_journal
+
+    answers = {row.digest: (row.pair.label, row.pair.prompt) for row in rows if row.pair}
+    with ExitStack() as stack:
+        path = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "rows.jsonl"
+        record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
+        journal = stack.enter_context(Journal(path, record=record, resume=resume, force=force))
+        display = stack.enter_context(Display(as_json=True, quiet=True, total=len(rows)))
+        stack.enter_context(on_interrupt(judge.abort))
+        try:
+            judge_rows(judge, rows, display, journal, lookahead=True)
+        except KeyboardInterrupt:
+            display.close()
+            saved = (
+                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
+                if output
+                else "Nothing was saved."
+            )
+            click.echo(f"Interrupted. {saved}", err=True)
+            return None
+        found = [row for row, _ in read_journal(path) if row]
+    return labelled((row, *answers[row["input"]]) for row in found if row.get("input") in answers)
+
+
+def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]] | None:
+    """The table of budgets and the verdicts at the chosen one; None when interrupted."""
+    from rich.console import Console
+
+    from ..budget import measure
+    from ..display import row_progress
+    from ..interrupt import on_interrupt
+
+    pairs = [row.pair for row in rows if row.pair]
+    with row_progress(Console(stderr=True, quiet=not sys.stderr.isatty())) as progress, on_interrupt(judge.abort):
+        task = progress.add_task("Judging", total=None)
+        try:
+            return measure(judge, pairs, on_verdict=lambda: progress.advance(task))
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Nothing was saved.", err=True)
+            return None
+
+
+def run(
+    options: JudgeOptions, rows: Sequence[Row], output: Path | None, resume: bool, force: bool, as_json: bool
+) -> int:
+    """Measure, store and say what was found; returns the exit code."""
+    from ..budget import store as store_budget
+    from ..confidence import calibrate, labelled
+    from ..confidence import store as store_calibration
+
+    artifact = options.artifact_path()
+    automatic = options.budget == "auto"
+    options = replace(options, budget=1024) if automatic else options
+    with options.open() as judge:
+        table = None
+        if automatic:
+            found = measured(judge, rows)
+            if found is None:
+                return INTERRUPTED
+            table, verdicts = found
+            store_budget(artifact, table)
+            judge = judge.with_settings(budget=table.chosen)
+            answers = [(row.pair.label, row.pair.prompt) for row in rows if row.pair]
+            data = labelled((verdict, *answer) for verdict, answer in zip(verdicts, answers, strict=True))
+        else:
+            collected = judged(judge, rows, output, resume, force)
+            if collected is None:
+                return INTERRUPTED
+            data = collected
+        calibration = calibrate(data, judge.model, judge.settings_record)
+        path = store_calibration(artifact, calibration)
+    show(calibration, table, path, as_json=as_json or not sys.stdout.isatty())
+    return 0
+
+
+def show(calibration: Calibration, table: BudgetTable | None, path: Path, *, as_json: bool) -> None:
+    """What was measured, on standard output."""
+    if as_json:
+        found = {"calibration": asdict(calibration), "budgets": table and asdict(table), "stored": str(path)}
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    report = calibration.report
+    if table:
+        _show_budgets(table)
+    click.echo(f"temperature {calibration.temperature:.3f}, position bias {calibration.bias:+.3f} nats")
+    click.echo(f"expected calibration error  before {_interval(report, 'error_before')}")
+    click.echo(f"  on held-out folds         after  {_interval(report, 'error_after')}")
+    click.echo(f"                            fall   {_interval(report, 'fall')}")
+    click.echo(f"accuracy {report['accuracy_before']:.3f} before, {report['accuracy_after']:.3f} after")
+    click.echo(f"{report['pairs']} pairs, {report['ties']} of them ties; intervals of 95 %. Stored in {path}.")
+
+
+def _interval(report: Mapping[str, Any], name: str) -> str:
+    value, low, high = report[name]
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _show_budgets(table: BudgetTable) -> None:
+    click.echo("budget  accuracy  95 % interval   behind the best  cut short  tokens")
+    for row in table.rows:
+        mark = "  chosen" if row.budget == table.chosen else ""
+        click.echo(
+            f"{row.budget:>6}  {row.accuracy:8.3f}  [{row.low:.3f}, {row.high:.3f}]  {row.behind:6.3f} ± {row.noise:.3f}"
+            f"  {row.cut:8.0%}  {row.tokens:6.0f}{mark}"
+        )
+
+
+@click.command(context_settings={"show_default": False})
+@click.argument("pairs", metavar="PAIRS.jsonl")
+@judge_options
+@click.option(
+    "--ties",
+    type=click.Choice(["half", "drop"]),
+    default="half",
+    show_default=True,
+    help="A pair labelled a tie counts as half a win for each side, or is left out.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Keep the judged rows.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted -o file.")
+@click.option("--force", is_flag=True, help="Start an existing -o file anew.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
+def command(
+    options: JudgeOptions, pairs: str, ties: str, output: Path | None, resume: bool, force: bool, as_json: bool
+) -> int:
+    """Fit a judge's confidence to labelled pairs, for --calibrated.
+
+    Stored beside the model for these settings. With --budget auto, the smallest think budget that is as accurate as
+    the best is found first and stored for --budget auto.
+    """
+    if options.calibrated:
+        raise InputError("calibrate measures the judge as it is. Drop --calibrated.")
+    if resume and not output:
+        raise InputError("--resume goes on with an output file; add -o ROWS.jsonl.")
+    if output and options.budget == "auto":
+        raise InputError("-o keeps the rows of one judging, and --budget auto takes several. Drop one of them.")
+    return run(options, labelled_rows(pairs, ties=ties == "half"), output, resume, force, as_json)
