@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from gramlite.display import Display
 from gramlite.errors import InputError, IntegrityError
 from gramlite.judge import Settings
 from gramlite.loading import load
+from gramlite.reference import build_checkpoint
 
 
 def write_pairs(path: Path, count: int, **extra: Any) -> Path:
@@ -193,23 +195,46 @@ def test_the_reference_judge_agrees_with_gold(reference_q8: Path, shared: Path, 
     assert 0.01 < found.measures["margin"].change.value < 0.6
 
 
+def lasting(tmp_path: Path) -> Path:
+    """Where the runs of a slow test lie: in GRAMLITE_TEST_RUNS, where a test that was cut off goes on, else nowhere."""
+    named = os.environ.get("GRAMLITE_TEST_RUNS")
+    return Path(named) if named else tmp_path
+
+
+def bytes_without_times(folder: Path) -> bytes:
+    """The rows as they lie on the disk, without the one field that is a time."""
+    written = (folder / "rows.jsonl").read_bytes()
+    cut, count = re.subn(rb', "seconds": [0-9.e-]+', b"", written)
+    assert count == written.count(b"\n")
+    return cut
+
+
 @pytest.mark.slow
 def test_deterministic_thinking_twice_gives_the_same_bytes(reference_q8: Path, shared: Path, tmp_path: Path) -> None:
     suite = f"autoj:{shared / 'benchmarks' / 'autoj.small.jsonl'}"
-    for name in ("one", "two"):
+    folders = [lasting(tmp_path) / f"deterministic-{name}" for name in ("one", "two")]
+    for folder in folders:
+        resume = ["--resume"] if folder.exists() else []
         process = start(
-            suite, "-m", reference_q8, "--mode", "think", "--deterministic", "--limit", 50, "-o", tmp_path / name
+            suite, "-m", reference_q8, "--mode", "think", "--deterministic", "--limit", 50, "-o", folder, *resume
         )
         _, err = process.communicate(timeout=3000)
         assert process.returncode in (0, 5), err
-    assert rows_without_times(tmp_path / "one") == rows_without_times(tmp_path / "two")
+    first, second = map(bytes_without_times, folders)
+    assert first == second and first.count(b"\n") == 50
+    assert all(order["rationale"] for row in rows_without_times(folders[0]) for order in row["orders"])
 
 
 @pytest.mark.slow
-def test_f16_reproduces_every_clear_gold_verdict(reference_f16: Path, shared: Path, tmp_path: Path) -> None:
+def test_f16_reproduces_every_clear_gold_verdict(shared: Path, tmp_path: Path) -> None:
+    """The reference checkpoint exported as F16 against float32, on all of Auto-J."""
+    from gramlite.export.gguf import export_gguf
+
+    model, folder = tmp_path / "F16.gguf", lasting(tmp_path) / "F16"
+    export_gguf(build_checkpoint(tmp_path / "checkpoint"), model)
     suite = f"autoj:{shared / 'benchmarks' / 'autoj.jsonl.gz'}"
-    run(reference_f16, suite, tmp_path / "f16")
-    gold, rows = read_run(shared / "reference-judge" / "direct_fp32.jsonl.gz").rows, read_run(tmp_path / "f16").rows
+    run(model, suite, folder, resume=(folder / "rows.jsonl").exists())
+    gold, rows = read_run(shared / "reference-judge" / "direct_fp32.jsonl.gz").rows, read_run(folder).rows
     clear = [i for i in rows if abs(sum(order["margin"] for order in gold[i]["orders"]) / 2) > 0.05]
     assert len(rows) == 1069 and len(clear) > 900
     assert [i for i in clear if rows[i]["verdict"] != gold[i]["verdict"]] == []
