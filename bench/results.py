@@ -222,8 +222,11 @@ def flips_sentence(comparisons: Mapping[str, Comparison]) -> str:
     changes = {name: comparison.measures["flips"].change for name, comparison in comparisons.items()}
     least, most = (pick(changes, key=lambda name: changes[name].value) for pick in (min, max))
     table = comparisons[most].table
+    span = f"{rate(changes[most])} % with {most}"
+    if least != most:
+        span = f"from {rate(changes[least])} % with {least} to {span}"
     return (
-        f"Verdicts that changed: from {rate(changes[least])} % with {least} to {rate(changes[most])} % with {most}. Of "
+        f"Verdicts that changed: {span}. Of "
         f"{most}'s, {table['lost']} went from right to wrong and {table['gained']} from wrong to right: accuracy sees "
         "only the difference of these two."
     )
@@ -237,12 +240,11 @@ def accuracy_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> st
         if p <= SIGNIFICANT
     ]
     seen = [comparison.detectable for comparison in comparisons.values() if comparison.detectable is not None]
-    power = (
-        f" With this many labelled pairs, true differences of {percent(min(seen))} to {percent(max(seen))} points "
-        "(it depends on how many verdicts change) are found four times in five."
-        if seen
-        else ""
-    )
+    power = ""
+    if seen:
+        least, most = percent(min(seen)), percent(max(seen))
+        span = least if least == most else f"{least} to {most}"
+        power = f" A true difference of {span} points, the more the more verdicts change, would be found four times in five."
     if found:
         return f"Accuracy differs significantly from {swept.base.name}'s, corrected for the number of types: {', '.join(found)}.{power}"
     return (
