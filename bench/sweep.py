@@ -274,8 +274,19 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
             "template", "mode", "orders", "votes", "budget", "seed", "device", "threads", "context", "deterministic",
         )},
     )  # fmt: skip
-    works = [load_work(suite, options["limit"], sample=options["sample"]) for suite in suites]
+    samples = read_samples(options["sample"], len(suites))
+    works = [load_work(suite, options["limit"], sample=count) for suite, count in zip(suites, samples, strict=True)]
     return Plan(output.resolve(), source, variants, name_works(works), judging, options["force"])
+
+
+def read_samples(text: str | None, suites: int) -> list[int | None]:
+    """How many pairs of each suite are drawn; raises InputError for what is no number for all or for each."""
+    if text is None:
+        return [None] * suites
+    counts = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if len(counts) not in (1, suites) or min(counts) < 1:
+        raise InputError(f"--sample {text} is neither a number for all suites nor one for each of {suites}.")
+    return [*(counts * suites if len(counts) == 1 else counts)]
 
 
 OPTIONS = (
@@ -284,8 +295,8 @@ OPTIONS = (
     click.option("--suite", "suites", multiple=True, required=True, metavar="SUITE[/SUBSET][:FILE]",
                  help="What to judge; may be given several times."),
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs of each suite."),
-    click.option("--sample", type=click.IntRange(1), metavar="N",
-                 help="Judge N pairs of each suite, drawn by a hash of their ids."),
+    click.option("--sample", metavar="N[,N...]",
+                 help="Judge N pairs of each suite, drawn by a hash of their ids; or one N for each --suite."),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="PAIRS.jsonl",
                  help="Pairs or transcripts for +imatrix and gptq."),
     click.option("--tokens", type=click.IntRange(1), default=65_536, show_default=True, metavar="N",

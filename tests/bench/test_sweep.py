@@ -276,6 +276,8 @@ def test_the_gate_ends_the_sweep(fakes: list[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--limit", "5", "--sample", "5"], "one of them"),
+        (["--sample", "5,5"], "neither a number for all"),
+        (["--sample", "0"], "neither a number for all"),
         (["--junit", "gate.xml"], "add --gate"),
         (["--calibration", "nowhere.jsonl"], "no file nowhere"),
         (["--suite", "pairs/z:PAIRS"], "no subset 'z'"),
@@ -303,6 +305,14 @@ def test_a_sample_is_spread_and_the_larger_holds_the_smaller(tmp_path: Path) -> 
     numbers = [int(str(pair.id)[1:]) for pair in small.pairs]
     assert numbers == sorted(numbers) and max(numbers) > 200  # in the file's order, from all over it
     assert small.to_json()["sample"] == 30 and small.to_json()["pairs_sha256"] != large.to_json()["pairs_sha256"]
+
+
+def test_samples_of_each_suite(fakes: list[str], tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 20)
+    suites = ["--suite", f"pairs:{pairs}", "--suite", f"pairs/y:{pairs}"]
+    rows = lines_of(sweep(tmp_path, *suites, "--sample", "12,4", types="F16,Q8_0"))
+    counts = {(row["suite"], row["type"]): row["pairs"] for row in rows}
+    assert counts["pairs", "Q8_0"] == 12 and counts["pairs-y", "Q8_0"] == 4 and counts["all suites", "Q8_0"] == 16
 
 
 def test_a_subset_and_items_that_stay_whole(tmp_path: Path) -> None:
