@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_jsonl
+from rich.console import Console
 
 import gramlite
 from gramlite import InputError, Settings
@@ -17,6 +19,7 @@ from gramlite.backends import Request
 from gramlite.backends.scripted import ScriptedBackend
 from gramlite.bradley_terry import bradley_terry, cycles
 from gramlite.cli import run
+from gramlite.commands.rank import RankingTable
 from gramlite.decoding import Generation
 from gramlite.judge import Judge
 from gramlite.ranking import KnownComparisons, compare
@@ -272,6 +275,20 @@ def test_ranked_rows_resume(scripted: Path, tmp_path: Path) -> None:
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]) + b'{"torn')
     assert run([*command, "--resume"]) == 0 and output.read_bytes() == whole
     assert run([*command, "--resume", "--method", "full"]) == 6
+
+
+def test_a_person_sees_a_table() -> None:
+    table = RankingTable()
+    table.completions = ["3 is\na number", "2 [red]", "1 \x1b[2J"]
+    backend = Strengths(beats={("1 \x1b[2J", "3 is\na number")})
+    row = judge_on(backend).rank(prompt="q", completions=table.completions, method="full").to_json()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(row | {"id": "[bold]x"}))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[bold]x" in shown and "3 is a number" in shown and "2 [red]" in shown and "\x1b" not in shown
+    assert "Circles: 0 > 1 > 2 > 0" in shown and shown.index("3 is") < shown.index("2 [")
+    console.print(table(row | {"id": "y", "ranking": None, "reason": "line 4: nothing"}))
+    assert "line 4: nothing" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def rank_lines(
-    judge: Judge, lines: Iterable[Line[Item]], method: Method, display: Display, journal: Journal | None
+    judge: Judge,
+    lines: Iterable[Line[Item]],
+    method: Method,
+    display: Display,
+    journal: Journal | None,
+    table: RankingTable,
 ) -> Counter[str]:
     """Rank the items one after the other and emit one row each; returns how many ended in which way."""
     from ..ranking import KnownComparisons
@@ -42,6 +47,7 @@ def rank_lines(
         row = ranked_row(judge, line, method, known)
         if journal:
             journal.append(row)
+        table.completions = line.value.completions if line.value else ()
         display.show(row, None)
         tally["judged" if row["verdict"] is not None else "without verdict"] += 1
     return tally
@@ -63,27 +69,45 @@ def ranked_row(judge: Judge, line: Line[Item], method: Method, known: Any) -> di
     return {**ranking.to_json(), "reason": reason, "line": line.number, "input": line.digest}
 
 
-def ranking_table(row: Mapping[str, Any]) -> RenderableType:
-    """One ranked row for a person: place, completion, score, wins and losses."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+class RankingTable:
+    """Shows a ranked row to a person: place, score, wins and losses, and how each of `completions` begins."""
 
-    from ..display import visible
+    def __init__(self) -> None:
+        self.completions: Sequence[str] = ()
 
-    name = visible(str(row["id"]))[:40]
-    if row["ranking"] is None:
-        return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
+    def __call__(self, row: Mapping[str, Any]) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        from ..display import visible
+
+        name = visible(str(row["id"]))[:40]
+        if row["ranking"] is None:
+            return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
+        won, lost = _record(row)
+        table = Table(
+            title=Text(name, style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            caption=_caption(row),
+            caption_justify="left",
+        )
+        for heading in ("place", "index", *(["score"] if row["scores"] else []), "won", "lost"):
+            table.add_column(heading, justify="right")
+        table.add_column("completion", no_wrap=True, overflow="ellipsis")
+        for place, index in enumerate(row["ranking"], 1):
+            score = [f"{row['scores'][index]:+.2f} ± {row['standard_errors'][index]:.2f}"] if row["scores"] else []
+            text = Text(visible(" ".join(self.completions[index][:200].split())))
+            table.add_row(str(place), str(index), *score, str(won[index]), str(lost[index]), text)
+        return table
+
+
+def _record(row: Mapping[str, Any]) -> tuple[Counter[int], Counter[int]]:
+    """How often each completion won and lost."""
     decided = [made for made in row["comparisons"] if made["winner"] is not None]
     won = Counter(made["winner"] for made in decided)
-    lost = Counter(sum(made["pair"]) - made["winner"] for made in decided)
-    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, caption=_caption(row), caption_justify="left")
-    for heading in ("place", "completion", *(["score"] if row["scores"] else []), "won", "lost"):
-        table.add_column(heading, justify="right")
-    for place, index in enumerate(row["ranking"], 1):
-        score = [f"{row['scores'][index]:+.2f} ± {row['standard_errors'][index]:.2f}"] if row["scores"] else []
-        table.add_row(str(place), str(index), *score, str(won[index]), str(lost[index]))
-    return table
+    return won, Counter(sum(made["pair"]) - made["winner"] for made in decided)
 
 
 def _caption(row: Mapping[str, Any]) -> str:
@@ -111,12 +135,11 @@ def run_file(
             settings = judge.settings_record | {"method": method}
             record = {"settings_hash": judge.settings_hash, "settings": settings, "model": judge.model}
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
-        display = stack.enter_context(
-            Display(as_json=as_json, quiet=output is not None, total=lines, readable=ranking_table)
-        )
+        table = RankingTable()
+        display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines, readable=table))
         stack.enter_context(on_interrupt(judge.abort))
         try:
-            tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal)
+            tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal, table)
         except KeyboardInterrupt:
             display.close()
             saved = (
