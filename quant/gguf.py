@@ -9,59 +9,37 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from gramlite.export.checkpoint import open_checkpoint
-from gramlite.export.gguf import HEADER_BYTES, export_gguf
+from gramlite.export.gguf import HEADER_BYTES
 from gramlite.export.publish import publish_file, tool_versions
 from gramlite.export.report import judge_command, print_artifact, print_notes
 
-from gramlite.artifact import Manifest, read_manifest, verify_files
+from gramlite.artifact import Manifest
 from gramlite.device import thread_count
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.ggml_types import GGML_TYPES
 from gramlite.gguf_header import Header, read_header
 from gramlite.quantization import bits_per_weight
-from gramlite.storage import remove_path, sha256_cached, sha256_file
-from gramlite.template import resolve_template
+from gramlite.storage import sha256_file
 
-from .calibration import DEFAULT_TOKENS, load_calibration
+from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, collect_importance, matrix_sha256, read_imatrix, write_imatrix
+from .mixed import choose_types, target_bits
 from .report import Progress, layer_bar
+from .source import EXACT, Source, open_source
 
-EXACT = ("F32", "F16", "BF16")
 SHORT_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 NEEDS_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 NEARLY_NOTHING = 1 << 20  # bytes free on a disk that a write has just filled
 TYPICAL_BITS = re.compile(r"(\d)")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An exact GGUF to quantize: its file, its checked header, and what the manifest will say of its origin."""
-
-    path: Path
-    header: Header
-    described: dict[str, Any]
-    template: dict[str, Any] | None
-
-    @property
-    def matrices(self) -> list[str]:
-        """The tensors that are quantized, by name."""
-        return [
-            tensor.name
-            for tensor in self.header.tensors
-            if len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
-        ]
 
 
 def quantize_gguf(
@@ -87,22 +65,6 @@ def quantize_gguf(
         )
 
 
-@contextmanager
-def open_source(source: Path, *, beside: Path, template: str | None = None) -> Iterator[Source]:
-    """An exact GGUF as it is, or a checkpoint exported without loss into a temporary folder beside the destination."""
-    if not source.is_dir():
-        yield _open_file(source, template)
-        return
-    folder = beside.parent / f".{beside.name}.{uuid.uuid4().hex[:8]}.tmp"
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        exported = folder / f"{beside.stem}.gguf"
-        manifest = export_gguf(source, exported, dtype=_exact_dtype(source), template=template)
-        yield Source(exported, read_header(exported), manifest.source, manifest.template)
-    finally:
-        remove_path(folder)
-
-
 def quantize_source(
     source: Source,
     destination: Path,
@@ -114,10 +76,12 @@ def quantize_source(
     threads: int | None = None,
     calibration: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Manifest:
     """What `quantize_gguf` does with a source that is open already.
 
-    `calibration` is what is known of the matrix's transcripts; `settings` are added to the manifest's.
+    `calibration` is what is known of the transcripts; `settings` are added to the manifest's, and `name` is what the
+    manifest calls the quantization where that is not the file's type.
     """
     kind = file_type(kind)
     wanted = check_overrides(source, kind, overrides)
@@ -139,7 +103,7 @@ def quantize_source(
             return Manifest(
                 format="gguf",
                 name=destination.stem,
-                quantization=kind,
+                quantization=name or kind,
                 method="llama.cpp",
                 source=source.described,
                 settings={"type": kind, "overrides": [list(pair) for pair in wanted]}
@@ -234,50 +198,6 @@ def describe_types(written: Header, outcome: Outcome) -> dict[str, Any]:
     return described
 
 
-def _open_file(path: Path, template: str | None) -> Source:
-    if not path.is_file():
-        raise InputError(f"There is no model at {path}. Give a checkpoint's folder or an F16, BF16 or F32 GGUF file.")
-    header = read_header(path)
-    quantized = [tensor for tensor in header.tensors if tensor.type not in EXACT]
-    if quantized:
-        raise ModelError(
-            f"{path} is quantized already ({quantized[0].name!r} is {quantized[0].type}), and a second rounding adds to "
-            "the first. Quantize the checkpoint, or an F16 GGUF of it."
-        )
-    manifest = read_manifest(path)
-    if manifest:
-        verify_files(path, manifest)
-    described: dict[str, Any] = {
-        "name": path.stem,
-        "sha256": sha256_cached(path),
-        "files": {path.name: sha256_cached(path)},
-    }
-    if manifest:
-        described["source"] = manifest.source
-    return Source(path, header, described, _template_of(header, manifest, template))
-
-
-def _template_of(header: Header, manifest: Manifest | None, choice: str | None) -> dict[str, Any] | None:
-    """The template that goes with the new file; a template inside the GGUF goes along as it is."""
-    embedded = {key: header.metadata.get(f"gramlite.template.{key}") for key in ("name", "sha256", "text")}
-    recorded = embedded if embedded["text"] else manifest.template if manifest else None
-    if choice is None and not recorded:
-        return None
-    described = resolve_template(choice, recorded, header.path.parent).describe()
-    if embedded["text"] and described["sha256"] != embedded["sha256"]:
-        raise InputError(
-            f"{header.path} carries the template {embedded['name']!r}, which stays in the file. "
-            "Quantize the checkpoint's folder to give it another --template, or leave the option out."
-        )
-    return {key: described[key] for key in ("name", "sha256")} if embedded["text"] else described
-
-
-def _exact_dtype(folder: Path) -> str:
-    """The GGUF dtype that loses nothing of a checkpoint's matrices."""
-    stored = {tensor.dtype for tensor in open_checkpoint(folder).tensors.values() if len(tensor.shape) > 1}
-    return stored.pop().lower() if len(stored) == 1 and stored <= {"F16", "BF16"} else "f32"
-
-
 def _run(job: Job, matrix: Any, progress: Progress) -> Outcome:
     try:
         return quantize_file(job, matrix, advance=lambda done, total: progress(f"Writing {job.kind}", done, total))
@@ -307,34 +227,41 @@ def parse_override(text: str) -> tuple[str, str]:
     return pattern, tensor_type(kind)
 
 
-def load_importance(
-    source: Path, opened: Source, *, imatrix: Path | None, calibration: Path | None, tokens: int, seed: int
-) -> tuple[ImportanceMatrix | None, dict[str, Any] | None]:
-    """The importance matrix of a file, or of a calibration on the source's own transcripts, and what to record of it."""
-    if imatrix and calibration:
-        raise InputError("--imatrix is a finished calibration; give it or --calibration.")
-    if imatrix:
-        return read_imatrix(imatrix), None
-    if calibration is None:
-        return None, None
+def calibrate(
+    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int
+) -> tuple[list[Transcript], dict[str, Any]]:
+    """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
     if not source.is_dir():
         raise InputError(
             f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
             "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
         )
-    transcripts, described = load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
+    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
+
+
+def measure_importance(source: Path, opened: Source, transcripts: Sequence[Transcript], name: str) -> ImportanceMatrix:
+    """The importance matrix of a checkpoint over transcripts, with a progress bar."""
     with layer_bar() as progress:
-        matrix = collect_importance(
+        return collect_importance(
             source,
             transcripts,
-            dataset=calibration.name,
-            after_layer=lambda index: progress("Calibrating layer", index + 1, block_count(opened)),
+            dataset=name,
+            after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
         )
-    return matrix, described
 
 
-def block_count(opened: Source) -> int:
-    return int(str(opened.header.metadata[f"{opened.header.architecture}.block_count"]))
+def mixed_types(
+    source: Path, transcripts: Sequence[Transcript], bits: float, imatrix: ImportanceMatrix | None
+) -> tuple[str, list[tuple[str, str]], dict[str, Any]]:
+    """For `auto:BITSbpw`: the file's type, an override for every matrix, and what to record of the choice."""
+    if not transcripts:
+        raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
+    with layer_bar() as progress:
+        types, settings = choose_types(
+            source, transcripts, bits=bits, importance=imatrix.means() if imatrix else None, progress=progress
+        )
+    most = Counter(types.values()).most_common(1)[0][0]
+    return FILE_OF_TYPE.get(most, most), [(f"^{re.escape(name)}$", kind) for name, kind in types.items()], settings
 
 
 @click.command("gguf", short_help="checkpoint or GGUF -> GGUF in any of llama.cpp's types")
@@ -362,16 +289,27 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
-        matrix, calibration = load_importance(
-            source,
-            opened,
-            imatrix=options["imatrix"],
-            calibration=options["calibration"],
-            tokens=options["tokens"],
-            seed=options["seed"],
-        )
+        transcripts: list[Transcript] = []
+        described, matrix = None, None
+        if options["imatrix"]:
+            matrix = read_imatrix(options["imatrix"])
+        if options["calibration"]:
+            transcripts, described = calibrate(
+                source, opened, options["calibration"], tokens=options["tokens"], seed=options["seed"]
+            )
+        bits = target_bits(kind)
+        if options["save_imatrix"] and (bits or not transcripts):
+            raise InputError("--save-imatrix keeps what --calibration measures for a type of llama.cpp's own.")
+        if transcripts and bits is None and matrix is None:
+            matrix = measure_importance(source, opened, transcripts, options["calibration"].name)
         if options["save_imatrix"] and matrix:
             write_imatrix(options["save_imatrix"], matrix, force=options["force"])
+        settings: dict[str, Any] = {}
+        name = None
+        if bits is not None:
+            name = f"auto:{bits:g}bpw"
+            kind, types, settings = mixed_types(source, transcripts, bits, matrix)
+            overrides += types
         manifest = quantize_source(
             opened,
             output,
@@ -379,7 +317,9 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
             imatrix=matrix,
             overrides=overrides,
             force=options["force"],
-            calibration=calibration,
+            calibration=described,
+            settings=settings,
+            name=name,
         )
     print_notes(manifest)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

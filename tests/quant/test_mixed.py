@@ -1,0 +1,184 @@
+"""Types by what they do to the margin: the changes against autograd, the choice against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant.calibration import Transcript, write_transcripts
+from gramlite.quant.ggml import rounded
+from gramlite.quant.gguf import command
+from gramlite.quant.mixed import Option, allocate, choose_types, kinds_for, measure, target_bits
+from transformers import AutoModelForCausalLM
+
+from gramlite.artifact import read_manifest
+from gramlite.errors import InputError
+from gramlite.gguf_header import read_header
+from gramlite.quantization import bits_per_weight
+
+from ..export.conftest import checkpoint_of  # noqa: F401
+
+Make = Callable[..., Path]
+
+
+def objective(options: Sequence[Option]) -> float:
+    together = np.square(np.sum([option.changes for option in options], axis=0)).mean()
+    return float(together + sum(np.square(option.changes).mean() for option in options))
+
+
+def drawn(seed: int, *, shared: float) -> dict[str, list[Option]]:
+    """Five matrices of four sizes each whose errors fall with the size; `shared` is how much all of them have in common."""
+    draw = np.random.default_rng(seed)
+    common = draw.standard_normal(8)
+    made = {}
+    for number in range(5):
+        scale = float(np.exp(draw.normal()))
+        made[f"matrix {number}"] = [
+            Option(kind, size * (number + 1) * 10, scale * (shared * common + draw.standard_normal(8)) / 2**place)
+            for place, (kind, size) in enumerate((("Q4_0", 4), ("Q5_0", 5), ("Q6_K", 6), ("Q8_0", 8)))
+        ]
+    return made
+
+
+def best(options: Mapping[str, Sequence[Option]], budget: int) -> float:
+    fitting = (
+        choice for choice in itertools.product(*options.values()) if sum(option.bytes for option in choice) <= budget
+    )
+    return min(objective(choice) for choice in fitting)
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_choice_is_as_good_as_the_best_of_all(shared: float) -> None:
+    exact = 0
+    for seed in range(24):
+        options = drawn(seed, shared=shared)
+        budget = int(np.random.default_rng(seed).integers(620, 1150))
+        chosen = allocate(options, budget)
+        assert list(chosen) == list(options)
+        assert sum(option.bytes for option in chosen.values()) <= budget
+        found, wanted = objective(list(chosen.values())), best(options, budget)
+        assert found < 1.2 * wanted
+        exact += found < wanted * (1 + 1e-9)
+    assert exact >= 18
+
+
+def test_errors_that_cancel_are_left_alone() -> None:
+    """Each matrix alone would take the larger type first where it errs most; together the two make up for each other."""
+    up, down, small = np.full(4, 3.0), np.full(4, -3.0), np.array([2.9, -2.9, 2.9, -2.9])
+    options = {
+        name: [Option("Q4_0", 10, changes), Option("Q8_0", 20, changes * 0)]
+        for name, changes in (("a", up), ("b", down), ("c", small))
+    }
+    assert [option.kind for option in allocate(options, 40).values()] == ["Q4_0", "Q4_0", "Q8_0"]
+    assert [option.kind for option in allocate(options, 60).values()] == ["Q8_0"] * 3
+    with pytest.raises(InputError, match="smallest types take 30 bytes and the target leaves 29"):
+        allocate(options, 29)
+
+
+def test_layers_that_no_verdict_hangs_on_are_not_forgotten() -> None:
+    nothing = np.zeros(4)
+    options = {
+        "verdict": [Option("Q4_0", 10, nothing + 1, 0.01), Option("Q8_0", 20, nothing + 0.99, 0.0)],
+        "rationale": [Option("Q4_0", 10, nothing, 0.5), Option("Q8_0", 20, nothing, 0.0)],
+    }
+    assert allocate(options, 30)["rationale"].kind == "Q8_0"
+
+
+def test_changes_are_products_with_the_gradients(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    folder = make_checkpoint("qwen2")  # whose head is its own
+    checkpoint = open_checkpoint(folder)
+    found = measure(checkpoint, transcripts, {})
+    assert len(found) == 14 + 2
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    parts = {
+        "blk.1.attn_v.weight": "model.layers.1.self_attn.v_proj",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj",
+        "token_embd.weight": "model.embed_tokens",
+    }
+    for number, transcript in enumerate(transcripts):
+        model.zero_grad()
+        logits = model(torch.tensor([transcript.ids[:-1]])).logits[0, -1]
+        (logits[7] - logits[9]).backward()
+        for name, part in parts.items():
+            weight = model.get_submodule(part).weight
+            for option in found[name]:
+                error = rounded(weight.detach().numpy(), option.kind) - weight.detach().numpy()
+                expected = float((weight.grad * torch.from_numpy(error)).sum())
+                assert option.changes[number] == pytest.approx(expected, rel=0.02, abs=2e-5)
+    sizes = {option.kind: option.bytes for option in found["blk.0.attn_q.weight"]}
+    assert sizes == {"Q8_0": 4352, "Q5_1": 3072, "Q5_0": 2816, "Q4_1": 2560, "IQ4_NL": 2304, "Q4_0": 2304}
+    local = {option.kind: option.local for option in found["blk.0.attn_q.weight"]}
+    assert 0 < local["Q8_0"] < local["Q5_0"] < local["Q4_0"] < 0.02
+
+
+def test_a_tied_embedding_is_weighed_as_the_head_too(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    found = measure(open_checkpoint(make_checkpoint("llama")), transcripts, {})
+    assert "output.weight" not in found
+    rms = {option.kind: float(np.sqrt(np.square(option.changes).mean())) for option in found["token_embd.weight"]}
+    assert rms["Q8_0"] < rms["Q5_0"] < rms["Q4_0"]
+
+
+def test_an_importance_matrix_changes_the_roundings(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    checkpoint = open_checkpoint(make_checkpoint())
+    weights = {"blk.0.attn_q.weight": np.linspace(0.01, 1, 64).astype(np.float32)}
+    plain, weighed = measure(checkpoint, transcripts, {}), measure(checkpoint, transcripts, weights)
+    for name, listed in plain.items():
+        same = all(np.allclose(a.changes, b.changes) for a, b in zip(listed, weighed[name], strict=True))
+        assert same == (name not in weights)
+
+
+@pytest.mark.parametrize("bits", [4.7, 5.5, 6.5])
+def test_the_target_holds_and_beats_one_type_for_all(
+    bits: float, make_checkpoint: Make, transcripts: list[Transcript]
+) -> None:
+    folder = make_checkpoint()
+    types, record = choose_types(folder, transcripts, bits=bits)
+    found = measure(open_checkpoint(folder), transcripts, {})
+    chosen = [next(option for option in found[name] if option.kind == kind) for name, kind in types.items()]
+    assert record["target_bits_per_weight"] == bits
+    for kind in ("Q4_0", "Q5_0"):
+        alike = [next(option for option in listed if option.kind == kind) for listed in found.values()]
+        if sum(option.bytes for option in alike) <= sum(option.bytes for option in chosen):
+            assert objective(chosen) < 0.7 * objective(alike)
+
+
+def test_names() -> None:
+    assert (target_bits("auto:4.5bpw"), target_bits("AUTO:5"), target_bits("Q4_0")) == (4.5, 5.0, None)
+    assert kinds_for(40) == ["F16"]
+    assert "Q4_K" in kinds_for(512)
+    assert "Q4_K" not in kinds_for(576)
+
+
+def test_command_writes_the_chosen_types(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source = checkpoint_of("llama-tied")
+    made = [Transcript(tuple(range(3 + n, 60 + n)), (7 if n % 2 else 9,), str(n)) for n in range(6)]
+    write_transcripts(tmp_path / "transcripts.jsonl", made)
+    out = tmp_path / "model.gguf"
+    words = [str(source), "-o", str(out), "--type", "auto:5.5bpw", "--template", "gramlite"]
+    told = CliRunner().invoke(
+        command, [*words, "--calibration", str(tmp_path / "transcripts.jsonl")], catch_exceptions=False
+    )
+    assert json.loads(told.stdout)["quantization"] == "auto:5.5bpw"
+    header = read_header(out)
+    assert 5.0 < bits_per_weight(header) <= 5.5
+    manifest = read_manifest(out)
+    assert manifest is not None
+    wanted, _ = choose_types(source, made, bits=5.5)
+    found = {tensor.name: tensor.type for tensor in header.tensors if len(tensor.shape) > 1}
+    assert found == wanted
+    assert len(set(found.values())) > 1
+    assert manifest.calibration is not None
+    assert manifest.calibration["transcripts"] == 6
+    assert manifest.settings["target_bits_per_weight"] == 5.5
+    with pytest.raises(InputError, match="Add --calibration"):
+        CliRunner().invoke(command, [*words, "--force"], catch_exceptions=False)
