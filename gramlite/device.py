@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .backends import RuntimeOptions
@@ -23,6 +23,7 @@ DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
 GPU_MARGIN = 0.06  # of a GPU's free memory, left for the driver's own needs
 MiB = 1 << 20
+DRAFT_TOKENS = 8  # the most tokens guessed ahead in a sequence
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,23 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a context computes: `parallel` sequences beside the trunk, in micro-batches of `micro_batch` tokens.
+    """How a context computes: `parallel` sequences beside the trunk, all in one cache, in batches of `micro_batch`.
 
-    With `streams` every sequence has cells of its own and attends to nobody else's; without, all share one cache.
+    Flash attention passes over the cells of other sequences. Each sequence asks for its next token's logits and for
+    those behind each token guessed ahead: `outputs` in all.
     """
 
     parallel: int
-    micro_batch: int
-    flash_attention: bool
-    streams: bool
+    micro_batch: int = 512
 
-    def cells(self, context: int) -> int:
-        """The KV cells that sequences of up to `context` tokens need."""
-        return context * (self.parallel + 1) if self.streams else context
+    @property
+    def outputs(self) -> int:
+        return self.parallel * (1 + DRAFT_TOKENS) + 1
 
 
-def choose_layout(options: RuntimeOptions, *, gpu: bool) -> Layout:
-    """The fastest layout, as measured by `gramlite bench speed` on two cores.
-
-    Flash attention passes over masked cells, which makes prefill in large batches 12 % faster and every decoding step
-    slower; without it, small batches compute less that is then masked. Two sequences that decode together share one
-    cache at no loss, four waste half of their attention on each other.
-    """
-    parallel = 1 if options.deterministic else max(1, options.parallel)
-    if gpu or parallel == 1:
-        return Layout(parallel, 512, flash_attention=True, streams=False)
-    return Layout(parallel, 128, flash_attention=False, streams=parallel > 2)
+def choose_layout(options: RuntimeOptions) -> Layout:
+    """As many sequences together as were asked for; one where the same input must give the same bits."""
+    return Layout(1 if options.deterministic else max(1, options.parallel))
 
 
 @dataclass(frozen=True)
@@ -87,13 +79,12 @@ class Offload:
 
 def context_size(layout: Layout, context: int) -> ContextSize:
     """What llama.cpp is asked for: the trunk and the sequences, each with logits for its last position."""
-    sequences = layout.parallel + 1
     return ContextSize(
-        cells=layout.cells(context),
+        cells=context,
         micro_batch=layout.micro_batch,
-        outputs=sequences,
-        sequences=sequences,
-        flash_attention=layout.flash_attention,
+        outputs=layout.outputs,
+        sequences=layout.parallel + 1,
+        flash_attention=True,
     )
 
 
@@ -117,7 +108,7 @@ def plan_offload(
         gpu = max(machine.gpus, key=lambda device: device.free)
         context = options.context or min(DEFAULT_CONTEXT, trained)
         usable = int(gpu.free * (1 - GPU_MARGIN))
-        layout = choose_layout(options, gpu=True)
+        layout = choose_layout(options)
         layers = layers_that_fit(header, context_size(layout, context), usable, adapter=adapter)
         if layers:
             return _on_gpu(header, gpu, layers, context, layout)
@@ -160,9 +151,7 @@ def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapter:
 
 def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapter: Header | None) -> Offload:
     context = options.context or min(DEFAULT_CONTEXT, hyperparameters(header).context)
-    layout = choose_layout(options, gpu=False)
-    if predict(header, context_size(layout, context), adapter=adapter).total > machine.free_memory:
-        layout = choose_layout(replace(options, parallel=min(2, layout.parallel)), gpu=False)
+    layout = choose_layout(options)
     size = context_size(layout, context)
     if options.context is None:
         needed = predict(header, size, adapter=adapter).total

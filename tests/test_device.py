@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from broken_gguf import UINT32, model_pieces
 
 from gramlite.backends import RuntimeOptions
-from gramlite.device import Gpu, Machine, choose_layout, context_size, layers_that_fit, plan_offload, thread_count
+from gramlite.device import (
+    DRAFT_TOKENS,
+    Gpu,
+    Machine,
+    choose_layout,
+    context_size,
+    layers_that_fit,
+    plan_offload,
+    thread_count,
+)
 from gramlite.errors import InputError, ResourceError
 from gramlite.gguf_header import Header, read_header
 from gramlite.memory import predict
@@ -25,7 +35,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
 
 
 def needed(header: Header, context: int, **options: object) -> int:
-    return predict(header, context_size(choose_layout(RuntimeOptions(**options), gpu=False), context)).total  # type: ignore[arg-type]
+    return predict(header, context_size(choose_layout(RuntimeOptions(**options)), context)).total  # type: ignore[arg-type]
 
 
 def gpu(free: int) -> Gpu:
@@ -42,7 +52,6 @@ def test_without_a_gpu_it_is_the_cpu_with_one_line(header: Header, caplog: pytes
 def test_a_gpu_with_room_takes_every_layer_and_the_head(header: Header) -> None:
     plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(8 * GiB),)))
     assert plan.gpu_layers == 3 and plan.device == "cuda (3 of 3 layers on GPU 0)"
-    assert plan.layout.flash_attention and not plan.layout.streams
 
 
 def test_the_gpu_with_most_free_memory_is_taken(header: Header) -> None:
@@ -51,7 +60,7 @@ def test_the_gpu_with_most_free_memory_is_taken(header: Header) -> None:
 
 
 def test_a_gpu_with_little_room_takes_some_layers(header: Header, caplog: pytest.LogCaptureFixture) -> None:
-    size = context_size(choose_layout(RuntimeOptions(), gpu=True), 8192)
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
     whole = predict(header, size)
     counts = [layers_that_fit(header, size, free) for free in range(0, whole.total + 4096, 4096)]
     assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3}
@@ -95,10 +104,11 @@ def test_threads(tmp_path: Path) -> None:
     assert thread_count(3) == 3 and thread_count(None) >= 1
 
 
-def test_streams_give_way_when_memory_is_short(header: Header) -> None:
-    many = RuntimeOptions(device="cpu", parallel=4, context=8192)
-    assert plan_offload(header, many, Machine(GiB)).layout.streams
-    short = Machine(needed(header, 8192, parallel=2) + 1)
-    layout = plan_offload(header, many, short).layout
-    assert (layout.parallel, layout.streams) == (2, False)
-    assert plan_offload(header, RuntimeOptions(parallel=4, deterministic=True), Machine(GiB)).layout.parallel == 1
+def test_deterministic_judging_keeps_to_one_sequence(header: Header) -> None:
+    many = RuntimeOptions(parallel=4)
+    assert plan_offload(header, many, Machine(GiB)).layout.parallel == 4
+    assert plan_offload(header, replace(many, deterministic=True), Machine(GiB)).layout.parallel == 1
+
+
+def test_every_sequence_asks_for_its_next_token_and_the_guesses_behind_it() -> None:
+    assert choose_layout(RuntimeOptions(parallel=3)).outputs == 3 * (1 + DRAFT_TOKENS) + 1

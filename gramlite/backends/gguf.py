@@ -3,7 +3,7 @@
 One context with a unified KV cache holds every sequence. Sequence 0 is the trunk: the computed beginning that the
 next prompt is likely to share (scaffold and instructions, then the question). A request shares the trunk's cells,
 computes its own suffix in a sequence of its own, and only its last position's logits are asked for. Sequences that
-are thinking take their steps together.
+are thinking take their steps together, each with a few tokens guessed ahead, whose logits tell how many were right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import Gpu, Machine, Offload, free_memory, plan_offload, thread_count
+from ..device import DRAFT_TOKENS, Gpu, Machine, Offload, free_memory, plan_offload, thread_count
+from ..drafting import CONTEXT_TOKENS, Drafter
 from ..errors import GramliteError, ModelError, ResourceError
 from ..gguf_header import Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
@@ -125,7 +126,10 @@ class LlamaVocabulary:
 
 @dataclass
 class _Running:
-    """A request that has a sequence: `fed` tokens are in the cache, `waiting` are fed in the next step."""
+    """A request that has a sequence: `fed` tokens are in the cache, `waiting` are fed in the next step.
+
+    `said` is the prompt's end and all that was generated, `guessed` what the running step has fed behind `waiting`.
+    """
 
     request: Request
     sequence: int
@@ -133,6 +137,8 @@ class _Running:
     cached: int
     waiting: Sequence[int]
     own: int  # cells that it may come to need beyond the trunk's
+    said: list[int]
+    guessed: list[int] = field(default_factory=list)
 
 
 class GgufBackend:
@@ -150,6 +156,7 @@ class GgufBackend:
         self.device = plan.device
         self._layout = plan.layout
         self._separate = options.deterministic
+        self._drafter = None if options.deterministic else Drafter()
         try:
             self._load(header.path, options, plan)
         except BaseException:
@@ -172,16 +179,13 @@ class GgufBackend:
         if not self._model:
             raise ModelError(f"llama.cpp could not load {path}: {_last_words()}. Export or download it again.")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = plan.layout.cells(plan.context)
+        params.n_ctx = plan.context
         params.n_batch = params.n_ubatch = self._layout.micro_batch
-        params.n_seq_max = params.n_outputs_max = plan.layout.parallel + 1
+        params.n_seq_max = plan.layout.parallel + 1
+        params.n_outputs_max = plan.layout.outputs
         params.n_threads = params.n_threads_batch = thread_count(options.threads)
-        params.kv_unified = not plan.layout.streams
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if plan.layout.flash_attention
-            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        params.kv_unified = True
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
         # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
@@ -238,8 +242,8 @@ class GgufBackend:
     def _has_room(self, request: Request) -> bool:
         if not self._running:
             return True
-        if self._layout.streams or not self._free:
-            return bool(self._free)
+        if not self._free:
+            return False
         used = len(self._trunk) + self._orphans + sum(running.own for running in self._running)
         return used + len(request.prompt) + request.decoder.most_tokens <= self.context
 
@@ -250,8 +254,8 @@ class GgufBackend:
         shared = splits[-1] if splits else 0
         sequence = self._free.pop()
         for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
-            # the last stretch of the trunk goes together with what follows it, where sequences share their cells
-            if end == shared and not (self._layout.streams or self._separate):
+            # the last stretch of the trunk goes together with what follows it
+            if end == shared and not self._separate:
                 self._share(sequence, start)
                 logits = self._prefill(prompt[start:], [sequence], start, trunk_until=end)
                 break
@@ -260,8 +264,17 @@ class GgufBackend:
             self._share(sequence, shared)
             logits = self._prefill(prompt[shared:], [sequence], shared)
         self._trunk = prompt[:shared]
-        own = len(prompt) - shared + request.decoder.most_tokens
-        return _Running(request, sequence, len(prompt), kept, request.decoder.advance(logits), own)
+        running = _Running(
+            request,
+            sequence,
+            fed=len(prompt),
+            cached=kept,
+            waiting=request.decoder.advance(logits),
+            own=len(prompt) - shared + request.decoder.most_tokens,
+            said=list(prompt[-CONTEXT_TOKENS:]),
+        )
+        self._hear(running)
+        return running
 
     def _trim_trunk(self, prompt: tuple[int, ...], splits: Sequence[int]) -> int:
         """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is.
@@ -277,10 +290,9 @@ class GgufBackend:
         return kept
 
     def _share(self, sequence: int, length: int) -> None:
-        """Give a sequence the trunk's cells; between streams that copies them, and only whole streams can be copied."""
+        """Let a sequence share the trunk's first cells."""
         if length:
-            end = -1 if self._layout.streams else length
-            llama_cpp.llama_memory_seq_cp(self._memory, TRUNK, sequence, -1 if end < 0 else 0, end)
+            llama_cpp.llama_memory_seq_cp(self._memory, TRUNK, sequence, 0, length)
 
     def _prefill(
         self, tokens: Sequence[int], sequences: Sequence[int], position: int, *, trunk_until: int = 0
@@ -297,17 +309,48 @@ class GgufBackend:
         return self._logits(self._batch.n_tokens - 1)
 
     def _step(self) -> None:
-        """Feed every running sequence's waiting tokens at once and let each take its next step."""
+        """Feed every running sequence's waiting tokens at once and let each go on from what it reads."""
         self._batch.n_tokens = 0
-        last = []
+        first = []
         for running in self._running:
             self._add(running.waiting, [running.sequence], running.fed)
             running.fed += len(running.waiting)
-            last.append(self._batch.n_tokens - 1)
-            self._batch.logits[last[-1]] = True
+            first.append(self._batch.n_tokens - 1)
+            running.guessed = self._guess(running)
+            self._add(running.guessed, [running.sequence], running.fed)
+            for index in range(first[-1], self._batch.n_tokens):
+                self._batch.logits[index] = True
         self._decode()
-        for running, index in zip(self._running, last, strict=True):
+        for running, index in zip(self._running, first, strict=True):
+            self._read(running, index)
+
+    def _guess(self, running: _Running) -> list[int]:
+        """What a sequence may say next, no more than it has room for."""
+        decoder = running.request.decoder
+        if self._drafter is None or decoder.answering:
+            return []
+        room = len(running.request.prompt) + decoder.most_tokens - running.fed
+        return self._drafter.guess(running.said, min(DRAFT_TOKENS, room))
+
+    def _read(self, running: _Running, index: int) -> None:
+        """Show a sequence's decoder its logits, from `index` on for as long as the guesses fed prove right."""
+        guessed, right = running.guessed, 0
+        while True:
             running.waiting = running.request.decoder.advance(self._logits(index))
+            self._hear(running)
+            right = common_prefix(running.waiting, guessed)
+            running.fed += right
+            running.waiting, guessed = running.waiting[right:], guessed[right:]
+            if not right or running.waiting:
+                break
+            index += right
+        if guessed:
+            llama_cpp.llama_memory_seq_rm(self._memory, running.sequence, running.fed, -1)
+
+    def _hear(self, running: _Running) -> None:
+        if self._drafter is not None:
+            running.said += running.waiting
+            self._drafter.learn(running.said, len(running.waiting))
 
     def _add(self, tokens: Sequence[int], sequences: Sequence[int], position: int) -> None:
         batch = self._batch

@@ -32,7 +32,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     memory = {}
     for context in CONTEXTS:
         if context <= sizes.context:
-            needed = predict(header, context_size(choose_layout(RuntimeOptions(), gpu=False), context))
+            needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
             memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),
