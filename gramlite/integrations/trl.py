@@ -2,8 +2,8 @@
 
 Both follow TRL's documented signatures by their shape alone, so TRL need not be installed to import this file:
 
-    trainer = GRPOTrainer(model=..., reward_funcs=win_rate_reward(judge), ...)
-    trainer = OnlineDPOTrainer(model=..., judge=PairwiseJudge(judge), ...)
+    trainer = GRPOTrainer(model=..., reward_funcs=win_rate_reward(judge), ...)   # TRL 0.16 and later
+    trainer = OnlineDPOTrainer(model=..., judge=PairwiseJudge(judge), ...)       # older versions; 1.16 has no judges
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _outcome(verdict: Verdict, kind: str) -> float | None:
 
 
 class PairwiseJudge:
-    """What TRL's trainers expect of a BasePairwiseJudge: `judge(prompts, completions)` gives the better one's index."""
+    """The shape of TRL's BasePairwiseJudge: `judge(prompts, completions)` gives the better one's index."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
