@@ -317,13 +317,9 @@ def made_with(plan: Plan, base: Run) -> list[str]:
     ]
     for key, work in plan.works.items():
         about = work.to_json()
-        chosen = (
-            f"the first {work.limit}"
-            if work.limit
-            else f"{len(work.pairs)} drawn by a hash of their ids"
-            if work.sample
-            else "all"
-        )
+        chosen = f"the first {work.limit}" if work.limit else "drawn by a hash of their ids" if work.sample else "all"
+        if work.longest:
+            chosen += f", of those of at most {work.longest:,} characters"
         lines.append(
             f"- {escaped(key)}: {len(work.pairs):,} pairs ({chosen}) of a file with sha256 {str(about['sha256'])[:16]}…."
         )

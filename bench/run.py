@@ -65,6 +65,7 @@ class Work:
     pairs: Sequence[Pair]
     limit: int | None
     sample: int | None = None
+    longest: int | None = None
     subset: str | None = None
 
     @property
@@ -81,33 +82,50 @@ class Work:
             "subset": self.subset,
             "limit": self.limit,
             "sample": self.sample,
+            "longest": self.longest,
             "pairs": len(self.pairs),
             "pairs_sha256": hashlib.sha256("".join(map(pair_digest, self.pairs)).encode()).hexdigest(),
         }
 
 
-def load_work(specification: str, limit: int | None = None, *, sample: int | None = None) -> Work:
+def load_work(
+    specification: str, limit: int | None = None, *, sample: int | None = None, longest: int | None = None
+) -> Work:
     """The pairs of `SUITE[/SUBSET][:FILE]`: all, the first `limit`, or `sample` drawn by a hash of their ids.
 
-    The larger of two samples holds the smaller. Raises InputError for a suite or subset without pairs, or with an id
-    that is there twice.
+    Only pairs of at most `longest` characters count. The larger of two samples holds the smaller. Raises InputError
+    for a suite or subset without such pairs, or with an id that is there twice.
     """
     if limit and sample:
         raise InputError("--limit takes the first pairs and --sample draws some. Give one of them.")
     suite, colon, file = specification.partition(":")
     suite, slash, subset = suite.partition("/")
     name, module, path = open_suite(suite + colon + file)
-    pairs = list(module.load(path, limit=None if subset or sample else limit))
+    pairs = list(module.load(path, limit=None if subset or sample or longest else limit))
     if slash:
         pairs = of_subset(pairs, subset, specification)
+    if longest:
+        long = {item_of(pair) for pair in pairs if length_of(pair) > longest}
+        pairs = [pair for pair in pairs if item_of(pair) not in long]
     if not pairs:
-        raise InputError(f"{path} holds no pair for the suite {name}. {module.SOURCE}")
+        short = f" of at most {longest:,} characters" if longest else ""
+        raise InputError(f"{path} holds no pair{short} for the suite {name}. {module.SOURCE}")
     doubled = [identifier for identifier, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if doubled:
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
-    if subset or sample:
+    if subset or sample or longest:
         pairs = chosen_pairs(pairs, limit=limit, sample=sample)
-    return Work(name, module, path, pairs, limit, sample, subset or None)
+    return Work(name, module, path, pairs, limit, sample, longest, subset or None)
+
+
+def item_of(pair: Pair) -> str:
+    """What pairs that are scored together share, as the nine of an RM-Bench item do."""
+    return str((pair.meta or {}).get("item") or pair.id)
+
+
+def length_of(pair: Pair) -> int:
+    """The characters of a pair."""
+    return len(pair.prompt) + len(pair.response_a) + len(pair.response_b)
 
 
 def of_subset(pairs: Sequence[Pair], subset: str, specification: str) -> list[Pair]:
@@ -124,7 +142,7 @@ def chosen_pairs(pairs: Sequence[Pair], *, limit: int | None, sample: int | None
     """The first `limit` pairs or a `sample` of them, in their order; of pairs that form one item, all or none."""
     items: dict[str, list[Pair]] = {}
     for pair in pairs:
-        items.setdefault(str((pair.meta or {}).get("item") or pair.id), []).append(pair)
+        items.setdefault(item_of(pair), []).append(pair)
     order = sorted(items, key=lambda item: hashlib.sha256(item.encode()).digest()) if sample else list(items)
     room = sample or limit or len(pairs)
     kept: set[str] = set()
@@ -296,6 +314,7 @@ def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> No
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN_FOLDER", help="Where to.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs only.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Judge N pairs drawn by a hash of their ids.")
+@click.option("--longest", type=click.IntRange(1), metavar="N", help="Leave out pairs of more than N characters.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, or with a larger --limit.")
 @click.option("--force", is_flag=True, help="Start an existing run anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
@@ -305,6 +324,7 @@ def command(
     output: Path,
     limit: int | None,
     sample: int | None,
+    longest: int | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -313,7 +333,7 @@ def command(
     from gramlite.display import Display
     from gramlite.interrupt import on_interrupt
 
-    work = load_work(suite, limit, sample=sample)
+    work = load_work(suite, limit, sample=sample, longest=longest)
     if (output / ROWS).exists() and not (resume or force):
         raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
     path = model_path(options)

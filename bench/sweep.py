@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
-from gramlite.storage import sha256_cached, write_json
+from gramlite.storage import write_json
 
 if TYPE_CHECKING:
     from gramlite.commands.options import JudgeOptions
@@ -78,15 +78,16 @@ def sweep(plan: Plan, workshop: Workshop, progress: SweepProgress, *, seed: int 
 
 def sweep_one(plan: Plan, variant: Variant, workshop: Workshop, progress: SweepProgress) -> Entry:
     """Make one type and judge every suite with it."""
+    from .run import describe_artifact
     from .swept import Entry
     from .variants import artifact_part
 
     entry = Entry(variant.name)
     runs: dict[str, Run] = {}
     try:
-        path = workshop.ensure(artifact_part(variant, plan.source, plan.folder / "artifacts"))
+        path = variant.path or workshop.ensure(artifact_part(variant, plan.source, plan.folder / "artifacts"))
         progress.made()
-        entry = replace(entry, size_bytes=path.stat().st_size, bits_per_weight=bits_of(path), runs=runs)
+        entry = replace(entry, size_bytes=describe_artifact(path)["bytes"], bits_per_weight=bits_of(path), runs=runs)
         judge_suites(plan, variant, path, runs, progress)
     except (GramliteError, OSError) as error:
         if variant is plan.variants[0]:
@@ -128,6 +129,8 @@ def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run],
 
 def is_judged(folder: Path, work: Work, model: Path, options: JudgeOptions) -> bool:
     """Whether a run folder holds a verdict on every pair, by this model with these settings."""
+    from gramlite.loading import artifact_sha256
+
     from .folder import read_record
 
     record = read_record(folder)
@@ -137,7 +140,7 @@ def is_judged(folder: Path, work: Work, model: Path, options: JudgeOptions) -> b
         and record.get("no_verdict") == 0
         and record.get("asked") == judge_settings(options)
         and (record.get("suite") or {}).get("pairs_sha256") == wanted
-        and (record.get("model") or {}).get("sha256") == sha256_cached(model)
+        and (record.get("model") or {}).get("sha256") == artifact_sha256(model)
     )
 
 
@@ -165,6 +168,8 @@ def bits_of(path: Path) -> float | None:
     manifest = read_manifest(path)
     if manifest and manifest.bits_per_weight:
         return manifest.bits_per_weight
+    if path.suffix != ".gguf":
+        return None
     return bits_per_weight(read_header(path))
 
 
@@ -275,7 +280,10 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         )},
     )  # fmt: skip
     samples = read_samples(options["sample"], len(suites))
-    works = [load_work(suite, options["limit"], sample=count) for suite, count in zip(suites, samples, strict=True)]
+    works = [
+        load_work(suite, options["limit"], sample=count, longest=options["longest"])
+        for suite, count in zip(suites, samples, strict=True)
+    ]
     return Plan(output.resolve(), source, variants, name_works(works), judging, options["force"])
 
 
@@ -297,6 +305,7 @@ OPTIONS = (
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs of each suite."),
     click.option("--sample", metavar="N[,N...]",
                  help="Judge N pairs of each suite, drawn by a hash of their ids; or one N for each --suite."),
+    click.option("--longest", type=click.IntRange(1), metavar="N", help="Leave out pairs of more than N characters."),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="PAIRS.jsonl",
                  help="Pairs or transcripts for +imatrix and gptq."),
     click.option("--tokens", type=click.IntRange(1), default=65_536, show_default=True, metavar="N",
@@ -345,8 +354,9 @@ def command(**options: Any) -> int:
     """Quantize CHECKPOINT in many ways, judge the suites with each, and compare all with the first type.
 
     One command, to be left alone: it goes on where it was stopped when it is typed again. A type is F16, BF16 or F32;
-    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix weighed by an importance matrix; or
-    gptq:BITSxGROUP with the options :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS.
+    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix weighed by an importance matrix;
+    gptq:BITSxGROUP with the options :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a
+    model of any format that is there already.
     """
     from .gate import enforce, evaluate, github_annotations, parse_gate, write_junit
     from .results import write_results

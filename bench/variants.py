@@ -36,13 +36,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One type of a sweep. `gptq` holds the quantizer's own settings, empty for llama.cpp's types."""
+    """One type of a sweep. `gptq` holds the quantizer's own settings; `path` is a model that is there already."""
 
     name: str
     kind: str
     imatrix: bool = False
     gptq: Mapping[str, Any] = field(default_factory=dict)
     embedding: str = "f16"
+    path: Path | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -51,7 +52,7 @@ class Variant:
     @property
     def file_name(self) -> str:
         """The name that files and run folders of this type have."""
-        return self.name.replace(":", "-")
+        return re.sub(r"[^\w.+=-]", "-", self.name)
 
 
 def parse_types(text: str) -> list[Variant]:
@@ -69,12 +70,17 @@ def parse_variant(text: str) -> Variant:
     """One type; raises InputError that says how types are spelled."""
     if matched := GPTQ.match(text):
         return _gptq(text, int(matched[1]), int(matched[2]), [part for part in matched[3].split(":") if part])
+    name, equals, path = text.partition("=")
+    if equals:
+        if not name or not Path(path).exists():
+            raise InputError(f"{text!r} is to be NAME=PATH, and there is no model at {path!r}.")
+        return Variant(name, "given", path=Path(path).resolve())
     kind, plus, extra = text.partition("+")
     kind, extra = kind.upper(), extra.lower()
     if kind not in FILE_TYPES.values() or (plus and (extra != "imatrix" or kind in EXPORTED)):
         raise InputError(
-            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, ...) and "
-            "gptq:4x64, gptq:4x32:asym, ...: bits, weights that share a scale, and options."
+            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, ...), gptq:4x64, "
+            "gptq:4x32:asym, ... (bits, weights that share a scale, options), and NAME=PATH for a model that is there."
         )
     return Variant(f"{kind}+{extra}" if plus else kind, kind, imatrix=bool(plus))
 

@@ -136,11 +136,14 @@ def test_the_page(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     plan: Any = SimpleNamespace(
         source=Source(checkpoint=tmp_path / "judge", calibration=pairs),
         options=SimpleNamespace(mode="direct", orders="both"),
-        works={"pairs": load_work(f"pairs:{pairs}", sample=10)},
+        works={"pairs": load_work(f"pairs:{pairs}", sample=10, longest=90)},
     )
     write_page(tmp_path / "results.md", plan, swept)
     text = (tmp_path / "results.md").read_text()
     assert "gramlite bench sweep 'my judge' --types F16,Q8_0" in text
-    assert "- Machine: cpu a \\| processor." in text and "pairs: 10 pairs (10 drawn by a hash of their ids)" in text
+    assert (
+        "- Machine: cpu a \\| processor." in text
+        and "pairs: 10 pairs (drawn by a hash of their ids, of those of at most 90 characters)" in text
+    )
     assert "(results.svg)" in text and (tmp_path / "results.svg").is_file() and not (tmp_path / "results.png").exists()
     assert text.count("\n## ") == 5

@@ -47,6 +47,16 @@ def test_unknown_types_are_refused(text: str) -> None:
         parse_variant(text)
 
 
+def test_a_model_that_is_there_already(fakes: list[str], tmp_path: Path) -> None:
+    sweep_fakes.build_scripted(tmp_path / "other.gguf", name="other", kind="Q8_0", seconds=0)
+    rows = lines_of(sweep(tmp_path, types=f"F16,my own={tmp_path / 'other.gguf'}"))
+    assert [row["type"] for row in rows] == ["F16", "my own"] and rows[1]["bits_per_weight"] == 8.5
+    assert rows[1]["flips"]["n"] == 20 and fakes == ["F16.gguf"]
+    assert (tmp_path / "out/runs/pairs/my-own/rows.jsonl").is_file()
+    with pytest.raises(InputError, match="no model at 'nowhere.gguf'"):
+        parse_variant("mine=nowhere.gguf")
+
+
 def test_a_type_twice_or_none_is_refused() -> None:
     with pytest.raises(InputError, match="Q8_0 twice"):
         parse_types("F16,Q8_0,q8_0")
@@ -327,6 +337,9 @@ def test_a_subset_and_items_that_stay_whole(tmp_path: Path) -> None:
     assert work.title == "rmbench/safety" and len(work.pairs) == 18
     assert {(pair.meta or {})["subset"] for pair in work.pairs} == {"safety-refuse"}
     assert len(load_work(f"rmbench/safety:{path}", sample=30).pairs) == 27
+    items[5]["chosen"] = ["a", "b" * 50, "c"]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert len(load_work(f"rmbench:{path}", longest=40).pairs) == 11 * 9  # an item with one long response goes whole
     with pytest.raises(InputError, match="It has: chat, safety-refuse, safety-response"):
         load_work(f"rmbench/math:{path}")
 
