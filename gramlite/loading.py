@@ -13,6 +13,7 @@ from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, read_manifest, verify
 from .backends import Backend, RuntimeOptions, open_backend
 from .errors import InputError, ModelError
 from .judge import Judge, Settings
+from .model_folder import read_json_object
 from .scaffold import scaffold_for
 from .storage import sha256_cached
 from .template import resolve_template
@@ -98,24 +99,14 @@ def detect_format(path: Path, manifest: Manifest | None) -> str:
         )
     if path.is_file():
         if path.suffix == ".json":
-            return str(_json(path).get("format", "unknown"))
+            return str(read_json_object(path).get("format", "unknown"))
         return "gguf"  # whose header check says what a file that is none really is
     if (path / "genai_config.json").is_file():
         return "onnx"
     if (path / "config.json").is_file():
-        method = (_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+        method = (read_json_object(path / "config.json").get("quantization_config") or {}).get("quant_method")
         return "gptq" if method == "gptq" else "hf"
     raise ModelError(f"The folder {path} is no model: it holds neither config.json nor genai_config.json.")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object.")
-    return value
 
 
 def describe_model(artifact: Artifact, metadata: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:

@@ -1,0 +1,221 @@
+"""The hf backend: a checkpoint's folder through transformers, full precision or bitsandbytes, on CUDA or the CPU.
+
+Only safetensors are read and no code that comes with a model is run. One sequence at a time: correctness first.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..artifact import Artifact
+from ..decoding import Generation, Logits
+from ..device import Gpu, Machine, free_memory, thread_count
+from ..errors import InputError, ModelError, ResourceError
+from ..model_folder import ModelFolder, read_model_folder
+from ..one_sequence import PIECE, OneSequence
+from ..placement import Footprint, Placement, place
+from ..tokenizer_json import read_vocabulary
+from . import Request, RuntimeOptions
+
+logger = logging.getLogger("gramlite")
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ITEM_BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+
+def machine() -> Machine:
+    """This machine as torch sees it."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        reason = "no CUDA device answers" if built else "this build of torch has no CUDA"
+        return Machine(free_memory(), (), reason)
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(torch.cuda.get_device_name(index), free, total, index=index))
+    return Machine(free_memory(), gpus)
+
+
+class HfBackend:
+    """An open checkpoint. Use `open_artifact`."""
+
+    def __init__(self, folder: ModelFolder, model: Any, placement: Placement, dtype: Any, quantization: str) -> None:
+        self._model: Any = model
+        self._device = model.device
+        self.context = placement.context
+        where = f"cuda ({placement.gpu.name})" if placement.gpu else "cpu"
+        self.device = f"{where}, {str(dtype).removeprefix('torch.')}"
+        self.metadata: Mapping[str, Any] = folder.describe(quantization)
+        self.vocabulary = read_vocabulary(folder, int(model.get_input_embeddings().num_embeddings))
+        self._cache: Any = transformers.DynamicCache(config=model.config)
+        self._sequence = OneSequence(self._compute)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """See Backend.generate; one after another."""
+        return self._sequence.generate(requests)
+
+    def _compute(self, tokens: Sequence[int], position: int) -> Logits:
+        held = self._cache.get_seq_length()
+        if position < held:
+            self._cache.crop(position - held)
+        ids = torch.tensor([list(tokens)], device=self._device)
+        try:
+            with torch.inference_mode(), quiet():
+                output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        except torch.OutOfMemoryError as error:
+            self._cache.crop(-self._cache.get_seq_length())
+            raise ResourceError(
+                f"{self.device} ran out of memory at {position + len(tokens):,} tokens. Try --context with less, "
+                "or --device cpu."
+            ) from error
+        logits: Logits = output.logits[0, -1].float().cpu().numpy()
+        return logits
+
+    def abort(self) -> None:
+        self._sequence.abort()
+
+    def close(self) -> None:
+        self._model = self._cache = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of the libraries below, which say nothing that a user can act on."""
+    from transformers.utils import logging as chatter
+
+    shown, level = chatter.is_progress_bar_enabled(), chatter.get_verbosity()
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.set_verbosity(level)
+        if shown:
+            chatter.enable_progress_bar()
+
+
+def open_artifact(artifact: Artifact, options: RuntimeOptions) -> HfBackend:
+    """Check a checkpoint's files, then load it.
+
+    Raises ModelError for a folder that is refused, InputError for an adapter, ResourceError when it does not fit.
+    """
+    if options.adapter:
+        raise InputError("The hf backend takes no --adapter. Merge it: gramlite export merge CHECKPOINT ADAPTER -o OUT")
+    if not artifact.path.is_dir():
+        raise ModelError(f"{artifact.path} is no checkpoint's folder.")
+    folder = read_model_folder(artifact.path)
+    sizes = stored_bytes(artifact.path)
+    stored = stored_dtype(folder, sizes)
+    method = quantization_method(folder)
+    found = machine()
+    wide = footprint(folder, sizes, torch.float32)
+    own = footprint(folder, sizes, stored)
+    fits = wide.total(options.context or 1) <= found.free_memory
+    placement = place(folder.path.name, folder.context, options, found, cpu=wide if fits else own, gpu=own)
+    dtype = stored if placement.gpu or not fits else torch.float32
+    torch.set_num_threads(thread_count(options.threads))
+    try:
+        model = load_model(folder, placement, dtype)
+    except torch.OutOfMemoryError as error:
+        if options.device == "cuda":
+            raise ResourceError(f"{folder.path} does not fit the GPU ({error}). Type --device cpu.") from error
+        logger.warning("The GPU ran out of memory while the model was loaded; running on the CPU.")
+        placement, dtype = Placement(None, placement.context), torch.float32 if fits else stored
+        model = load_model(folder, placement, dtype)
+    return HfBackend(folder, model, placement, dtype, method or next(k for k, v in DTYPES.items() if v == stored))
+
+
+def stored_bytes(path: Path) -> dict[str, int]:
+    """The bytes of a folder's tensors by their type, every file's header checked; ModelError for what is refused."""
+    from gramlite.export.checkpoint import read_safetensors_header, weight_files
+
+    sizes: dict[str, int] = {}
+    for file in weight_files(path):
+        for tensor in read_safetensors_header(file).values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
+    return sizes
+
+
+def stored_dtype(folder: ModelFolder, sizes: Mapping[str, int]) -> Any:
+    """The floating point type that most bytes have; raises ModelError where there is none that is known."""
+    known = {dtype: size for dtype, size in sizes.items() if dtype in DTYPES}
+    if not known:
+        raise ModelError(f"{folder.path} holds no F32, F16 or BF16 tensor, only {', '.join(sizes) or 'nothing'}.")
+    return DTYPES[max(known, key=lambda dtype: known[dtype])]
+
+
+def quantization_method(folder: ModelFolder) -> str | None:
+    """NF4, FP4 or INT8 for a bitsandbytes folder, None for full precision; raises ModelError for anything else."""
+    settings = folder.config.get("quantization_config")
+    if not settings:
+        return None
+    if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes":
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise ModelError(f"{folder.path} is quantized with {method!r}, which no backend here runs.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"{folder.path} needs bitsandbytes. Type: pip install 'gramlite[bnb]'") from error
+    return "INT8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "nf4")).upper()
+
+
+def footprint(folder: ModelFolder, sizes: Mapping[str, int], dtype: Any) -> Footprint:
+    """What the model takes with its floating point tensors in `dtype`; quantized bytes stay as they are.
+
+    Computing needs the attention scores and the feed-forward layer of one piece and one row of logits, roughly.
+    """
+    item = ITEM_BYTES[dtype]
+    weights = sum(size // ITEM_BYTES[DTYPES[kind]] * item if kind in DTYPES else size for kind, size in sizes.items())
+    heads = folder.count("num_attention_heads")
+    head_size = folder.count("head_dim", folder.count("hidden_size") // heads)
+    key_values = folder.count("num_key_value_heads", heads) * head_size
+    wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
+    compute = PIECE * (wide + heads * min(folder.context, 8192)) * 4 + folder.count("vocab_size") * 8
+    return Footprint(weights=weights, token=2 * folder.count("num_hidden_layers") * key_values * item, compute=compute)
+
+
+def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
+    """The model in evaluation mode, on its device; raises ModelError for what transformers refuses."""
+    where = f"cuda:{placement.gpu.index}" if placement.gpu else "cpu"
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            quantization = getattr(config, "quantization_config", None)
+            if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
+                quantization["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder.path,
+                config=config,
+                dtype=dtype,
+                device_map={"": where} if quantization else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are refused by name below
+                output_loading_info=True,
+            )
+            model = (model if quantization else model.to(where)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"transformers could not load {folder.path}: {first}") from error
+    for what in ("missing_keys", "mismatched_keys"):  # transformers would go on with random weights
+        if found.get(what):
+            names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found[what])
+            raise ModelError(
+                f"{folder.path} has {len(names)} {what.replace('_', ' ')}, {names[0]} first. Download it again."
+            )
+    return model

@@ -1,0 +1,71 @@
+"""Generation of one request after another over a cache that can be cut back: all that a simple backend needs.
+
+A prompt is computed in the stretches between its splits, and only whole stretches are kept for the next prompt, so
+that what is computed together, and with it every bit of a result, does not depend on what was judged before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from .backends import Request
+from .decoding import Generation, Logits
+from .errors import GramliteError
+from .prompt import common_prefix
+
+Compute = Callable[[Sequence[int], int], Logits]
+PIECE = 512  # tokens computed at once: bounds memory, and how long a stop has to wait
+
+
+class OneSequence:
+    """Runs requests through `compute(tokens, position)`.
+
+    It cuts the cache back to `position` tokens, feeds it some more and returns the last one's logits, float32 of shape
+    (vocabulary,), valid until the next call.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._held: tuple[int, ...] = ()
+        self._borders: frozenset[int] = frozenset()
+        self._stop = threading.Event()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """See Backend.generate."""
+        self._stop.clear()
+        for request in requests:
+            yield request.key, self._run(request)
+
+    def abort(self) -> None:
+        """Make a running `generate` stop soon; safe to call from another thread."""
+        self._stop.set()
+
+    def forget(self) -> None:
+        """Compute everything anew from here on."""
+        self._held, self._borders = (), frozenset()
+
+    def _run(self, request: Request) -> Generation:
+        prompt, decoder = request.prompt, request.decoder
+        common = common_prefix(self._held, prompt)
+        kept = max((end for end in request.splits if end <= common and end in self._borders), default=0)
+        borders = {border for border in self._borders if border <= kept} | set(request.splits)
+        self.forget()  # until the prompt is there, whatever happens
+        ends = [split for split in request.splits if split > kept]
+        for start, end in itertools.pairwise([kept, *ends, len(prompt)]):
+            for begin in range(start, end, PIECE):
+                logits = self._feed(prompt[begin : min(begin + PIECE, end)], begin)
+        self._held, self._borders = prompt, frozenset(borders)
+        position = len(prompt)
+        waiting = decoder.advance(logits)
+        while not decoder.finished:
+            logits = self._feed(waiting, position)
+            position += len(waiting)
+            waiting = decoder.advance(logits)
+        return decoder.result(cached=kept)
+
+    def _feed(self, tokens: Sequence[int], position: int) -> Logits:
+        if self._stop.is_set():
+            raise GramliteError("The judging was stopped.")
+        return self._compute(tokens, position)
