@@ -302,14 +302,16 @@ class Judge:
             on_text=(lambda text: on_text(order, text)) if on_text and vote == 0 else None,
         )
         tokens = (*opened.prompts[order].tokens, *decoder.prefix)
-        splits = {common_prefix(tokens, self._preamble)}
+        preamble = common_prefix(tokens, self._preamble)
+        splits = {preamble}
         if len(opened.prompts) > 1:
             splits.add(common_prefix(*(prompt.tokens for prompt in opened.prompts.values())))
         splits |= opened.stems.get(order, frozenset())
         if self.settings.votes > 1:
             splits.add(len(tokens) - 1)
         usable = tuple(sorted(split for split in splits if 0 < split < len(tokens)))
-        return Request(key, tokens, decoder, usable)
+        opens_pair = order == self.settings.presented_orders[0] and vote == 0
+        return Request(key, tokens, decoder, usable, reuse=preamble if opens_pair and not self._grouped else None)
 
     def _seed(self, pair: Pair, order: Order, vote: int) -> int:
         """A seed of its own for every generation, the same whatever is judged beside it."""

@@ -250,7 +250,7 @@ class GgufBackend:
     def _begin(self, request: Request) -> _Running:
         """Compute a request's prompt and take its first step."""
         prompt, splits = request.prompt, request.splits
-        kept = self._trim_trunk(prompt, splits)
+        kept = self._trim_trunk(request)
         shared = splits[-1] if splits else 0
         sequence = self._free.pop()
         for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
@@ -276,14 +276,12 @@ class GgufBackend:
         self._hear(running)
         return running
 
-    def _trim_trunk(self, prompt: tuple[int, ...], splits: Sequence[int]) -> int:
-        """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is.
-
-        Only whole stretches between splits are kept, so that what is computed together hardly depends on what was
-        judged before; with `deterministic` it does not at all.
-        """
-        common = common_prefix(self._trunk, prompt)
-        kept = max((split for split in splits if split <= common), default=0)
+    def _trim_trunk(self, request: Request) -> int:
+        """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is."""
+        common = common_prefix(self._trunk, request.prompt)
+        if request.reuse is not None:
+            common = min(common, request.reuse)
+        kept = max((split for split in request.splits if split <= common), default=0)
         if kept < len(self._trunk):
             llama_cpp.llama_memory_seq_rm(self._memory, TRUNK, kept, -1)
             self._orphans += len(self._trunk) - kept if self._running else 0
