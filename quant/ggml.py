@@ -31,6 +31,7 @@ FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 TYPE_NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
 STARTED = re.compile(r"^\[ *(\d+)/ *(\d+)\]", re.MULTILINE)
 FELL_BACK = re.compile(r"warning: (\S+) +- ncols.*?required for type +(\w+)\).*?falling back to +(\w+)")
+PLANNED = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) .*-> .*MiB \((\w+)\)$", re.MULTILINE)
 FAILED = re.compile(r"failed to quantize: (.+)")
 
 Floats = npt.NDArray[np.float32]
@@ -40,7 +41,8 @@ Floats = npt.NDArray[np.float32]
 class Job:
     """One file to quantize: `kind` names llama.cpp's file type; `overrides` are pairs of a pattern and a tensor type.
 
-    `importance` has how many floats of the importance matrix belong to each tensor, in the order in which they follow.
+    `importance` has how many floats of the importance matrix belong to each tensor, in the order in which they follow;
+    with `dry_run` nothing is written.
     """
 
     source: str
@@ -49,13 +51,16 @@ class Job:
     overrides: tuple[tuple[str, str], ...] = ()
     threads: int = 1
     importance: tuple[tuple[str, int], ...] = ()
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What llama.cpp did: the tensors that took another type than meant (name, meant, taken)."""
+    """What llama.cpp did: the tensors that took another type than meant (name, meant, taken), and in a dry run the type
+    that each tensor would be turned into."""
 
     fallbacks: tuple[tuple[str, str, str], ...]
+    types: dict[str, str]
 
 
 class QuantizerError(GramliteError):
@@ -85,7 +90,8 @@ def quantize_file(job: Job, matrix: Mapping[str, Floats], *, advance: Callable[[
         reason = FAILED.search(said)
         raise QuantizerError(reason[1].strip() if reason else _last_words(said, code))
     found = FELL_BACK.findall(said)
-    return Outcome(tuple((name, meant.upper(), taken.upper()) for name, meant, taken in found))
+    types = {name: kind.upper() for name, kind in PLANNED.findall(said)}
+    return Outcome(tuple((name, meant.upper(), taken.upper()) for name, meant, taken in found), types)
 
 
 def _send(stream: IO[bytes], job: Job, matrix: Mapping[str, Floats]) -> None:
@@ -132,6 +138,7 @@ def main() -> int:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPE_NUMBERS[job["kind"]]
     parameters.nthread = job["threads"]
+    parameters.dry_run = job["dry_run"]
     overrides = [(pattern.encode(), TYPE_NUMBERS[kind]) for pattern, kind in job["overrides"]]
     entries = [
         (name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(values))
@@ -155,6 +162,7 @@ def _library() -> ctypes.CDLL:
     ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     prefix = "" if sys.platform == "win32" else "lib"
     library = ctypes.CDLL(str(Path(found.submodule_search_locations[0]) / "lib" / f"{prefix}ggml-base.{ending}"))
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
@@ -165,12 +173,14 @@ def _library() -> ctypes.CDLL:
 def quantize_rows(weight: Floats, kind: str, importance: Floats | None = None) -> npt.NDArray[np.uint8]:
     """A matrix [rows, columns] as llama.cpp would write it in the type `kind`, uint8 [rows, bytes of a row].
 
-    Raises ModelError where the type's blocks do not divide the columns.
+    Raises ModelError where the type's blocks do not divide the columns, or where it needs an importance and has none.
     """
     rows, columns = weight.shape
     block = GGML_TYPES[TYPE_NUMBERS[kind]]
     if columns % block.block:
         raise ModelError(f"{kind} has blocks of {block.block} weights, which rows of {columns} do not fill.")
+    if importance is None and needs_importance(kind):  # llama.cpp would end the process
+        raise ModelError(f"{kind} cannot be written without an importance matrix.")
     weight = np.ascontiguousarray(weight, np.float32)
     out = np.zeros((rows, columns // block.block * block.block_bytes), np.uint8)
     counts = None if importance is None else np.ascontiguousarray(importance, np.float32)
@@ -180,6 +190,10 @@ def quantize_rows(weight: Floats, kind: str, importance: Floats | None = None) -
     if written != out.nbytes:
         raise ModelError(f"llama.cpp wrote {written:,} bytes of {kind} where {out.nbytes:,} are due.")
     return out
+
+
+def needs_importance(kind: str) -> bool:
+    return bool(_library().ggml_quantize_requires_imatrix(TYPE_NUMBERS[kind]))
 
 
 def dequantize_rows(blocks: npt.NDArray[np.uint8], kind: str, columns: int) -> Floats:
@@ -192,6 +206,8 @@ def dequantize_rows(blocks: npt.NDArray[np.uint8], kind: str, columns: int) -> F
 
 def rounded(weight: Floats, kind: str, importance: Floats | None = None) -> Floats:
     """What is left of a matrix [rows, columns] once it was stored in the type `kind`."""
+    if kind in ("F32", "BF16"):  # where what goes in was one of them already
+        return weight
     if kind == "F16":
         return weight.astype(np.float16).astype(np.float32)
     return dequantize_rows(quantize_rows(weight, kind, importance), kind, weight.shape[1])

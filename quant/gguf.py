@@ -11,6 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from gramlite.storage import sha256_file
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, collect_importance, matrix_sha256, read_imatrix, write_imatrix
-from .mixed import choose_types, target_bits
+from .mixed import choose_types, choose_weighed, describe_choice, target_bits
 from .report import Progress, layer_bar
 from .source import EXACT, Source, open_source
 
@@ -250,18 +251,63 @@ def measure_importance(source: Path, opened: Source, transcripts: Sequence[Trans
         )
 
 
-def mixed_types(
-    source: Path, transcripts: Sequence[Transcript], bits: float, imatrix: ImportanceMatrix | None
-) -> tuple[str, list[tuple[str, str]], dict[str, Any]]:
-    """For `auto:BITSbpw`: the file's type, an override for every matrix, and what to record of the choice."""
-    if not transcripts:
-        raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
+def quantize_calibrated(
+    folder: Path,
+    opened: Source,
+    destination: Path,
+    transcripts: Sequence[Transcript],
+    *,
+    kind: str,
+    imatrix: ImportanceMatrix,
+    overrides: Sequence[tuple[str, str]] = (),
+    calibration: dict[str, Any] | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Quantize a checkpoint `folder` that is open as `opened` so that its verdicts' margins over transcripts change least.
+
+    `kind` is a type of llama.cpp's, whose matrices keep the types of a plain file and are each written with or without
+    the importance matrix, or `auto:4.5bpw`, where the types are chosen too.
+    """
+    bits = target_bits(kind)
     with layer_bar() as progress:
-        types, settings = choose_types(
-            source, transcripts, bits=bits, importance=imatrix.means() if imatrix else None, progress=progress
-        )
-    most = Counter(types.values()).most_common(1)[0][0]
-    return FILE_OF_TYPE.get(most, most), [(f"^{re.escape(name)}$", kind) for name, kind in types.items()], settings
+        if bits is None:
+            types = plain_types(opened, file_type(kind), overrides, imatrix)
+            chosen = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
+        else:
+            chosen = choose_types(folder, transcripts, bits=bits, importance=imatrix.means(), progress=progress)
+    most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
+    pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]
+    kept = {name: values for name, values in imatrix.sums.items() if name in chosen and chosen[name].weighed}
+    return quantize_source(
+        opened,
+        destination,
+        kind=FILE_OF_TYPE.get(most, most) if bits else kind,
+        imatrix=replace(imatrix, sums=kept) if kept else None,
+        overrides=[*overrides, *pinned] if bits else pinned,
+        force=force,
+        calibration=calibration,
+        settings=describe_choice(chosen) | ({"target_bits_per_weight": bits} if bits else {}),
+        name=f"auto:{bits:g}bpw" if bits else None,
+    )
+
+
+def plain_types(
+    source: Source, kind: str, overrides: Sequence[tuple[str, str]], imatrix: ImportanceMatrix
+) -> dict[str, str]:
+    """The type that llama.cpp gives every matrix where it has no importance matrix, as far as it can do without."""
+    wanted = check_overrides(source, kind, overrides)
+    needed = imatrix.means() if kind in NEEDS_MATRIX else {}
+    job = Job(
+        source=str(source.path),
+        output=str(source.path.with_suffix(".none")),
+        kind=kind,
+        overrides=wanted,
+        importance=tuple((name, len(values)) for name, values in needed.items()),
+        dry_run=True,
+    )
+    changed = quantize_file(job, needed, advance=lambda done, total: None).types
+    held = {tensor.name: tensor.type for tensor in source.header.tensors}
+    return {name: changed.get(name, held[name]) for name in source.matrices}
 
 
 @click.command("gguf", short_help="checkpoint or GGUF -> GGUF in any of llama.cpp's types")
@@ -289,37 +335,30 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
-        transcripts: list[Transcript] = []
-        described, matrix = None, None
-        if options["imatrix"]:
-            matrix = read_imatrix(options["imatrix"])
+        matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None
         if options["calibration"]:
             transcripts, described = calibrate(
                 source, opened, options["calibration"], tokens=options["tokens"], seed=options["seed"]
             )
-        bits = target_bits(kind)
-        if options["save_imatrix"] and (bits or not transcripts):
-            raise InputError("--save-imatrix keeps what --calibration measures for a type of llama.cpp's own.")
-        if transcripts and bits is None and matrix is None:
-            matrix = measure_importance(source, opened, transcripts, options["calibration"].name)
-        if options["save_imatrix"] and matrix:
-            write_imatrix(options["save_imatrix"], matrix, force=options["force"])
-        settings: dict[str, Any] = {}
-        name = None
-        if bits is not None:
-            name = f"auto:{bits:g}bpw"
-            kind, types, settings = mixed_types(source, transcripts, bits, matrix)
-            overrides += types
-        manifest = quantize_source(
-            opened,
-            output,
-            kind=kind,
-            imatrix=matrix,
-            overrides=overrides,
-            force=options["force"],
-            calibration=described,
-            settings=settings,
-            name=name,
-        )
+            matrix = matrix or measure_importance(source, opened, transcripts, options["calibration"].name)
+            if options["save_imatrix"]:
+                write_imatrix(options["save_imatrix"], matrix, force=options["force"])
+            manifest = quantize_calibrated(
+                source,
+                opened,
+                output,
+                transcripts,
+                kind=kind,
+                imatrix=matrix,
+                overrides=overrides,
+                calibration=described,
+                force=options["force"],
+            )
+        elif target_bits(kind):
+            raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
+        else:
+            manifest = quantize_source(
+                opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"]
+            )
     print_notes(manifest)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

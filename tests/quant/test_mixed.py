@@ -12,10 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
-from gramlite.quant.calibration import Transcript, write_transcripts
+from gramlite.quant.allocate import Option, allocate
+from gramlite.quant.calibration import Transcript, choose_transcripts, write_transcripts
 from gramlite.quant.ggml import rounded
 from gramlite.quant.gguf import command
-from gramlite.quant.mixed import Option, allocate, choose_types, kinds_for, measure, target_bits
+from gramlite.quant.imatrix import collect_importance
+from gramlite.quant.mixed import choose_types, choose_weighed, describe_choice, kinds_for, measure, target_bits
 from transformers import AutoModelForCausalLM
 
 from gramlite.artifact import read_manifest
@@ -94,7 +96,7 @@ def test_layers_that_no_verdict_hangs_on_are_not_forgotten() -> None:
 def test_changes_are_products_with_the_gradients(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
     folder = make_checkpoint("qwen2")  # whose head is its own
     checkpoint = open_checkpoint(folder)
-    found = measure(checkpoint, transcripts, {})
+    found = measure(checkpoint, transcripts)
     assert len(found) == 14 + 2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     parts = {
@@ -119,19 +121,42 @@ def test_changes_are_products_with_the_gradients(make_checkpoint: Make, transcri
 
 
 def test_a_tied_embedding_is_weighed_as_the_head_too(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
-    found = measure(open_checkpoint(make_checkpoint("llama")), transcripts, {})
+    found = measure(open_checkpoint(make_checkpoint("llama")), transcripts)
     assert "output.weight" not in found
     rms = {option.kind: float(np.sqrt(np.square(option.changes).mean())) for option in found["token_embd.weight"]}
     assert rms["Q8_0"] < rms["Q5_0"] < rms["Q4_0"]
 
 
-def test_an_importance_matrix_changes_the_roundings(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+def test_with_an_importance_matrix_there_are_two_ways(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
     checkpoint = open_checkpoint(make_checkpoint())
     weights = {"blk.0.attn_q.weight": np.linspace(0.01, 1, 64).astype(np.float32)}
-    plain, weighed = measure(checkpoint, transcripts, {}), measure(checkpoint, transcripts, weights)
+    plain, both = measure(checkpoint, transcripts), measure(checkpoint, transcripts, importance=weights)
     for name, listed in plain.items():
-        same = all(np.allclose(a.changes, b.changes) for a, b in zip(listed, weighed[name], strict=True))
-        assert same == (name not in weights)
+        without = [option for option in both[name] if not option.weighed]
+        assert [option.kind for option in without] == [option.kind for option in listed]
+        assert all(np.allclose(a.changes, b.changes) for a, b in zip(listed, without, strict=True))
+        weighed = {option.kind: option for option in both[name] if option.weighed}
+        assert set(weighed) == ({"Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "Q4_0"} if name in weights else set())
+        assert not any(
+            np.allclose(option.changes, weighed[option.kind].changes) for option in without if weighed.get(option.kind)
+        )
+
+
+def test_the_matrix_is_left_out_where_it_does_harm(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    folder = make_checkpoint()
+    means = collect_importance(folder, transcripts, dataset="made up").means()
+    found = measure(open_checkpoint(folder), transcripts)
+    types = dict.fromkeys(found, "Q4_0")
+    chosen = choose_weighed(folder, transcripts, types=types, importance=means)
+    assert {option.kind for option in chosen.values()} == {"Q4_0"}
+    assert 0 < sum(option.weighed for option in chosen.values()) < len(chosen)
+    both = measure(open_checkpoint(folder), transcripts, types=types, importance=means)
+    for weighed in (False, True):
+        alike = [next((o for o in listed if o.weighed == weighed), listed[0]) for listed in both.values()]
+        assert objective(list(chosen.values())) < objective(alike)
+    told = describe_choice(chosen)
+    assert told["written_with_imatrix"] == sorted(name for name, option in chosen.items() if option.weighed)
+    assert told["expected_margin_error"] > 0
 
 
 @pytest.mark.parametrize("bits", [4.7, 5.5, 6.5])
@@ -139,10 +164,8 @@ def test_the_target_holds_and_beats_one_type_for_all(
     bits: float, make_checkpoint: Make, transcripts: list[Transcript]
 ) -> None:
     folder = make_checkpoint()
-    types, record = choose_types(folder, transcripts, bits=bits)
-    found = measure(open_checkpoint(folder), transcripts, {})
-    chosen = [next(option for option in found[name] if option.kind == kind) for name, kind in types.items()]
-    assert record["target_bits_per_weight"] == bits
+    chosen = list(choose_types(folder, transcripts, bits=bits).values())
+    found = measure(open_checkpoint(folder), transcripts)
     for kind in ("Q4_0", "Q5_0"):
         alike = [next(option for option in listed if option.kind == kind) for listed in found.values()]
         if sum(option.bytes for option in alike) <= sum(option.bytes for option in chosen):
@@ -173,9 +196,12 @@ def test_command_writes_the_chosen_types(
     assert 5.0 < bits_per_weight(header) <= 5.5
     manifest = read_manifest(out)
     assert manifest is not None
-    wanted, _ = choose_types(source, made, bits=5.5)
+    made = choose_transcripts(made)  # in the order in which the command takes them
+    means = collect_importance(source, made, dataset="made up").means()
+    wanted = choose_types(source, made, bits=5.5, importance=means)
     found = {tensor.name: tensor.type for tensor in header.tensors if len(tensor.shape) > 1}
-    assert found == wanted
+    assert found == {name: option.kind for name, option in wanted.items()}
+    assert manifest.settings["written_with_imatrix"] == [name for name in sorted(wanted) if wanted[name].weighed]
     assert len(set(found.values())) > 1
     assert manifest.calibration is not None
     assert manifest.calibration["transcripts"] == 6

@@ -1,0 +1,113 @@
+"""Which type each matrix takes: the bytes go where they make the verdicts' margins change least.
+
+Changes of different matrices may add up (rounding can undo a fine-tuning everywhere at once) or not, so what is made
+small is the mean square of their sum plus the sum of their mean squares; and a little of the layers' own output errors,
+because rationales hang on more than the verdict's margin does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gramlite.errors import InputError
+
+LOCAL = 0.1  # the share of the layers' own errors in what is made small
+MOVES = 2000
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """A type that a matrix can take: its bytes, the first-order change of each transcript's margin in nats, the share
+    of the layer's output energy that is lost, and whether it is written with the importance matrix."""
+
+    kind: str
+    bytes: int
+    changes: Doubles
+    local: float = 0.0
+    weighed: bool = False
+
+
+def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """One option for each matrix, their bytes within the budget, for a small square of the margins' changes.
+
+    From the smallest options on, the change of one matrix's type that saves most per byte is made as long as one fits;
+    then one or two types are changed at a time while that helps within the budget.
+    Raises InputError where the smallest options don't fit.
+    """
+    table = _Table(options)
+    least = sum(min(option.bytes for option in listed) for listed in options.values())
+    if least > budget:
+        raise InputError(
+            f"Even the smallest types take {least:,} bytes and the target leaves {budget:,} for matrices. "
+            "Ask for more bits per weight."
+        )
+    while table.best_single(budget, per_byte=True):
+        pass
+    for _ in range(MOVES):
+        if not (table.best_single(budget, per_byte=False) or table.best_pair(budget)):
+            break
+    return table.chosen()
+
+
+class _Table:
+    """Every option of every matrix as a row, and which row each matrix has now."""
+
+    def __init__(self, options: Mapping[str, Sequence[Option]]) -> None:
+        self.names = list(options)
+        self.rows = [option for listed in options.values() for option in listed]
+        self.owner = np.repeat(np.arange(len(options)), [len(listed) for listed in options.values()])
+        self.bytes = np.array([option.bytes for option in self.rows], dtype=np.int64)
+        self.changes = np.stack([option.changes for option in self.rows])
+        own = np.square(self.changes).mean(1)
+        local = np.array([option.local for option in self.rows])
+        start = [self._smallest(number) for number in range(len(self.names))]
+        scale = LOCAL * own[start].sum() / max(float(local[start].sum()), 1e-30)
+        self.alone = own + scale * local
+        self.now = np.array(start)
+
+    def _smallest(self, number: int) -> int:
+        mine = np.flatnonzero(self.owner == number)
+        return int(min(mine, key=lambda row: (self.bytes[row], np.square(self.changes[row]).mean())))
+
+    def _moves(self) -> tuple[Doubles, Doubles, npt.NDArray[np.int64]]:
+        """For every row: how the changes, the objective and the bytes would change if its matrix took it."""
+        held = self.now[self.owner]
+        step = self.changes - self.changes[held]
+        total = self.changes[self.now].sum(0)
+        worth = (2 * step @ total + np.square(step).sum(1)) / len(total) + self.alone - self.alone[held]
+        return step, worth, self.bytes - self.bytes[held]
+
+    def best_single(self, budget: int, *, per_byte: bool) -> bool:
+        """Make the best change of one type; whether there was one that helps."""
+        _, worth, cost = self._moves()
+        room = budget - int(self.bytes[self.now].sum())
+        value = np.where(cost > 0, worth / np.maximum(cost, 1), worth * 1e9) if per_byte else worth
+        value = np.where((cost <= room) & (worth < -1e-12), value, 0.0)
+        best = int(value.argmin())
+        if value[best] >= 0:
+            return False
+        self.now[self.owner[best]] = best
+        return True
+
+    def best_pair(self, budget: int) -> bool:
+        """Make the best change of two matrices' types at once; whether there was one that helps."""
+        step, worth, cost = self._moves()
+        room = budget - int(self.bytes[self.now].sum())
+        both = worth[:, None] + worth[None, :] + 2 * (step @ step.T) / step.shape[1]
+        fits = (cost[:, None] + cost[None, :] <= room) & (self.owner[:, None] != self.owner[None, :])
+        both = np.where(fits, both, 0.0)
+        best = int(both.argmin())
+        first, second = divmod(best, len(worth))
+        if both[first, second] >= -1e-12:
+            return False
+        self.now[self.owner[first]], self.now[self.owner[second]] = first, second
+        return True
+
+    def chosen(self) -> dict[str, Option]:
+        return {name: self.rows[row] for name, row in zip(self.names, self.now, strict=True)}
