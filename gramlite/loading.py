@@ -11,6 +11,7 @@ from typing import Any
 
 from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, read_manifest, verify_files
 from .backends import Backend, RuntimeOptions, open_backend
+from .confidence import stored_calibration
 from .errors import InputError, ModelError
 from .judge import Judge, Settings
 from .model_folder import read_json_object
@@ -28,11 +29,13 @@ def load(
     settings: Settings | None = None,
     runtime: RuntimeOptions | None = None,
     trust_template: bool = False,
+    calibrated: bool = False,
 ) -> Judge:
     """Open a judge.
 
     `model` is an artifact's file or folder; None is the reference judge, built once into the cache. `template` is a
-    built-in name or a file, where the model does not say itself. Raises ModelError for a model that is refused and
+    built-in name or a file, where the model does not say itself. `calibrated` applies the calibration that is stored
+    for these settings, and raises InputError where none is. Raises ModelError for a model that is refused and
     ResourceError for one that does not fit.
     """
     if model is None:
@@ -44,7 +47,10 @@ def load(
     artifact = open_artifact(Path(model))
     backend = open_backend(artifact, runtime)
     try:
-        return _judge(artifact, backend, template, settings or Settings(), runtime, trust_template)
+        judge = _judge(artifact, backend, template, settings or Settings(), runtime, trust_template)
+        if calibrated:
+            judge = judge.calibrated(stored_calibration(artifact.path, judge.model, judge.settings_record))
+        return judge
     except BaseException:
         backend.close()
         raise

@@ -190,6 +190,10 @@ def test_calibrate_stores_and_judge_applies(scripted: Path, tmp_path: Path, caps
     calibration = found["calibration"]
     rescaled = (expected - calibration["bias"]) / calibration["temperature"]
     assert row["orders"][0]["margin"] == pytest.approx(rescaled, abs=1e-5)
+    with gramlite.load(scripted, settings=settings, calibrated=True) as judge:
+        assert judge(prompt="q0", response_a="x", response_b="y").orders[0].margin == row["orders"][0]["margin"]
+    with pytest.raises(InputError, match="no calibration for this judge"):
+        gramlite.load(scripted, calibrated=True)
     assert run(["calibrate", *common, "--orders", "ab"]) == 0
     assert len(json.loads(sidecar_path(scripted).read_text())["calibrations"]) == 1, "of the same margins: replaced"
     assert run(["calibrate", *common[:3], "--ties", "drop"]) == 0
