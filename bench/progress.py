@@ -1,4 +1,4 @@
-"""What a sweep shows while it works: one bar over all its judging, with an estimate that counts what is still to make."""
+"""What long measurements show while they work: a bar with an estimate, on a terminal's standard error only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gramlite.display import row_progress
 from gramlite.pair import Verdict
 
 
@@ -114,3 +115,27 @@ class SweepProgress:
         words = "" if left is None else f"about {left / 60:.0f} min left" if left > 90 else "about a minute left"
         about = f"{self._type} ({self._done_types + 1} of {self._types})" + (f", {step}" if step else "")
         self._bar.update(self._task, completed=self._done_pairs + self._suite_done, description=about, left=words)
+
+
+class TurnProgress:
+    """A bar over a mode's turns with a rate and an estimate, on a terminal's standard error only."""
+
+    def __init__(self) -> None:
+        self._bar = row_progress(Console(stderr=True)) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> TurnProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begin(self, mode: str, turns: int) -> None:
+        if self._bar:
+            self._task = self._bar.add_task(f"Timing {mode} mode", total=turns)
+
+    def tick(self) -> None:
+        if self._bar:
+            self._bar.advance(self._task)

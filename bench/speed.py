@@ -1,4 +1,4 @@
-"""How fast a judge is, against the floor that its kernels set and against plain llama-cpp-python.
+"""How fast a judge is, against the floor that its kernels set and against its neighbours (see `neighbours`).
 
 The floor of a pair is what the native library needs for work that cannot be left out: each distinct prompt token
 once at the rate measured behind a shared beginning, and each joint decoding step at the measured time of a step.
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,53 +23,15 @@ import click
 from gramlite.errors import InputError
 from gramlite.pair import Pair
 
+from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
+
 if TYPE_CHECKING:
     from gramlite.judge import Judge
 
+    from .progress import TurnProgress
+
 CHARACTERS_LIMIT = 3500
 RATIONALE_TOKENS = 256
-
-
-@dataclass
-class Contender:
-    """Something that judges pairs in both orders, and the seconds a pair that each turn took."""
-
-    name: str
-    judge: Callable[[Sequence[Pair]], object]
-    seconds: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times longer `slower` takes than `faster`, turn by turn: median and middle half."""
-
-    slower: str
-    faster: str
-    median: float
-    low: float
-    high: float
-    turns: int
-
-
-def take_turns(contenders: Sequence[Contender], pairs: Sequence[Pair], *, group: int, repetitions: int) -> None:
-    """Let the contenders judge each group of pairs in turn, after a warm-up group that is not counted."""
-    groups = [pairs[start : start + group] for start in range(0, len(pairs), group)]
-    for contender in contenders:
-        contender.judge(groups[0])
-    for repetition in range(repetitions):
-        for index, members in enumerate(groups):
-            shift = (index + repetition) % len(contenders)
-            for contender in [*contenders[shift:], *contenders[:shift]]:
-                began = time.perf_counter()
-                contender.judge(members)
-                contender.seconds.append((time.perf_counter() - began) / len(members))
-
-
-def ratio(slower: Contender, faster: Contender) -> Ratio:
-    """The ratio of two contenders' times; both took the same groups of pairs."""
-    ratios = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Ratio(slower.name, faster.name, middle, low, high, len(ratios))
 
 
 @dataclass(frozen=True)
@@ -112,56 +74,16 @@ def floor_seconds(rows: Sequence[Mapping[str, Any]], kernels: Kernels, *, prefix
     computed = sum(order["tokens"]["prompt"] + prefix_tokens - order["tokens"]["cached"] for order in orders)
     generated = [order["tokens"]["generated"] for order in orders]
     steps = max(max(generated), sum(generated) / parallel)
-    return computed / kernels.prefill_rate + steps * kernels.step_seconds
-
-
-def plain_contenders(judge: Judge, model: Path, *, threads: int, context: int) -> list[Contender]:
-    """llama-cpp-python as people use it: a probability by logprobs, a bare letter, and a written rationale."""
-    import llama_cpp
-
-    from gramlite.template import presented
-
-    def open_model(logits_all: bool) -> Any:
-        return llama_cpp.Llama(
-            str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=logits_all, verbose=False
-        )
-
-    scored, lettered, chatting = open_model(True), open_model(False), open_model(False)
-    prefix = judge.template.form.direct
-
-    def message(pair: Pair, swap: bool) -> str:
-        first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
-        shown = judge.template.segments(presented(Pair(pair.prompt, first, second), "ab"))
-        return "".join(segment.text for segment in shown)
-
-    def complete(llama: Any, logprobs: int | None) -> Callable[[Sequence[Pair]], object]:
-        def prompt(pair: Pair, swap: bool) -> str:
-            return judge.scaffold.before + message(pair, swap) + judge.scaffold.after + prefix
-
-        def judge_pairs(pairs: Sequence[Pair]) -> object:
-            asked = {"max_tokens": 1, "temperature": 0, "logprobs": logprobs}
-            return [llama.create_completion(prompt(pair, swap), **asked) for pair in pairs for swap in (False, True)]
-
-        return judge_pairs
-
-    def chat(pairs: Sequence[Pair]) -> object:
-        asked = {"max_tokens": RATIONALE_TOKENS, "temperature": 0}
-        return [
-            chatting.create_chat_completion([{"role": "user", "content": message(pair, swap)}], **asked)
-            for pair in pairs
-            for swap in (False, True)
-        ]
-
-    return [
-        Contender("llama-cpp-python, probability", complete(scored, 5)),
-        Contender("llama-cpp-python, letter", complete(lettered, None)),
-        Contender("llama-cpp-python, rationale", chat),
-    ]
+    seconds: float = computed / kernels.prefill_rate + steps * kernels.step_seconds
+    return seconds
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured: seconds a pair by contender, ratios, kernels and overhead by mode, and the settings."""
+    """What was measured: seconds a pair by contender, ratios, kernels and overhead by mode, and the settings.
+
+    The overhead over the floor can be negative in think mode, where tokens that were guessed right cost no step.
+    """
 
     contenders: dict[str, dict[str, float]]
     ratios: list[Ratio]
@@ -189,7 +111,13 @@ class Timed:
 
 
 def time_mode(
-    judge: Judge, plain: Sequence[Contender], pairs: Sequence[Pair], *, group: int, repetitions: int
+    judge: Judge,
+    plain: Sequence[Contender],
+    pairs: Sequence[Pair],
+    *,
+    group: int,
+    repetitions: int,
+    tick: Callable[[], object] = lambda: None,
 ) -> Timed:
     """Let a judge and its plain contenders take turns, the judge's kernels measured before and after."""
     from gramlite.prompt import encode_trusted
@@ -207,7 +135,7 @@ def time_mode(
     ours = Contender(f"gramlite, {mode}", judge_pairs)
     shared = len(judge._preamble) // 2
     before = measure_kernels(judge, prompts, shared, repetitions=1)
-    take_turns([ours, *plain], pairs, group=group, repetitions=repetitions)
+    take_turns([ours, *plain], pairs, group=group, repetitions=repetitions, tick=tick)
     after = measure_kernels(judge, prompts, shared, repetitions=1)
     kernels = Kernels(
         statistics.mean([before.prefill_rate, after.prefill_rate]),
@@ -217,13 +145,22 @@ def time_mode(
     return Timed([ours, *plain], kernels, sum(ours.seconds) / sum(least) - 1)
 
 
-def measure_speed(model: Path, pairs: Sequence[Pair], *, repetitions: int, against: Sequence[str]) -> SpeedReport:
-    """Time both modes of a judge on pairs, its kernels, and plain llama-cpp-python where it is asked for."""
+def measure_speed(
+    model: Path,
+    pairs: Sequence[Pair],
+    *,
+    repetitions: int,
+    against: Sequence[str] = (),
+    checkpoint: Path | None = None,
+    progress: TurnProgress | None = None,
+) -> SpeedReport:
+    """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
     import gramlite
     from gramlite import RuntimeOptions, Settings
     from gramlite.commands.options import THINK_PARALLEL
     from gramlite.device import thread_count
 
+    tick = progress.tick if progress else lambda: None
     context, threads = 4096, thread_count(None)
     load_seconds = 0.0
     timed: dict[str, Timed] = {}
@@ -235,11 +172,10 @@ def measure_speed(model: Path, pairs: Sequence[Pair], *, repetitions: int, again
             model, settings=settings, runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads)
         ) as judge:
             load_seconds = load_seconds or time.perf_counter() - began
-            plain = []
-            if "llama-cpp-python" in against:
-                plain = plain_contenders(judge, model, threads=threads, context=context)
-                plain = plain[:2] if mode == "direct" else plain[2:]
-            timed[mode] = time_mode(judge, plain, pairs, group=group, repetitions=repetitions)
+            plain = neighbours_of(judge, model, against, checkpoint, threads=threads, context=context)
+            if progress:
+                progress.begin(mode, turns_of(1 + len(plain), len(pairs), group=group, repetitions=repetitions))
+            timed[mode] = time_mode(judge, plain, pairs, group=group, repetitions=repetitions, tick=tick)
             ratios += [ratio(contender, timed[mode].contenders[0]) for contender in plain]
     return SpeedReport(
         {contender.name: summary(contender.seconds) for one in timed.values() for contender in one.contenders},
@@ -250,10 +186,23 @@ def measure_speed(model: Path, pairs: Sequence[Pair], *, repetitions: int, again
     )
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and middle half of times in seconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return {"median": middle, "low": low, "high": high}
+def neighbours_of(
+    judge: Judge, model: Path, against: Sequence[str], checkpoint: Path | None, *, threads: int, context: int
+) -> list[Contender]:
+    """The neighbours asked for, each in the ways that the judge's mode has."""
+    from .neighbours import PRECISIONS, Contest, llama_contest, transformers_contest
+
+    contests: Contest = {}
+    for name in against:
+        if name in PRECISIONS:
+            if checkpoint is None:
+                raise InputError("--against transformers needs --checkpoint FOLDER: the same judge for transformers.")
+            contests |= transformers_contest(
+                judge, checkpoint, precision=PRECISIONS[name], threads=threads, tokens=RATIONALE_TOKENS
+            )
+        else:
+            contests |= llama_contest(judge, model, threads=threads, context=context, tokens=RATIONALE_TOKENS)
+    return [Contender(name, judge_pairs) for name, judge_pairs in contests.items()]
 
 
 def settings_record(
@@ -263,7 +212,12 @@ def settings_record(
     import importlib.metadata
     import platform
 
-    versions = {name: importlib.metadata.version(name) for name in ("gramlite", "llama-cpp-python", "numpy")}
+    versions = {}
+    for name in ("gramlite", "llama-cpp-python", "numpy", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return {
         "model": model.name,
         "bytes": model.stat().st_size,
@@ -312,24 +266,35 @@ def read_pairs(path: Path, limit: int) -> list[Pair]:
     return found
 
 
+def speed_table(report: SpeedReport) -> list[dict[str, str]]:
+    """A row for each contender: seconds a pair, how many times gramlite's that is, and what it takes over the floor."""
+    ratios = {one.slower: one for one in report.ratios}
+    rows = []
+    for name, times in report.contenders.items():
+        one, overhead = ratios.get(name), report.overhead.get(name)
+        rows.append({
+            "": name,
+            "seconds a pair": f"{times['median']:.3f}",
+            "middle half": f"{times['low']:.3f} to {times['high']:.3f}",
+            "times gramlite's": "1" if one is None else f"{one.median:.2f} ({one.low:.2f} to {one.high:.2f})",
+            "over the floor": "" if overhead is None else f"{overhead:+.1%}",
+        })  # fmt: skip
+    return rows
+
+
 def show(report: SpeedReport) -> None:
-    """Print a report as readable tables."""
+    """Print a report as one readable table."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title="Seconds a pair, both orders", title_justify="left")
-    for heading in ("", "median", "middle half", "over the floor"):
+    table = Table(title="Both orders of a pair; contenders take turns in one run", title_justify="left")
+    rows = speed_table(report)
+    for heading in rows[0]:
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, times in report.contenders.items():
-        overhead = report.overhead.get(name)
-        above = "" if overhead is None else f"{overhead:+.1%}"
-        table.add_row(name, f"{times['median']:.3f}", f"{times['low']:.3f} to {times['high']:.3f}", above)
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
-    for one in report.ratios:
-        console.print(
-            f"{one.slower} takes {one.median:.2f} times as long as {one.faster} ({one.low:.2f} to {one.high:.2f})"
-        )
     for mode, kernels in report.kernels.items():
         rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
         console.print(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
@@ -350,21 +315,55 @@ def show(report: SpeedReport) -> None:
 @click.option(
     "--repetitions", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="How often each is timed."
 )
-@click.option("--against", default="", metavar="NAMES", help="Also time these: llama-cpp-python.")
+@click.option(
+    "--against",
+    default="",
+    metavar="NAMES",
+    help="Also time these: llama-cpp-python, transformers (float32), transformers:bfloat16.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The same judge for transformers.  [default: the reference judge's]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
-def command(model: Path | None, pairs: Path | None, limit: int, repetitions: int, against: str, as_json: bool) -> None:
-    """Time a GGUF judge: both modes, the floor its kernels set, and plain llama-cpp-python beside it."""
+def command(
+    model: Path | None,
+    pairs: Path | None,
+    limit: int,
+    repetitions: int,
+    against: str,
+    checkpoint: Path | None,
+    as_json: bool,
+) -> None:
+    """Time a GGUF judge: both modes, the floor its kernels set, and its neighbours beside it."""
+    import tempfile
+    from contextlib import ExitStack
     from importlib import resources
 
-    names = [name.strip() for name in against.split(",") if name.strip()]
-    if unknown := set(names) - {"llama-cpp-python"}:
-        raise InputError(f"--against does not know {', '.join(sorted(unknown))}. It knows llama-cpp-python.")
-    if model is None:
-        from gramlite.reference import cached_gguf
+    from .neighbours import PRECISIONS, parse_against
+    from .progress import TurnProgress
 
-        model = cached_gguf()
+    names = parse_against(against)
     packaged = Path(str(resources.files("gramlite").joinpath("data/pairs.jsonl")))
-    report = measure_speed(model, read_pairs(pairs or packaged, limit), repetitions=repetitions, against=names)
+    timed = read_pairs(pairs or packaged, limit)
+    with ExitStack() as stack:
+        if checkpoint is None and PRECISIONS.keys() & names:
+            if model is not None:
+                raise InputError("--against transformers needs --checkpoint FOLDER: the same judge for transformers.")
+            from gramlite.reference import build_checkpoint
+
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gramlite-"))
+            checkpoint = build_checkpoint(Path(folder) / "checkpoint")
+        if model is None:
+            from gramlite.reference import cached_gguf
+
+            model = cached_gguf()
+        progress = stack.enter_context(TurnProgress())
+        report = measure_speed(
+            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress
+        )
     if as_json or not sys.stdout.isatty():
         click.echo(json.dumps(report.to_json()))
     else:
