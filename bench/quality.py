@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 import click
 
+from gramlite.artifact import read_manifest
 from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
 from gramlite.quantization import bits_per_weight
 
 from .folder import ROWS, Row, Run, read_run
-from .run import Work, run_suite
+from .run import Work, describe_artifact, run_suite
 from .statistics import Estimate, bootstrap_mean
 from .suites import open_suite
 from .tables import markdown_table
@@ -109,7 +111,7 @@ def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bo
     from gramlite.judge import Settings
     from gramlite.loading import load
 
-    if folder.is_dir() and _is_complete(folder, work):
+    if _is_complete(folder, work, model):
         return True
     if time.monotonic() > deadline:
         return False
@@ -117,15 +119,28 @@ def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bo
         try:
             run_suite(judge, work, folder, display=Clock(deadline), resume=True)
         except TimeIsUp:
-            return _is_complete(folder, work)
+            return _is_complete(folder, work, model)
     return True
 
 
-def _is_complete(folder: Path, work: Work) -> bool:
+def _is_complete(folder: Path, work: Work, model: Path) -> bool:
+    """Whether this very model has judged all pairs; rows of another file of that name don't count."""
+    from gramlite.loading import artifact_sha256
+
     try:
-        return read_run(folder).rows.keys() >= {str(pair.id) for pair in work.pairs}
+        run = read_run(folder)
     except InputError:
         return False
+    wanted = {str(pair.id) for pair in work.pairs}
+    return run.rows.keys() >= wanted and run.model.get("sha256") == artifact_sha256(model)
+
+
+def file_bits(model: Path) -> float:
+    """Bits a weight takes on average: the manifest's word, else what a GGUF's header adds up to."""
+    manifest = read_manifest(model)
+    if manifest and manifest.bits_per_weight:
+        return manifest.bits_per_weight
+    return bits_per_weight(read_header(model))
 
 
 def assess(name: str, model: Path, run: Run, gold: Run, pairs: Sequence[Pair], first: Run) -> Quality:
@@ -141,8 +156,8 @@ def assess(name: str, model: Path, run: Run, gold: Run, pairs: Sequence[Pair], f
     ]
     return Quality(
         name=name,
-        bytes=model.stat().st_size,
-        bits_per_weight=bits_per_weight(read_header(model)),
+        bytes=describe_artifact(model)["bytes"],
+        bits_per_weight=file_bits(model),
         error=bootstrap_mean(errors),
         change=bootstrap_mean([mine - other for mine, other in zip(errors, base, strict=True)]),
         slope=sum(mine * right for mine, right in pairs_of) / sum(right * right for _, right in pairs_of),
@@ -199,12 +214,17 @@ def command(
     as_json: bool,
 ) -> None:
     """Judge pairs with each of MODELS (GGUF files) and print how far their margins lie from gold ones."""
+    doubled = [name for name, count in Counter(model.stem for model in models).items() if count > 1]
+    if doubled:
+        raise InputError(f"Two of the files are called {doubled[0]!r}, and a run has its file's name. Rename one.")
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     name, module, path = open_suite(suite)
     gold = read_gold(gold_path)
     chosen = choose_pairs(list(module.load(path)), gold, rows=rows, longest=longest)
     work = Work(name, module, path, chosen, limit=None)
     done = [judge_model(model, work, output / model.stem, deadline=deadline) for model in models]
+    if not any(done) and all(not (output / model.stem / ROWS).is_file() for model in models):
+        raise InputError("The time was up before the first pair. Give more --seconds.")
     runs = {model: read_run(output / model.stem) for model in models if (output / model.stem / ROWS).is_file()}
     first = next(iter(runs.values()))
     found = [assess(model.stem, model, run, gold, work.pairs, first) for model, run in runs.items()]

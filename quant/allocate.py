@@ -17,6 +17,7 @@ from gramlite.errors import InputError
 
 LOCAL = 0.1  # the share of the layers' own errors in what is made small
 MOVES = 2000
+EXCHANGED = 600  # options that an exchange of two is looked for among
 
 Doubles = npt.NDArray[np.float64]
 
@@ -70,6 +71,7 @@ class _Table:
         scale = LOCAL * own[start].sum() / max(float(local[start].sum()), 1e-30)
         self.alone = own + scale * local
         self.now = np.array(start)
+        self.rate = 0.0  # what the last byte spent has saved
 
     def _smallest(self, number: int) -> int:
         mine = np.flatnonzero(self.owner == number)
@@ -93,20 +95,23 @@ class _Table:
         if value[best] >= 0:
             return False
         self.now[self.owner[best]] = best
+        if per_byte and cost[best] > 0:
+            self.rate = -float(value[best])
         return True
 
     def best_pair(self, budget: int) -> bool:
         """Make the best change of two matrices' types at once; whether there was one that helps."""
         step, worth, cost = self._moves()
         room = budget - int(self.bytes[self.now].sum())
+        likely = np.argsort(worth + self.rate * cost, kind="stable")[:EXCHANGED]
+        step, worth, cost, owner = step[likely], worth[likely], cost[likely], self.owner[likely]
         both = worth[:, None] + worth[None, :] + 2 * (step @ step.T) / step.shape[1]
-        fits = (cost[:, None] + cost[None, :] <= room) & (self.owner[:, None] != self.owner[None, :])
+        fits = (cost[:, None] + cost[None, :] <= room) & (owner[:, None] != owner[None, :])
         both = np.where(fits, both, 0.0)
-        best = int(both.argmin())
-        first, second = divmod(best, len(worth))
+        first, second = divmod(int(both.argmin()), len(likely))
         if both[first, second] >= -1e-12:
             return False
-        self.now[self.owner[first]], self.now[self.owner[second]] = first, second
+        self.now[owner[first]], self.now[owner[second]] = likely[first], likely[second]
         return True
 
     def chosen(self) -> dict[str, Option]:

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,14 @@ from gramlite.gguf_header import Header, read_header
 from gramlite.quantization import bits_per_weight
 from gramlite.storage import sha256_file
 
-from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
+from .calibration import DEFAULT_TOKENS
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
-from .imatrix import ImportanceMatrix, collect_importance, matrix_sha256, read_imatrix, write_imatrix
-from .mixed import choose_types, choose_weighed, describe_choice, target_bits
+from .imatrix import ImportanceMatrix, matrix_sha256, read_imatrix, write_imatrix
+from .mixed import target_bits
 from .report import Progress, layer_bar
 from .source import EXACT, Source, open_source
 
 SHORT_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 NEEDS_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 NEARLY_NOTHING = 1 << 20  # bytes free on a disk that a write has just filled
@@ -228,88 +226,6 @@ def parse_override(text: str) -> tuple[str, str]:
     return pattern, tensor_type(kind)
 
 
-def calibrate(
-    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int
-) -> tuple[list[Transcript], dict[str, Any]]:
-    """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
-    if not source.is_dir():
-        raise InputError(
-            f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
-            "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
-        )
-    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
-
-
-def measure_importance(source: Path, opened: Source, transcripts: Sequence[Transcript], name: str) -> ImportanceMatrix:
-    """The importance matrix of a checkpoint over transcripts, with a progress bar."""
-    with layer_bar() as progress:
-        return collect_importance(
-            source,
-            transcripts,
-            dataset=name,
-            after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
-        )
-
-
-def quantize_calibrated(
-    folder: Path,
-    opened: Source,
-    destination: Path,
-    transcripts: Sequence[Transcript],
-    *,
-    kind: str,
-    imatrix: ImportanceMatrix,
-    overrides: Sequence[tuple[str, str]] = (),
-    calibration: dict[str, Any] | None = None,
-    force: bool = False,
-) -> Manifest:
-    """Quantize a checkpoint `folder` that is open as `opened` so that its verdicts' margins over transcripts change least.
-
-    `kind` is a type of llama.cpp's, whose matrices keep the types of a plain file and are each written with or without
-    the importance matrix, or `auto:4.5bpw`, where the types are chosen too.
-    """
-    bits = target_bits(kind)
-    with layer_bar() as progress:
-        if bits is None:
-            types = plain_types(opened, file_type(kind), overrides, imatrix)
-            chosen = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
-        else:
-            chosen = choose_types(folder, transcripts, bits=bits, importance=imatrix.means(), progress=progress)
-    most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
-    pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]
-    kept = {name: values for name, values in imatrix.sums.items() if name in chosen and chosen[name].weighed}
-    return quantize_source(
-        opened,
-        destination,
-        kind=FILE_OF_TYPE.get(most, most) if bits else kind,
-        imatrix=replace(imatrix, sums=kept) if kept else None,
-        overrides=[*overrides, *pinned] if bits else pinned,
-        force=force,
-        calibration=calibration,
-        settings=describe_choice(chosen) | ({"target_bits_per_weight": bits} if bits else {}),
-        name=f"auto:{bits:g}bpw" if bits else None,
-    )
-
-
-def plain_types(
-    source: Source, kind: str, overrides: Sequence[tuple[str, str]], imatrix: ImportanceMatrix
-) -> dict[str, str]:
-    """The type that llama.cpp gives every matrix where it has no importance matrix, as far as it can do without."""
-    wanted = check_overrides(source, kind, overrides)
-    needed = imatrix.means() if kind in NEEDS_MATRIX else {}
-    job = Job(
-        source=str(source.path),
-        output=str(source.path.with_suffix(".none")),
-        kind=kind,
-        overrides=wanted,
-        importance=tuple((name, len(values)) for name, values in needed.items()),
-        dry_run=True,
-    )
-    changed = quantize_file(job, needed, advance=lambda done, total: None).types
-    held = {tensor.name: tensor.type for tensor in source.header.tensors}
-    return {name: changed.get(name, held[name]) for name in source.matrices}
-
-
 @click.command("gguf", short_help="checkpoint or GGUF -> GGUF in any of llama.cpp's types")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
@@ -333,6 +249,8 @@ def plain_types(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
+    from .calibrated import calibrate, measure_importance, quantize_calibrated
+
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
         matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None

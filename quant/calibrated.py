@@ -1,0 +1,105 @@
+"""GGUF files whose types, and whose use of the importance matrix, are chosen on a checkpoint's own transcripts."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gramlite.artifact import Manifest
+from gramlite.errors import InputError
+
+from .calibration import Transcript, load_calibration
+from .ggml import Job, quantize_file
+from .gguf import NEEDS_MATRIX, check_overrides, file_type, quantize_source
+from .imatrix import ImportanceMatrix, collect_importance
+from .mixed import choose_types, choose_weighed, describe_choice, target_bits
+from .report import layer_bar
+from .source import Source
+
+FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
+
+
+def calibrate(
+    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int
+) -> tuple[list[Transcript], dict[str, Any]]:
+    """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
+    if not source.is_dir():
+        raise InputError(
+            f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
+            "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
+        )
+    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
+
+
+def measure_importance(source: Path, opened: Source, transcripts: Sequence[Transcript], name: str) -> ImportanceMatrix:
+    """The importance matrix of a checkpoint over transcripts, with a progress bar."""
+    with layer_bar() as progress:
+        return collect_importance(
+            source,
+            transcripts,
+            dataset=name,
+            after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
+        )
+
+
+def quantize_calibrated(
+    folder: Path,
+    opened: Source,
+    destination: Path,
+    transcripts: Sequence[Transcript],
+    *,
+    kind: str,
+    imatrix: ImportanceMatrix,
+    overrides: Sequence[tuple[str, str]] = (),
+    calibration: dict[str, Any] | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Quantize a checkpoint `folder` that is open as `opened` so that its verdicts' margins over transcripts change least.
+
+    `kind` is a type of llama.cpp's, whose matrices keep the types of a plain file and are each written with or without
+    the importance matrix, or `auto:4.5bpw`, where the types are chosen too.
+    """
+    bits = target_bits(kind)
+    with layer_bar() as progress:
+        if bits is None:
+            types = plain_types(opened, file_type(kind), overrides, imatrix)
+            chosen = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
+        else:
+            chosen = choose_types(folder, transcripts, bits=bits, importance=imatrix.means(), progress=progress)
+    most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
+    pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]
+    kept = {name: values for name, values in imatrix.sums.items() if name in chosen and chosen[name].weighed}
+    return quantize_source(
+        opened,
+        destination,
+        kind=FILE_OF_TYPE.get(most, most) if bits else kind,
+        imatrix=replace(imatrix, sums=kept) if kept else None,
+        overrides=[*overrides, *pinned] if bits else pinned,
+        force=force,
+        calibration=calibration,
+        settings=describe_choice(chosen) | ({"target_bits_per_weight": bits} if bits else {}),
+        name=f"auto:{bits:g}bpw" if bits else None,
+    )
+
+
+def plain_types(
+    source: Source, kind: str, overrides: Sequence[tuple[str, str]], imatrix: ImportanceMatrix
+) -> dict[str, str]:
+    """The type that llama.cpp gives every matrix where it has no importance matrix, as far as it can do without."""
+    wanted = check_overrides(source, kind, overrides)
+    needed = imatrix.means() if kind in NEEDS_MATRIX else {}
+    job = Job(
+        source=str(source.path),
+        output=str(source.path.with_suffix(".none")),
+        kind=kind,
+        overrides=wanted,
+        importance=tuple((name, len(values)) for name, values in needed.items()),
+        dry_run=True,
+    )
+    changed = quantize_file(job, needed, advance=lambda done, total: None).types
+    held = {tensor.name: tensor.type for tensor in source.header.tensors}
+    return {name: changed.get(name, held[name]) for name in source.matrices}
