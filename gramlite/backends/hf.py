@@ -58,7 +58,7 @@ class HfBackend:
         self._cache: Any = transformers.DynamicCache(config=model.config)
         self._sequence = OneSequence(self._compute)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; one after another."""
         return self._sequence.generate(requests)
 
@@ -94,14 +94,18 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as chatter
 
     shown, level = chatter.is_progress_bar_enabled(), chatter.get_verbosity()
+    below = logging.getLogger("bitsandbytes")
+    level_below = below.level
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
+    below.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         chatter.set_verbosity(level)
+        below.setLevel(level_below)
         if shown:
             chatter.enable_progress_bar()
 
@@ -186,6 +190,21 @@ def footprint(folder: ModelFolder, sizes: Mapping[str, int], dtype: Any) -> Foot
     return Footprint(weights=weights, token=2 * folder.count("num_hidden_layers") * key_values * item, compute=compute)
 
 
+def compute_in(model: Any, dtype: Any) -> None:
+    """Let a bitsandbytes model compute in `dtype`, as transformers does not once it was saved.
+
+    On processors with AVX512-BF16 the 4-bit layers would round to bfloat16 all the same.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # quantized weights are integers
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and dtype is torch.bfloat16
+
+
 def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
     """The model in evaluation mode, on its device; raises ModelError for what transformers refuses."""
     where = f"cuda:{placement.gpu.index}" if placement.gpu else "cpu"
@@ -193,8 +212,7 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
             quantization = getattr(config, "quantization_config", None)
-            if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
-                quantization["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+            bitsandbytes = isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 config=config,
@@ -207,6 +225,8 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
                 output_loading_info=True,
             )
             model = (model if quantization else model.to(where)).eval()
+            if bitsandbytes:
+                compute_in(model, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

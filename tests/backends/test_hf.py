@@ -166,7 +166,7 @@ def test_abort_stops_a_long_prompt(checkpoint_of: Callable[..., Path]) -> None:
 
 
 def test_a_folder_without_a_manifest_opens_as_a_judge(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
-    folder = copy_of(checkpoint_of("llama-tied"), tmp_path / "judge")
+    folder = copy_of(checkpoint_of("llama-tied", max_position_embeddings=4096), tmp_path / "judge")
     packaged = Path(gramlite.__file__).parent / "data" / "reference" / "hf" / "chat_template.jinja"
     shutil.copy(packaged, folder / "chat_template.jinja")
     settings = gramlite.Settings(mode="direct")

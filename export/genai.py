@@ -1,0 +1,176 @@
+"""The model builder of onnxruntime-genai, run as a process of its own, offline, on a local checkpoint.
+
+A process keeps its threads, prints and global settings apart, and gives its memory back. What it gets wrong without a
+word is checked here: the rotary positions of a scaling that it passes over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gramlite.onnx_graph import external_extent, parse, read_graph
+
+from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.storage import remove_path
+
+from .architecture import FAMILIES
+from .report import Advance
+
+BUILDER = "onnxruntime_genai.models.builder"
+PACKAGES = ("onnxruntime_genai", "onnx", "onnx_ir", "torch", "transformers")
+LAYER = re.compile(r"^Reading layer (\d+)")
+ROPE_CACHES = ("cos_cache", "sin_cache")
+GRAPH = "model.onnx"
+TARGETS = ("cpu", "cuda")
+CARRIED_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "README.md", "NOTICE",
+)  # fmt: skip
+
+
+def require_builder() -> None:
+    """Raise InputError where a package that the builder needs is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise InputError(f"ONNX needs the package {missing[0]!r}. Type: pip install 'gramlite[onnx]'")
+
+
+def check_family(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for an architecture whose graphs were never compared with transformers."""
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if architecture not in FAMILIES:
+        raise ModelError(f"The architecture {architecture!r} is unknown here. Known are {', '.join(FAMILIES)}.")
+
+
+def build(
+    source: Path, folder: Path, precision: str, target: str, options: Mapping[str, str], advance: Advance, size: int
+) -> None:
+    """Let the builder write the graph of the checkpoint `source` into the new folder `folder`, and check it.
+
+    `precision` is fp32, fp16, int8 or int4, `target` cpu or cuda, `options` the builder's own; `size` bytes are shared
+    among the layers to show progress. Raises ModelError with the builder's last words where it fails.
+    """
+    require_builder()
+    folder.mkdir()
+    cache = folder / ".builder"
+    cache.mkdir()
+    command = [sys.executable, "-m", BUILDER, "-i", str(source.resolve()), "-o", str(folder), "-p", precision]
+    command += ["-e", target, "-c", str(cache), "--extra_options", "hf_token=false", "hf_remote=false"]
+    command += ["prune_lm_head=true", *(f"{key}={value}" for key, value in options.items())]
+    run(command, advance, size)
+    remove_path(cache)
+    carry_files(source, folder)
+    graph = read_graph(folder / GRAPH)
+    check_rope(source, folder / GRAPH, half=graph.half)
+
+
+def run(command: list[str], advance: Advance, size: int) -> None:
+    """Run the builder to its end, following what it prints; ended with us, whatever happens."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    words: deque[str] = deque(maxlen=60)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors="replace"
+    )
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            words.append(line.rstrip())
+            if match := LAYER.match(line):
+                advance(f"layer {match[1]}", size)
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if code:
+        said = [word for word in words if word.strip()]
+        text = " ".join(said[-1:])[-400:]
+        if any("No space left" in word or "Errno 28" in word for word in said):
+            raise ResourceError("The disk is full; nothing was written. Free some space, or choose another -o.")
+        if code in (-9, 137):
+            raise ResourceError("The model builder was killed, most likely for want of memory. Free some and try again.")
+        raise ModelError(f"onnxruntime-genai's model builder failed: {text or f'exit code {code}'}")
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Put the checkpoint's own tokenizer and configuration in place of what the builder saved of them."""
+    keep = {GRAPH, f"{GRAPH}.data", "genai_config.json"}
+    for path in list(folder.iterdir()):
+        if path.name not in keep:
+            remove_path(path)
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+
+
+def check_rope(source: Path, path: Path, *, half: bool) -> None:
+    """Compare the graph's rotary caches with transformers' own frequencies; raises ModelError where they differ.
+
+    The builder passes over scalings that its class of a family doesn't know, and its graph would be wrong in silence.
+    """
+    found = [read_initializer(path, name) for name in ROPE_CACHES]
+    angles, scaling = rotary_angles(source, len(found[0]))
+    for name, values, wanted in zip(ROPE_CACHES, found, (np.cos(angles), np.sin(angles)), strict=True):
+        allowed = 2e-3 if half else 1e-3
+        if values.shape != wanted.shape or np.abs(values - wanted * scaling).max() > allowed:
+            raise ModelError(
+                f"onnxruntime-genai's model builder made a {name} that differs from transformers' for {source}: it does "
+                "not know this rope scaling. Type: gramlite export gguf"
+            )
+
+
+def rotary_angles(source: Path, length: int) -> tuple[Any, float]:
+    """The angle of each position and frequency, float32 [length, head_size / 2], and what their cosines are scaled by."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    rope = _rotary_embedding(config)
+    positions = torch.arange(length, dtype=torch.int64).float()
+    frequencies = rope.inv_freq.float()
+    return torch.outer(positions, frequencies).numpy(), float(rope.attention_scaling)
+
+
+def _rotary_embedding(config: Any) -> Any:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    kinds = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+    return kinds[config.model_type](config)
+
+
+def initializers(path: Path) -> dict[str, Any]:
+    """The graph's weights by name, their data left where they are."""
+    return {tensor.name: tensor for tensor in parse(path).graph.initializer}
+
+
+def read_initializer(path: Path, name: str) -> Any:
+    """One weight as a numpy array."""
+    from onnx import numpy_helper
+
+    tensor = initializers(path).get(name)
+    if tensor is None:
+        raise ModelError(f"The model builder's graph has no {name}. Is this version of onnxruntime-genai supported?")
+    if tensor.data_location == tensor.EXTERNAL:
+        external_extent(path, tensor)
+        return numpy_helper.to_array(tensor, base_dir=str(path.parent)).astype(np.float32)
+    return numpy_helper.to_array(tensor).astype(np.float32)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the graph's weights without the rotary caches, which any decoder can compute."""
+    total = 0
+    for name, tensor in initializers(path).items():
+        if name not in ROPE_CACHES:
+            total += external_extent(path, tensor)[1] if tensor.data_location == tensor.EXTERNAL else tensor.ByteSize()
+    return total

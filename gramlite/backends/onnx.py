@@ -1,0 +1,222 @@
+"""The onnx backend: onnxruntime runs the graph that onnxruntime-genai's model builder makes.
+
+Not onnxruntime-genai itself: with the graph's KV inputs and outputs bound to the same buffers, going back to a shared
+prefix is a matter of the attention mask's length, a run can be stopped from another thread, and the runtime needs
+neither a second tokenizer nor a second set of sampling rules. The builder's graphs give logits of the last position.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ..artifact import Artifact
+from ..decoding import Generation, Logits
+from ..device import Gpu, Machine, free_memory, thread_count
+from ..errors import GramliteError, InputError, ModelError, ResourceError
+from ..model_folder import ModelFolder, read_json_object, read_model_folder
+from ..one_sequence import PIECE, OneSequence
+from ..onnx_graph import OnnxGraph, present_name, read_graph
+from ..placement import Footprint, Placement, place
+from ..tokenizer_json import read_vocabulary
+from . import Request, RuntimeOptions
+
+logger = logging.getLogger("gramlite")
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+CELLS = 512  # the KV buffers grow in steps of this many tokens
+GENAI = "genai_config.json"
+
+
+def machine() -> Machine:
+    """This machine as onnxruntime sees it; its build says whether it has CUDA, the driver how much memory is free."""
+    if CUDA not in onnxruntime.get_available_providers():
+        reason = (
+            "this onnxruntime has no CUDA (pip install 'gramlite[onnx-cuda]' in an environment without onnxruntime)"
+        )
+        return Machine(free_memory(), (), reason)
+    gpus = cuda_devices()
+    return Machine(free_memory(), gpus, "no CUDA device answers")
+
+
+def cuda_devices() -> list[Gpu]:
+    """The CUDA devices, as torch reports them; none where torch has no CUDA."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(torch.cuda.get_device_name(index), free, total, index=index))
+    return found
+
+
+class OnnxBackend:
+    """An open ONNX folder. Use `open_artifact`."""
+
+    def __init__(
+        self, folder: ModelFolder, graph: OnnxGraph, session: Any, placement: Placement, quantization: str | None
+    ) -> None:
+        self._session: Any = session
+        self._graph = graph
+        self._head_size = head_size(folder, graph)
+        self._gpu = placement.gpu
+        self.context = placement.context
+        self.device = f"cuda ({placement.gpu.name})" if placement.gpu else "cpu"
+        self.metadata: Mapping[str, Any] = folder.describe(quantization)
+        self.vocabulary = read_vocabulary(folder, graph.vocabulary)
+        self._cells = 0
+        self._buffers: dict[str, Any] = {}
+        self._running: Any = None
+        self._lock = threading.Lock()
+        self._sequence = OneSequence(self._compute)
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
+        """See Backend.generate; one after another."""
+        return self._sequence.generate(self._with_room(requests))
+
+    def _with_room(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
+        for request in requests:
+            if request:
+                self._reserve(len(request.prompt) + request.decoder.most_tokens)
+            yield request
+
+    def _reserve(self, tokens: int) -> None:
+        """See that the buffers hold `tokens`; larger ones start empty."""
+        if tokens <= self._cells:
+            return
+        self._buffers.clear()
+        self._sequence.forget()
+        self._cells = min(-(-tokens // CELLS) * CELLS, max(self.context, tokens))
+        empty = np.zeros(
+            (1, self._graph.key_value_heads, self._cells, self._head_size),
+            dtype=np.float16 if self._graph.half else np.float32,
+        )
+        for name in self._graph.past:
+            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty, *self._where)
+
+    @property
+    def _where(self) -> tuple[str, int]:
+        return ("cuda", self._gpu.index) if self._gpu else ("cpu", 0)
+
+    def _compute(self, tokens: Sequence[int], position: int) -> Logits:
+        total = position + len(tokens)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([tokens], dtype=np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        binding.bind_output("logits", "cpu")
+        for name, buffer in self._buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(present_name(name), buffer)
+        options = onnxruntime.RunOptions()
+        with self._lock:
+            self._running = options
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:  # onnxruntime's kinds have no common parent but this
+            if options.terminate:
+                raise GramliteError("The judging was stopped.") from error
+            raise GramliteError(f"onnxruntime failed at {total:,} tokens: {_first_line(error)}") from error
+        finally:
+            with self._lock:
+                self._running = None
+        logits: Logits = np.array(binding.get_outputs()[0].numpy()[0, -1], dtype=np.float32)
+        return logits
+
+    def abort(self) -> None:
+        self._sequence.abort()
+        with self._lock:
+            if self._running is not None:
+                self._running.terminate = True
+
+    def close(self) -> None:
+        self._buffers.clear()
+        self._cells = 0
+        self._session = None
+
+
+def open_artifact(artifact: Artifact, options: RuntimeOptions) -> OnnxBackend:
+    """Check an ONNX folder, then load it.
+
+    Raises ModelError for a folder that is refused, InputError for an adapter, ResourceError when it does not fit.
+    """
+    if options.adapter:
+        raise InputError("The onnx backend takes no --adapter. Merge it, then export the merged checkpoint.")
+    if not artifact.path.is_dir():
+        raise ModelError(f"{artifact.path} is no folder. Name the one with {GENAI} in it.")
+    folder = read_model_folder(artifact.path)
+    graph = read_graph(artifact.path / graph_name(artifact))
+    found = machine()
+    size = footprint(folder, graph)
+    placement = place(folder.path.name, folder.context, options, found, cpu=size, gpu=size if graph.half else None)
+    session = open_session(graph, placement, options)
+    if placement.gpu and CUDA not in session.get_providers():  # which onnxruntime does not say by itself
+        refusal = "onnxruntime could not load its CUDA libraries"
+        if options.device == "cuda":
+            raise ResourceError(f"--device cuda was asked for, but {refusal}. Type --device cpu, or: gramlite doctor")
+        logger.warning("Running on the CPU: %s.", refusal)
+        placement = Placement(None, placement.context)
+    return OnnxBackend(folder, graph, session, placement, artifact.manifest.quantization if artifact.manifest else None)
+
+
+def graph_name(artifact: Artifact) -> str:
+    """The decoder's file as genai_config.json names it, model.onnx without one; raises ModelError for no plain name."""
+    path = artifact.path / GENAI
+    decoder = (read_json_object(path).get("model") or {}).get("decoder") if path.is_file() else {}
+    name = decoder.get("filename", "model.onnx") if isinstance(decoder, dict) else None
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ModelError(f"{path} names no decoder of this folder ({name!r}). Export it again.")
+    if not (artifact.path / name).is_file():
+        raise ModelError(f"{artifact.path / name} is missing. Export or download it again.")
+    return name
+
+
+def head_size(folder: ModelFolder, graph: OnnxGraph) -> int:
+    """The graph's own, else that of config.json: the model builder leaves it open."""
+    return graph.head_size or folder.count(
+        "head_dim", folder.count("hidden_size") // folder.count("num_attention_heads")
+    )
+
+
+def footprint(folder: ModelFolder, graph: OnnxGraph) -> Footprint:
+    """What the session takes: onnxruntime packs the weights anew while it loads, so they count twice."""
+    wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
+    scores = folder.count("num_attention_heads") * min(folder.context, 8192)
+    item = 2 if graph.half else 4
+    return Footprint(
+        weights=2 * graph.weights,
+        token=len(graph.past) * graph.key_value_heads * head_size(folder, graph) * item,
+        compute=PIECE * (wide + scores) * 4 + graph.vocabulary * 8,
+    )
+
+
+def open_session(graph: OnnxGraph, placement: Placement, options: RuntimeOptions) -> Any:
+    """A session on the chosen device; raises ModelError for what onnxruntime refuses."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = thread_count(options.threads)
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 4  # failures are raised, and the rest is said by us
+    providers: list[Any] = [CPU]
+    if placement.gpu:
+        providers.insert(0, (CUDA, {"device_id": placement.gpu.index}))
+    try:
+        return onnxruntime.InferenceSession(str(graph.path), settings, providers=providers)
+    except Exception as error:  # onnxruntime's kinds have no common parent but this
+        text = _first_line(error)
+        if "memory" in text.lower():
+            raise ResourceError(f"{graph.path} does not fit the memory: {text}. Try --device cpu.") from error
+        raise ModelError(f"onnxruntime could not load {graph.path}: {text}. Export or download it again.") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:400] if lines else type(error).__name__
