@@ -1,0 +1,123 @@
+"""The gptq backend: a GPTQ folder through transformers and gptqmodel on CUDA, elsewhere through llama.cpp.
+
+gptqmodel's kernels for the CPU decode a few tokens a second. The folder's codes and scales fit GGUF without loss, so on
+a machine without CUDA they are packed into the cache, once, and run as fast as any GGUF.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..artifact import Artifact, manifest_path, read_manifest, verify_files
+from ..errors import InputError, ModelError, ResourceError
+from ..storage import cache_folder, remove_path
+from . import Backend, RuntimeOptions, gguf
+
+logger = logging.getLogger("gramlite")
+
+RECIPE = 1  # raise it when packing writes other bytes, so that cached files are made again
+EMBEDDING = "f16"  # exact: GPTQ folders hold float16
+
+
+def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
+    """Open a GPTQ folder on CUDA where torch and gptqmodel can, else as its packed twin.
+
+    Raises ModelError for a folder that is refused or cannot be packed, ResourceError when it does not fit.
+    """
+    if options.device != "cpu" and not options.adapter:
+        reason = no_cuda_reason()
+        if reason is None:
+            try:
+                return open_on_cuda(artifact, options)
+            except ResourceError as error:
+                if options.device == "cuda":
+                    raise
+                reason = str(error)
+        logger.info("The GPTQ folder runs packed as GGUF: %s.", reason.rstrip("."))
+    backend = gguf.open_artifact(Artifact(packed(artifact.path), "gguf", None), options)
+    backend.device += ", packed as GGUF"
+    return backend
+
+
+def no_cuda_reason() -> str | None:
+    """Why transformers and gptqmodel cannot be used here, None where they can."""
+    for package in ("torch", "transformers", "gptqmodel"):
+        if find_spec(package) is None:
+            return f"the package {package} is not installed"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device answers"
+    return None
+
+
+def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
+    """The folder itself, on the GPU with the most free memory."""
+    import torch
+
+    from ..model_folder import read_model_folder
+    from ..placement import place
+    from . import hf
+
+    folder = read_model_folder(artifact.path)
+    size = hf.footprint(folder, hf.stored_bytes(artifact.path), torch.float16)
+    asked = replace(options, device="cuda")
+    placement = place(folder.path.name, folder.context, asked, hf.machine(), cpu=size, gpu=size)
+    model = hf.load_model(folder, placement, torch.float16)
+    bits = (folder.config.get("quantization_config") or {}).get("bits")
+    return hf.HfBackend(folder, model, placement, torch.float16, f"GPTQ {bits}-bit")
+
+
+def packed(folder: Path) -> Path:
+    """The folder as a GGUF file in the cache, made when it is first asked for; its name carries the folder's hash.
+
+    Processes that ask at the same time wait for the one that packs. A file that lost its sha256 is packed again.
+    Raises ModelError for a folder that GGUF cannot hold, ResourceError where the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    from gramlite.quant.pack import pack_gguf
+
+    from ..loading import artifact_sha256
+
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is no GPTQ folder.")
+    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:60]
+    destination = cache_folder() / "gptq" / f"{name}-{artifact_sha256(folder)[:16]}-{RECIPE}.gguf"
+    try:
+        if is_intact(destination):
+            return destination
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(destination.with_name(destination.name + ".lock")):
+            if is_intact(destination):
+                return destination
+            for leftover in destination.parent.glob(f".{destination.name}.*"):
+                remove_path(leftover)  # of a packing that was killed: while the lock is held nobody else packs
+            print(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}", file=sys.stderr)
+            pack_gguf(folder, destination, embedding=EMBEDDING, force=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be packed in {destination.parent} ({error.strerror}). "
+            "Point GRAMLITE_CACHE to a folder that can be written, or type: "
+            f"gramlite pack {folder} --to gguf -o judge.gguf"
+        ) from error
+    return destination
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a packed file is there whole, by the sha256 in its manifest."""
+    if not path.is_file() or not manifest_path(path).is_file():
+        return False
+    try:
+        manifest = read_manifest(path)
+        if manifest is None or path.name not in manifest.files:
+            return False
+        verify_files(path, manifest)
+    except (ModelError, InputError):
+        return False
+    return True
