@@ -1,0 +1,167 @@
+"""HF checkpoint -> a folder in bitsandbytes' NF4 or int8, which transformers loads on CUDA and on the CPU.
+
+NF4: Dettmers et al., QLoRA, 2305.14314. int8: Dettmers et al., LLM.int8(), 2208.07339. The folder is saved before the
+model's first forward pass: a pass may lay the weights out anew for the processor, and what is saved after it reloads
+as garbage without an error. So it is reloaded in a new process and its logits are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from gramlite.export.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
+from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.report import judge_command, print_artifact
+
+from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
+from gramlite.errors import InputError, ModelError
+from gramlite.storage import atomic_output, sha256_file
+
+from .gptq_folder import CARRIED_FILES
+
+TYPES = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
+PROBE_TOKENS = 48
+ALLOWED = 1e-3  # nats between the logits of the saved model and the reloaded one
+
+
+def quantize_bnb(
+    source: Path, destination: Path, *, type: str = "nf4", template: str | None = None, force: bool = False
+) -> Manifest:
+    """Write a checkpoint as a bitsandbytes folder with its manifest, and return the manifest.
+
+    The embedding, the head and the norms keep their type. Raises ModelError for a checkpoint that is refused or a
+    folder that does not reload as it was, InputError for an unknown type or a taken `destination`.
+    """
+    source, destination = Path(source), Path(destination)
+    if type not in TYPES:
+        raise InputError(f"bitsandbytes has no type {type!r} here. Choose one of {', '.join(TYPES)}.")
+    missing = [name for name in ("bitsandbytes", "accelerate", "torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"bitsandbytes folders need the package {missing[0]!r}. Type: pip install 'gramlite[bnb]'")
+    checkpoint = open_checkpoint(source)
+    need_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
+        folder.mkdir()
+        model = load_quantized(source, type)
+        model.save_pretrained(folder)
+        for name in CARRIED_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        difference = reload_difference(folder, model, type)
+        del model
+        if not difference <= ALLOWED:
+            raise ModelError(
+                f"The {type} folder of {source} reloads with logits that differ by {difference:.3g} nats. Nothing was "
+                "written; try another version of bitsandbytes."
+            )
+        manifest = Manifest(
+            format="hf",
+            name=destination.name,
+            quantization=type.upper(),
+            method="bitsandbytes",
+            source=describe_source(source, {file.name: sha256_file(file) for file in checkpoint.files}),
+            settings={"type": type, "reload_difference": difference},
+            tools=tool_versions("bitsandbytes", "torch", "transformers"),
+            template=judge_template(source, template),
+            bits_per_weight=round(bits_per_weight(folder, checkpoint), 4),
+            files=hash_files(folder),
+        )
+        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
+    return manifest
+
+
+def load_quantized(source: Path, type: str) -> Any:
+    """The checkpoint with its linear layers quantized on the CPU, other tensors in the type they are stored in."""
+    import torch
+    import transformers
+
+    from gramlite.backends.hf import quiet
+
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=type == "nf4",
+        load_in_8bit=type == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with quiet():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            quantization_config=settings,
+            dtype="auto",
+            device_map={"": "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        ).eval()
+
+
+def reload_difference(folder: Path, model: Any, type: str) -> float:
+    """The largest difference between the logits of the model and of its saved folder, opened in a new process."""
+    import torch
+
+    from gramlite.backends.hf import compute_in, quiet
+
+    compute_in(model, torch.float32)  # as the backend does on a CPU
+    tokens = probe(model.config.vocab_size)
+    with torch.inference_mode(), quiet():
+        before = model(torch.tensor([tokens])).logits[0, -1].float().numpy()
+    finished = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(folder), json.dumps(tokens)], capture_output=True, text=True
+    )
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"The {type} folder could not be opened again: {last[:300]}")
+    after = np.array(json.loads(finished.stdout.splitlines()[-1]), dtype=np.float32)
+    return float(np.abs(before - after).max())
+
+
+def last_logits(folder: Path, tokens: list[int]) -> Any:
+    """The logits after `tokens`, by the backend that judges with the folder, on the CPU."""
+    from gramlite.backends import RuntimeOptions
+    from gramlite.backends.hf import open_artifact
+
+    backend = open_artifact(Artifact(folder, "hf", None), RuntimeOptions(device="cpu"))
+    try:
+        return backend._compute(tokens, 0)
+    finally:
+        backend.close()
+
+
+_CHILD = """
+import json, sys
+from pathlib import Path
+from gramlite.quant.bnb import last_logits
+print(json.dumps(last_logits(Path(sys.argv[1]), json.loads(sys.argv[2])).tolist()))
+"""
+
+
+def probe(vocabulary: int) -> list[int]:
+    """Token ids that are the same every time."""
+    return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary, PROBE_TOKENS)]
+
+
+def bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
+    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    stored = sum(tensor.bytes for file in weight_files(folder) for tensor in read_safetensors_header(file).values())
+    return 8 * stored / weights
+
+
+@click.command("bnb", short_help="checkpoint -> bitsandbytes NF4 or int8")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--type", "kind", type=click.Choice(list(TYPES), case_sensitive=False), default="nf4", show_default=True)
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(checkpoint: Path, output: Path, kind: str, template: str | None, force: bool, as_json: bool) -> None:
+    """Write a CHECKPOINT as a bitsandbytes folder, and check that it reloads as it was."""
+    manifest = quantize_bnb(checkpoint, output, type=kind.lower(), template=template, force=force)
+    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
