@@ -56,7 +56,7 @@ COMMANDS = {
     "inspect": ("gramlite.commands.inspect", "Say what a model file is and how much memory it needs."),
     "doctor": ("gramlite.commands.doctor", "Say what works on this machine, and why something does not."),
     "reference": ("gramlite.commands.reference", "Build the reference judge."),
-    "pack": ("gramlite.quant.pack", "Pack a GPTQ folder into GGUF, bit for bit."),
+    "pack": ("gramlite.quant.pack", "Pack a GPTQ folder into GGUF or ONNX, bit for bit."),
 }
 
 
@@ -72,6 +72,7 @@ GROUPS = {
         {
             "gguf": ("gramlite.export.gguf", "A checkpoint as a GGUF file."),
             "adapter": ("gramlite.export.adapter", "A LoRA folder as a GGUF adapter."),
+            "onnx": ("gramlite.export.onnx", "A checkpoint as an ONNX folder."),
             "merge": ("gramlite.export.merge", "A LoRA merged into its checkpoint."),
         },
     ),
@@ -80,6 +81,8 @@ GROUPS = {
         {
             "gguf": ("gramlite.quant.gguf", "A checkpoint or GGUF file in any of llama.cpp's types."),
             "gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder."),
+            "onnx": ("gramlite.quant.onnx", "A checkpoint as an ONNX folder with weights in 8 or 4 bits."),
+            "bnb": ("gramlite.quant.bnb", "A checkpoint as a bitsandbytes folder, NF4 or int8."),
         },
     ),
     "bench": (

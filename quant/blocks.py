@@ -81,23 +81,28 @@ def matmul_nbits(name: str, linear: QuantizedLinear) -> dict[str, npt.NDArray[An
 
     Raises ModelError for groups or code sizes that the operator does not have.
     """
+    check_matmul_nbits(name, linear)
+    rows = len(linear.codes)
+    packed: dict[str, npt.NDArray[Any]] = {
+        "B": pack_bytes(linear.codes.reshape(rows, -1, linear.group_size), linear.bits),
+        "scales": linear.scales.astype(np.float32).reshape(-1),
+    }
+    if not linear.symmetric:
+        packed["zero_points"] = pack_bytes(linear.zeros, linear.bits)
+    return packed
+
+
+def check_matmul_nbits(name: str, linear: QuantizedLinear) -> None:
+    """Raise ModelError for a layer that MatMulNBits cannot express."""
     if not linear.ordered:
         raise ModelError(f"{name} has its groups in activation order (desc_act), which MatMulNBits cannot express.")
     if linear.group_size < 16 or linear.group_size & (linear.group_size - 1):
         raise ModelError(f"{name} has groups of {linear.group_size}; MatMulNBits takes powers of two from 16.")
     if linear.bits not in (4, 8):
         raise ModelError(f"{name} has {linear.bits}-bit codes; MatMulNBits runs 4 and 8 bits on every device.")
-    rows = len(linear.codes)
-    packed: dict[str, npt.NDArray[Any]] = {
-        "B": _halves(linear.codes.reshape(rows, -1, linear.group_size), linear.bits),
-        "scales": linear.scales.astype(np.float32).reshape(-1),
-    }
-    if not linear.symmetric:
-        packed["zero_points"] = _halves(linear.zeros, linear.bits)
-    return packed
 
 
-def _halves(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+def pack_bytes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """4-bit codes two to a byte along the last axis, the first in the low half; 8-bit codes as they are."""
     if bits == 8:
         return np.ascontiguousarray(codes)

@@ -208,10 +208,12 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
     )
 
 
-@click.command("pack", short_help="GPTQ folder -> GGUF, bit for bit")
+@click.command("pack", short_help="GPTQ folder -> GGUF or ONNX, bit for bit")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, or for ONNX the folder, to write."
+)
 @click.option(
     "--embedding",
     metavar="[f16|q8_0]",
@@ -226,6 +228,9 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
 def command(
     folder: Path, target: str, output: Path, embedding: str, template: str | None, force: bool, as_json: bool
 ) -> None:
-    """Write a GPTQ FOLDER as a GGUF file with the very same weights, which llama.cpp runs without CUDA."""
-    manifest = pack_gguf(folder, output, embedding=embedding, template=template, force=force)
+    """Write a GPTQ FOLDER as a GGUF file or an ONNX folder with the very same weights, which run without CUDA."""
+    pack = pack_gguf
+    if target == "onnx":
+        from .pack_onnx import pack_onnx as pack
+    manifest = pack(folder, output, embedding=embedding, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
