@@ -162,6 +162,11 @@ class Decoder:
         self._reason = reason
         return ()
 
+    def cancel(self) -> None:
+        """End now: nobody waits for this generation any more."""
+        if not self.finished:
+            self.fail("it was not needed any more")
+
     def result(self, *, cached: int = 0) -> Generation:
         """The finished generation; `cached` is the backend's count of prompt tokens it did not compute again."""
         thinking = None

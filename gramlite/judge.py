@@ -22,6 +22,7 @@ from .pair import Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .template import Template, presented, screen
+from .voting import settled, stages
 
 if TYPE_CHECKING:
     from .ranking import KnownComparisons, Ranking
@@ -38,7 +39,9 @@ class Settings:
     `mode` "think" writes a rationale first, "direct" answers in one forward pass; `orders` "both" judges a pair as
     given and swapped; `votes` rationales are sampled for each order; `temperature` None means greedy for one vote and
     0.75 for several; `budget` is the most tokens a rationale may take; `delimiters` says what happens to section
-    delimiters inside the text being judged. Raises InputError for a combination that makes no sense.
+    delimiters inside the text being judged. With `early_stop` votes that cannot change the verdict any more are not
+    taken, with `confidence` neither are those that a sequential test at that level can do without.
+    Raises InputError for a combination that makes no sense.
     """
 
     mode: Mode = "think"
@@ -48,6 +51,8 @@ class Settings:
     budget: int = 1024
     seed: int = 0
     delimiters: Policy = "neutralize"
+    early_stop: bool = True
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.votes < 1 or self.budget < 1:
@@ -58,6 +63,11 @@ class Settings:
             raise InputError("--votes samples rationales, and direct mode writes none. Drop one of them.")
         if self.votes > 1 and self.temperature == 0:
             raise InputError("several votes at temperature 0 are all the same. Drop --votes or raise --temperature.")
+
+        if self.confidence is not None and not (self.votes > 1 and self.early_stop and 0.5 <= self.confidence < 1):
+            raise InputError(
+                "--confidence lies between 0.5 and 1 and stops votes early: give --votes, not --all-votes."
+            )
 
     @property
     def presented_orders(self) -> tuple[Order, ...]:
@@ -72,13 +82,23 @@ class Settings:
 
 @dataclass
 class _Open:
-    """A pair that is being judged: its generations as they arrive, by order and vote."""
+    """A pair that is being judged: its generations as they arrive, by order and vote, and the decoders that make them.
+
+    `stages` are the portions of votes still to be asked for, `asked` is how many generations were.
+    """
 
     pair: Pair
     flags: tuple[str, ...]
     prompts: Mapping[Order, EncodedPrompt]
     stems: Mapping[Order, frozenset[int]]
+    stages: list[range] = field(default_factory=list)
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
+    decoders: list[Decoder] = field(default_factory=list)
+    asked: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return len(self.done) == self.asked
 
 
 class Judge:
@@ -141,6 +161,8 @@ class Judge:
             **sampling,
             "orders": self.settings.orders,
             "votes": self.settings.votes,
+            "early_stop": self.settings.early_stop and self.settings.votes > 1,
+            "confidence": self.settings.confidence,
             "delimiters": self.settings.delimiters,
             "template": {"name": self.template.name, "sha256": self.template.sha256},
             "scaffold": asdict(self.scaffold),
@@ -220,28 +242,38 @@ class Judge:
         keys = itertools.count()
         emitted = 0
 
-        def requests() -> Iterator[Request]:
-            for index, pair in enumerate(pairs):
-                try:
-                    prepared = self._prepare(pair)
-                except GramliteError as error:
-                    if strict:
-                        raise
-                    prepared = self._verdict(pair, reason=str(error))
-                if isinstance(prepared, Verdict):
-                    ready[index] = prepared
-                    continue
-                opened[index] = prepared
-                for order, vote in self._generations():
+        def requests() -> Iterator[Request | None]:
+            coming = enumerate(pairs)
+            while True:
+                index = next((number for number, one in opened.items() if one.idle), None)
+                if index is None:
+                    index, pair = next(coming, (-1, None))
+                    if pair is None and not work:
+                        return
+                    if pair is None:
+                        yield None  # the next stage of a pair depends on votes that are still running
+                        continue
+                    prepared = self._open(pair, strict)
+                    if isinstance(prepared, Verdict):
+                        ready[index] = prepared
+                        continue
+                    opened[index] = prepared
+                for order, vote in self._next_stage(opened[index]):
+                    if index not in opened:
+                        break
                     key = next(keys)
                     work[key] = (index, order, vote)
-                    yield self._request(key, prepared, order, vote, on_text)
+                    yield self._request(key, opened[index], order, vote, on_text)
 
         for key, generation in self.backend.generate(requests()):
             index, order, vote = work.pop(key)
+            if index not in opened:
+                continue  # its pair was settled without it
             current = opened[index]
             current.done[order, vote] = generation
-            if len(current.done) == len(current.prompts) * self.settings.votes:
+            if self._settled(current):
+                for decoder in current.decoders:
+                    decoder.cancel()
                 ready[index] = self._conclude(opened.pop(index))
             while emitted in ready:
                 yield ready.pop(emitted)
@@ -250,10 +282,33 @@ class Judge:
             yield ready.pop(emitted)
             emitted += 1
 
-    def _generations(self) -> Iterator[tuple[Order, int]]:
+    def _open(self, pair: Pair, strict: bool) -> _Open | Verdict:
+        try:
+            return self._prepare(pair)
+        except GramliteError as error:
+            if strict:
+                raise
+            return self._verdict(pair, reason=str(error))
+
+    def _next_stage(self, opened: _Open) -> Iterator[tuple[Order, int]]:
+        stage = opened.stages.pop(0)
+        opened.asked += len(stage) * len(opened.prompts)
         for order in self.settings.presented_orders:
-            for vote in range(self.settings.votes):
+            for vote in stage:
                 yield order, vote
+
+    def _settled(self, opened: _Open) -> bool:
+        """Whether a pair has all the generations that it needs."""
+        if opened.idle and not opened.stages:
+            return True
+        if not self.settings.early_stop or self.settings.votes == 1:
+            return False
+        margins = {order: [] for order in self.settings.presented_orders}  # type: dict[Order, list[float]]
+        for (order, _), generation in opened.done.items():
+            if generation.margin is None:
+                return False
+            margins[order].append(softmax_first(generation.margin if order == "ab" else -generation.margin))
+        return settled(list(margins.values()), self.settings.votes, self.settings.confidence)
 
     def _prepare(self, pair: Pair) -> _Open | Verdict:
         """Check and encode a pair, or settle it without the model."""
@@ -270,7 +325,10 @@ class Judge:
         for prompt in prompts.values():
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
-        return _Open(pair, (*flags, *hits, *(f"special:{name}:{text}" for name, text in literals)), prompts, stems)
+        flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
+        early = self.settings.early_stop and self.settings.votes > 1
+        votes = stages(self.settings.votes, self.settings.confidence) if early else [range(self.settings.votes)]
+        return _Open(pair, flags, prompts, stems, votes)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
         segments = self.template.segments(presented(pair, order))
@@ -301,6 +359,7 @@ class Judge:
             self.settings.sampling(self._seed(opened.pair, order, vote)),
             on_text=(lambda text: on_text(order, text)) if on_text and vote == 0 else None,
         )
+        opened.decoders.append(decoder)
         tokens = (*opened.prompts[order].tokens, *decoder.prefix)
         preamble = common_prefix(tokens, self._preamble)
         splits = {preamble}
@@ -337,7 +396,7 @@ class Judge:
         )
 
     def _conclude_order(self, opened: _Open, order: Order) -> OrderVerdict:
-        generations = [opened.done[order, vote] for vote in range(self.settings.votes)]
+        generations = [opened.done[key] for key in sorted(opened.done) if key[0] == order]
         sign = 1 if order == "ab" else -1
         margins = [sign * generation.margin for generation in generations if generation.margin is not None]
         margin = mean_log_odds(margins)

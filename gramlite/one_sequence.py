@@ -32,11 +32,12 @@ class OneSequence:
         self._borders: frozenset[int] = frozenset()
         self._stop = threading.Event()
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate."""
         self._stop.clear()
         for request in requests:
-            yield request.key, self._run(request)
+            if request:
+                yield request.key, request.decoder.result() if request.decoder.finished else self._run(request)
 
     def abort(self) -> None:
         """Make a running `generate` stop soon; safe to call from another thread."""

@@ -55,7 +55,7 @@ def test_orders_are_un_swapped_and_averaged() -> None:
 
 def test_votes_are_averaged_within_an_order() -> None:
     backend = Recording([1.0, -1.0, 3.0, 1.0, 1.0, 1.0])
-    verdict = judge_on(backend, votes=3)(prompt="q", response_a="x", response_b="y")
+    verdict = judge_on(backend, votes=3, early_stop=False)(prompt="q", response_a="x", response_b="y")
     first, second = verdict.orders
     assert first.votes == {"A": 2, "B": 1}
     assert first.p_a == pytest.approx(sum(map(softmax_first, (1, -1, 3))) / 3, abs=1e-6)

@@ -69,8 +69,12 @@ class Backend(Protocol):
         """What the artifact says of itself: `quantization`, `chat_template`, `template` (name, sha256, text)."""
         ...
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
-        """Run requests, taken one by one as there is room, and yield (key, generation) as each one ends."""
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
+        """Run requests, taken one by one as there is room, and yield (key, generation) as each one ends.
+
+        A None among them says that the next one depends on a generation that is still running. A request whose
+        decoder is cancelled, before it begins or while it runs, ends without costing more.
+        """
         ...
 
     def abort(self) -> None:

@@ -36,6 +36,9 @@ SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_D
 TRUNK = 0
 NO_ROOM = 1  # llama_decode's return values
 ABORTED = 2
+TILE = 64  # flash attention adds up in 32 bits from so many tokens on, below them in 16
+
+NO_MORE: Any = object()
 
 _log_tail: deque[str] = deque(maxlen=40)
 _started = threading.Lock()
@@ -212,22 +215,26 @@ class GgufBackend:
         if llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
             raise ModelError(f"llama.cpp could not apply the adapter {path}: {_last_words()}.")
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; the order of what is yielded is that of finishing."""
         self._abort_text.value = b""
         waiting = iter(requests)
-        upcoming = next(waiting, None)
+        more = True
+        upcoming: Request | None = None
         try:
-            while upcoming or self._running:
-                if upcoming and self._has_room(upcoming):
-                    running = self._begin(upcoming)
-                    upcoming = next(waiting, None)
-                    if running.request.decoder.finished:
-                        yield self._end(running)
-                    else:
-                        self._running.append(running)
-                    continue
-                self._step()
+            while more or self._running:
+                if more and not upcoming:
+                    upcoming = next(waiting, NO_MORE)
+                    more = upcoming is not NO_MORE
+                    upcoming = upcoming if more else None
+                if upcoming and upcoming.decoder.finished:
+                    yield upcoming.key, upcoming.decoder.result()
+                    upcoming = None
+                elif upcoming and self._has_room(upcoming):
+                    self._running.append(self._begin(upcoming))
+                    upcoming = None
+                elif self._running:
+                    self._step()
                 for running in [r for r in self._running if r.request.decoder.finished]:
                     self._running.remove(running)
                     yield self._end(running)
@@ -261,8 +268,9 @@ class GgufBackend:
                 break
             self._prefill(prompt[start:end], [TRUNK], start)
         else:
-            self._share(sequence, shared)
-            logits = self._prefill(prompt[shared:], [sequence], shared)
+            start = max(0, min(shared, len(prompt) - TILE))
+            self._share(sequence, start)
+            logits = self._prefill(prompt[start:], [sequence], start)
         self._trunk = prompt[:shared]
         running = _Running(
             request,
@@ -296,13 +304,15 @@ class GgufBackend:
         self, tokens: Sequence[int], sequences: Sequence[int], position: int, *, trunk_until: int = 0
     ) -> Logits:
         """Compute tokens from `position` on; those before `trunk_until` belong to the trunk too. Returns the last logits."""
-        for start in range(0, len(tokens), self._layout.micro_batch):
-            part = tokens[start : start + self._layout.micro_batch]
+        parts = -(-len(tokens) // self._layout.micro_batch)
+        for number in range(parts):
+            start, end = (len(tokens) * edge // parts for edge in (number, number + 1))
+            part = tokens[start:end]
             common = min(max(trunk_until - position - start, 0), len(part))
             self._batch.n_tokens = 0
             self._add(part[:common], [TRUNK, *sequences], position + start)
             self._add(part[common:], sequences, position + start + common)
-            self._batch.logits[len(part) - 1] = start + len(part) == len(tokens)
+            self._batch.logits[len(part) - 1] = end == len(tokens)
             self._decode()
         return self._logits(self._batch.n_tokens - 1)
 

@@ -50,9 +50,10 @@ class ScriptedBackend:
         self._stop = threading.Event()
         self._seconds = float(script.get("seconds", 0.0))
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         for request in requests:
-            yield request.key, self._run(request)
+            if request:
+                yield request.key, self._run(request)
 
     def _run(self, request: Request) -> Generation:
         self._stop.wait(self._seconds)

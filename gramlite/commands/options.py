@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..judge import Judge
 
 THINK_PARALLEL = 2  # both orders of a pair; more were no faster on two cores
+MOST_PARALLEL = 8  # votes share their prompt, so that more of them pay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class JudgeOptions:
     parallel: int | None
     deterministic: bool
     calibrated: bool = False
+    all_votes: bool = False
+    confidence: float | None = None
 
     def open(self) -> Judge:
         """Open the judge that these options describe."""
@@ -52,12 +55,14 @@ class JudgeOptions:
             budget=Settings.budget if self.budget == "auto" else self.budget,
             seed=self.seed,
             delimiters=self.delimiters,  # type: ignore[arg-type]
+            early_stop=not self.all_votes,
+            confidence=self.confidence,
         )
         runtime = RuntimeOptions(
             device=self.device,  # type: ignore[arg-type]
             threads=self.threads,
             context=self.context,
-            parallel=self.parallel or (1 if self.mode == "direct" else THINK_PARALLEL),
+            parallel=self.parallel or default_parallel(self.mode, self.votes),
             adapter=self.adapter,
             deterministic=self.deterministic,
         )
@@ -92,6 +97,11 @@ class JudgeOptions:
         return cached_gguf()
 
 
+def default_parallel(mode: str, votes: int) -> int:
+    """How many sequences are decoded together where nobody says."""
+    return 1 if mode == "direct" else min(MOST_PARALLEL, THINK_PARALLEL * votes)
+
+
 def budget(value: str | int) -> int | Literal["auto"]:
     """A whole number of at least 1, or `auto`."""
     if value == "auto":
@@ -111,7 +121,10 @@ OPTIONS = (
     click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,
                  help="Judge each pair as given and swapped, or only as given."),
     click.option("--votes", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="K",
-                 help="Rationales sampled for each order."),
+                 help="Rationales sampled for each order, no more than it takes to settle the verdict."),
+    click.option("--all-votes", is_flag=True, help="Take every vote, also those that cannot change the verdict."),
+    click.option("--confidence", type=click.FloatRange(0.5, 1, max_open=True), metavar="P",
+                 help="Stop voting, too, once a sequential test is this sure of the majority."),
     click.option("--temperature", type=float, metavar="F", help="0 is greedy.  [default: 0, with several votes 0.75]"),
     click.option("--budget", type=budget, default=1024, show_default=True, metavar="N|auto",
                  help="Most tokens a rationale may take; auto is what `gramlite calibrate` measured."),
@@ -124,7 +137,7 @@ OPTIONS = (
     click.option("--context", type=click.IntRange(64), metavar="N",
                  help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
     click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
-                 help=f"Sequences decoded together.  [default: {THINK_PARALLEL}, in direct mode 1]"),
+                 help=f"Sequences decoded together.  [default: {THINK_PARALLEL}, with votes up to {MOST_PARALLEL}, in direct mode 1]"),
     click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
 )  # fmt: skip

@@ -1,0 +1,54 @@
+"""When enough votes are in: k sampled rationales an order, stopped as soon as the rest cannot change what they say.
+
+The exact rule stops a pair once, whatever the votes still to come, the majority and the mean p_a of every order stay
+on their side and so does the pair's. With a confidence it stops earlier: once a sequential test of "both answers are
+equally likely" rejects it for every order. The test's statistic, for a votes against b, is the likelihood ratio of a
+uniform mixture of coins to a fair one, 2^(a+b) a! b! / (a+b+1)!, which under a fair coin exceeds 1/alpha at any time
+with probability at most alpha (Ville's inequality; Robbins, 1970).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def stages(votes: int, confidence: float | None) -> list[range]:
+    """The votes of an order in the portions that are worth waiting for: the first is the least that can settle it."""
+    first = votes // 2 + 1
+    if confidence is not None:
+        while first > 1 and refutes_even_odds(first - 1, 0, confidence):
+            first -= 1
+        return [range(start, min(start + first, votes)) for start in range(0, votes, first)]
+    return [range(first), range(first, votes)] if first < votes else [range(votes)]
+
+
+def settled(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> bool:
+    """Whether the votes in, as p_a by order, leave the others nothing to change; `votes` is how many an order has."""
+    if confidence is not None and all(refutes_even_odds(*count(order), confidence) for order in orders):
+        return True
+    fixed = all(majority_is_fixed(order, votes) and mean_is_fixed(order, votes) for order in orders)
+    return fixed and mean_is_fixed([p for order in orders for p in order], votes * len(orders))
+
+
+def count(order: Sequence[float]) -> tuple[int, int]:
+    """Votes for A and for B; even odds are a vote for neither."""
+    return sum(p > 0.5 for p in order), sum(p < 0.5 for p in order)
+
+
+def majority_is_fixed(order: Sequence[float], votes: int) -> bool:
+    first, second = count(order)
+    return abs(first - second) > votes - len(order)
+
+
+def mean_is_fixed(order: Sequence[float], votes: int) -> bool:
+    """Whether the mean p_a stays on its side of 0.5 even if every vote to come were certain of the other."""
+    total = math.fsum(order)
+    return len(order) == votes or total > votes / 2 or total + votes - len(order) < votes / 2
+
+
+def refutes_even_odds(first: int, second: int, confidence: float) -> bool:
+    """Whether `first` votes against `second` refute even odds at this confidence, however often one has looked."""
+    spent = first + second
+    evidence = spent * math.log(2) + math.lgamma(first + 1) + math.lgamma(second + 1) - math.lgamma(spent + 2)
+    return evidence > -math.log(1 - confidence)

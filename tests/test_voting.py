@@ -1,0 +1,150 @@
+"""Votes: when they are enough, and that stopping early changes no verdict."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from gramlite import InputError, Pair, Settings
+from gramlite.backends import Request
+from gramlite.backends.scripted import ScriptedBackend
+from gramlite.decoding import Generation
+from gramlite.judge import Judge
+from gramlite.scaffold import SMOLLM2
+from gramlite.template import packaged_template
+from gramlite.voting import count, mean_is_fixed, refutes_even_odds, settled, stages
+
+
+class Voting(ScriptedBackend):
+    """Runs up to `width` requests at a time; margins are drawn by the decoder's seed and lean towards the text x."""
+
+    def __init__(self, width: int, lean: float) -> None:
+        super().__init__({})
+        self.width, self.lean = width, lean
+        self.ran = 0
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
+        waiting = iter(requests)
+        running: list[Request] = []
+        more = True
+        while more or running:
+            while more and len(running) < self.width:
+                request = next(waiting, ...)
+                more = request is not ...
+                if not isinstance(request, Request):
+                    break
+                running.append(request)
+            assert running or not more, "nothing runs and nothing is asked for"
+            if running:
+                request = running.pop(0)
+                yield request.key, self._vote(request)
+
+    def _vote(self, request: Request) -> Generation:
+        if request.decoder.finished:
+            return request.decoder.result()
+        self.ran += 1
+        text = bytes(token for token in request.prompt if token < 256)
+        sign = 1 if text.index(b"\nx\n") < text.index(b"\ny\n") else -1
+        margin = random.Random(request.decoder.sampling.seed).gauss(sign * self.lean, 2)
+        return Generation(margin=margin, thinking="because", forced=False, generated=1)
+
+
+def judge_on(backend: ScriptedBackend, **settings: object) -> Judge:
+    return Judge(backend, packaged_template(), SMOLLM2, Settings(**settings), {"name": "fake"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("votes", [2, 3, 8])
+def test_stopping_early_changes_no_verdict(votes: int, width: int) -> None:
+    pairs = [Pair(f"question {number}", "x", "y") for number in range(60)]
+    spent = []
+    for lean in (0.0, 1.5, 4.0):
+        every, some = Voting(width, lean), Voting(width, lean)
+        whole = judge_on(every, votes=votes, early_stop=False).many(pairs)
+        early = judge_on(some, votes=votes).many(pairs)
+        for full, short in zip(whole, early, strict=True):
+            assert full.winner == short.winner and full.consistent == short.consistent
+            for before, after in zip(full.orders, short.orders, strict=True):
+                assert before.verdict == after.verdict
+                majorities = [order.votes["A"] - order.votes["B"] for order in (before, after)]
+                assert majorities[0] * majorities[1] > 0 or majorities[0] == majorities[1] == 0
+                assert sum(after.votes.values()) <= sum(before.votes.values()) == votes
+        assert every.ran == 2 * votes * len(pairs)
+        spent.append(some.ran)
+    assert spent[2] < 0.9 * spent[0] if votes == 8 else spent[2] <= spent[0] + len(pairs)
+
+
+def test_unanimous_votes_take_the_first_stage_alone() -> None:
+    backend = Voting(8, 0.0)
+    backend._vote = lambda request: Generation(  # type: ignore[method-assign]
+        margin=9.0 if request.key % 10 < 5 else -9.0, thinking="t", forced=False, generated=1
+    )
+    verdict = judge_on(backend, votes=8)(prompt="q", response_a="x", response_b="y")
+    assert [sum(order.votes.values()) for order in verdict.orders] == [5, 5] and verdict.winner == "A"
+
+
+def test_the_mean_is_fixed_exactly_when_no_completion_can_move_it() -> None:
+    steps = [0.0, 0.3, 0.5, 0.9, 1.0]
+    for spent, votes in ((1, 2), (2, 3), (3, 4), (2, 4)):
+        for order in itertools.product(steps, repeat=spent):
+            ends = {
+                (total > votes / 2) - (total < votes / 2)
+                for rest in itertools.product([0.0, 1.0], repeat=votes - spent)
+                for total in [round(sum(order) + sum(rest), 9)]
+            }
+            assert mean_is_fixed(order, votes) == (len(ends) == 1 and ends != {0}), (order, votes)
+
+
+def test_a_tie_is_not_settled_before_its_end() -> None:
+    assert not settled([[1.0, 1.0], [0.0]], 2, None)
+    assert count([0.9, 0.1, 0.5]) == (1, 1)
+
+
+def test_the_sequential_test_keeps_its_level() -> None:
+    draw = random.Random(7)
+    stopped = 0
+    for _ in range(2000):
+        votes = [0, 0]
+        for _ in range(200):
+            votes[draw.random() < 0.5] += 1
+            if refutes_even_odds(votes[0], votes[1], 0.95):
+                stopped += 1
+                break
+    assert stopped / 2000 < 0.05
+    assert refutes_even_odds(40, 10, 0.95) and not refutes_even_odds(3, 0, 0.95)
+
+
+def test_stages_begin_with_the_least_that_can_settle() -> None:
+    assert stages(8, None) == [range(5), range(5, 8)]
+    assert stages(1, None) == [range(1)]
+    assert stages(64, 0.95)[0] == range(8) and stages(64, 0.95)[-1].stop == 64
+    assert all(refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95) for _ in [0])
+
+
+def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:
+    pairs = [Pair(f"question {number}", "x", "y") for number in range(5)]
+    ran = []
+    for confidence in (None, 0.95):
+        backend = Voting(4, 0.0)
+        backend.lean = 0.0
+        judge = judge_on(backend, votes=64, confidence=confidence)
+        original = backend._vote
+
+        def one_sided(request: Request, original=original) -> Generation:  # type: ignore[no-untyped-def]
+            made = original(request)
+            return Generation(margin=5.0, thinking="t", forced=False, generated=1) if made.margin is not None else made
+
+        backend._vote = one_sided  # type: ignore[method-assign]
+        list(judge.many(pairs))
+        ran.append(backend.ran)
+    assert ran[1] < ran[0]
+
+
+def test_confidence_without_votes_is_refused() -> None:
+    with pytest.raises(InputError, match="--confidence"):
+        Settings(confidence=0.95)
+    with pytest.raises(InputError, match="--confidence"):
+        Settings(votes=4, early_stop=False, confidence=0.95)
