@@ -18,7 +18,7 @@ from .gguf import NEEDS_MATRIX, check_overrides, file_type, quantize_source
 from .imatrix import ImportanceMatrix, collect_importance
 from .mixed import choose_types, choose_weighed, describe_choice, target_bits
 from .report import layer_bar
-from .source import Source
+from .source import EXACT, Source
 
 FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 
@@ -64,12 +64,20 @@ def quantize_calibrated(
     the importance matrix, or `auto:4.5bpw`, where the types are chosen too.
     """
     bits = target_bits(kind)
+    if bits is None and file_type(kind) in (*EXACT, "Q2_K_S"):  # nothing to choose, and a type that is all or nothing
+        return quantize_source(
+            opened, destination, kind=kind, imatrix=imatrix, overrides=overrides, force=force, calibration=calibration
+        )
     with layer_bar() as progress:
         if bits is None:
             types = plain_types(opened, file_type(kind), overrides, imatrix)
             chosen = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
         else:
-            chosen = choose_types(folder, transcripts, bits=bits, importance=imatrix.means(), progress=progress)
+            wanted = check_overrides(opened, "Q4_0", overrides)
+            settled = {name: fits[0] for name in opened.matrices if (fits := matching(name, wanted))}
+            chosen = choose_types(
+                folder, transcripts, bits=bits, types=settled, importance=imatrix.means(), progress=progress
+            )
     most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
     pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]
     kept = {name: values for name, values in imatrix.sums.items() if name in chosen and chosen[name].weighed}
@@ -78,12 +86,17 @@ def quantize_calibrated(
         destination,
         kind=FILE_OF_TYPE.get(most, most) if bits else kind,
         imatrix=replace(imatrix, sums=kept) if kept else None,
-        overrides=[*overrides, *pinned] if bits else pinned,
+        overrides=pinned,
         force=force,
         calibration=calibration,
         settings=describe_choice(chosen) | ({"target_bits_per_weight": bits} if bits else {}),
         name=f"auto:{bits:g}bpw" if bits else None,
     )
+
+
+def matching(name: str, overrides: Sequence[tuple[str, str]]) -> list[str]:
+    """The types that overrides ask for a matrix, the one that counts first."""
+    return [kind for pattern, kind in overrides if re.search(pattern, name)]
 
 
 def plain_types(

@@ -29,6 +29,8 @@ from gramlite.quantization import FILE_TYPES
 
 FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 TYPE_NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
+# of some of these llama.cpp ends the process without an importance matrix, the others it refuses to write
+NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 STARTED = re.compile(r"^\[ *(\d+)/ *(\d+)\]", re.MULTILINE)
 FELL_BACK = re.compile(r"warning: (\S+) +- ncols.*?required for type +(\w+)\).*?falling back to +(\w+)")
 PLANNED = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) .*-> .*MiB \((\w+)\)$", re.MULTILINE)
@@ -162,7 +164,6 @@ def _library() -> ctypes.CDLL:
     ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     prefix = "" if sys.platform == "win32" else "lib"
     library = ctypes.CDLL(str(Path(found.submodule_search_locations[0]) / "lib" / f"{prefix}ggml-base.{ending}"))
-    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
@@ -179,7 +180,7 @@ def quantize_rows(weight: Floats, kind: str, importance: Floats | None = None) -
     block = GGML_TYPES[TYPE_NUMBERS[kind]]
     if columns % block.block:
         raise ModelError(f"{kind} has blocks of {block.block} weights, which rows of {columns} do not fill.")
-    if importance is None and needs_importance(kind):  # llama.cpp would end the process
+    if importance is None and kind in NEED_IMPORTANCE:  # llama.cpp would end the process
         raise ModelError(f"{kind} cannot be written without an importance matrix.")
     weight = np.ascontiguousarray(weight, np.float32)
     out = np.zeros((rows, columns // block.block * block.block_bytes), np.uint8)
@@ -190,10 +191,6 @@ def quantize_rows(weight: Floats, kind: str, importance: Floats | None = None) -
     if written != out.nbytes:
         raise ModelError(f"llama.cpp wrote {written:,} bytes of {kind} where {out.nbytes:,} are due.")
     return out
-
-
-def needs_importance(kind: str) -> bool:
-    return bool(_library().ggml_quantize_requires_imatrix(TYPE_NUMBERS[kind]))
 
 
 def dequantize_rows(blocks: npt.NDArray[np.uint8], kind: str, columns: int) -> Floats:

@@ -230,11 +230,13 @@ def parse_override(text: str) -> tuple[str, str]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option(
-    "--type", "kind", default="Q4_K_M", show_default=True, help="A llama.cpp type, Q2_K to Q8_0 or IQ1_S to IQ4_XS."
+    "--type",
+    "kind",
+    default="Q4_K_M",
+    show_default=True,
+    help="A llama.cpp type (Q2_K to Q8_0, IQ1_S to IQ4_XS), or auto:4.5bpw.",
 )
-@click.option(
-    "--calibration", type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL, for an importance matrix."
-)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL, to choose by.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix that is there already.")
 @click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write the importance matrix for another time.")
 @click.option(

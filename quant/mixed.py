@@ -19,12 +19,13 @@ import numpy.typing as npt
 from gramlite.export.architecture import gguf_names, read_architecture
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 
+from gramlite.errors import InputError
 from gramlite.ggml_types import GGML_TYPES
 
 from .allocate import Option, allocate
 from .calibration import Transcript
 from .decoder import read_tensor
-from .ggml import TYPE_NUMBERS, needs_importance, rounded
+from .ggml import NEED_IMPORTANCE, TYPE_NUMBERS, rounded
 from .sensitivity import Reading, read_gradients, verdict_tokens
 
 if TYPE_CHECKING:
@@ -52,20 +53,22 @@ def choose_types(
     transcripts: Sequence[Transcript],
     *,
     bits: float,
+    types: Mapping[str, str] | None = None,
     importance: Mapping[str, Floats] | None = None,
     device: str = "cpu",
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Option]:
     """The type of every matrix, by its GGUF name, for a file of at most `bits` per weight.
 
-    Vectors stay F32 and count. Where `importance` has a matrix, each type may be written with or without it.
+    Vectors stay F32 and count, and so do matrices whose types are settled by `types`. Where `importance` has a matrix,
+    each type may be written with or without it.
     Raises InputError where even the smallest types take more.
     """
     checkpoint = open_checkpoint(folder)
     shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
     vectors = sum(4 * math.prod(shape) for shape in shapes if len(shape) == 1)
     budget = int(bits * sum(map(math.prod, shapes)) / 8) - vectors
-    options = measure(checkpoint, transcripts, importance=importance, device=device, progress=progress)
+    options = measure(checkpoint, transcripts, types=types, importance=importance, device=device, progress=progress)
     return allocate(options, budget)
 
 
@@ -109,15 +112,20 @@ def measure(
     """What each type would do to the margins, for every matrix, embedding and head included, by its GGUF name.
 
     Every candidate that fits is tried, or the one that `types` names; with and, where it can be, without importance.
+    Raises InputError for a type that cannot be written so.
     """
     names = gguf_names(read_architecture(checkpoint.config))
     weights = importance or {}
 
     def ways(name: str, columns: int) -> list[Way]:
-        kinds = kinds_for(columns) if types is None else [types[names(name)]]
+        kind = (types or {}).get(names(name))
+        kinds = [kind] if kind else kinds_for(columns)
         given = weights.get(names(name))
-        plain: list[Way] = [(kind, None) for kind in kinds if given is None or not needs_importance(kind)]
-        return plain + [(kind, given) for kind in kinds if given is not None and kind not in UNWEIGHED]
+        plain: list[Way] = [(kind, None) for kind in kinds if kind not in NEED_IMPORTANCE]
+        found = plain + [(kind, given) for kind in kinds if given is not None and kind not in UNWEIGHED]
+        if not found:
+            raise InputError(f"{names(name)} cannot be {kind}, which needs an importance matrix and has none here.")
+        return found
 
     with ThreadPoolExecutor() as pool:
         layers = _Layers(checkpoint, len(transcripts), ways, pool, device)

@@ -206,5 +206,19 @@ def test_command_writes_the_chosen_types(
     assert manifest.calibration is not None
     assert manifest.calibration["transcripts"] == 6
     assert manifest.settings["target_bits_per_weight"] == 5.5
+    again = [
+        *words,
+        "--type",
+        "auto:7bpw",
+        "--force",
+        "--embedding-type",
+        "Q8_0",
+        "--calibration",
+        str(tmp_path / "transcripts.jsonl"),
+    ]
+    CliRunner().invoke(command, again, catch_exceptions=False)
+    header = read_header(out)
+    assert next(tensor.type for tensor in header.tensors if tensor.name == "token_embd.weight") == "Q8_0"
+    assert 6.5 < bits_per_weight(header) <= 7
     with pytest.raises(InputError, match="Add --calibration"):
         CliRunner().invoke(command, [*words, "--force"], catch_exceptions=False)
