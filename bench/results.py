@@ -23,7 +23,6 @@ from .swept import POOLED, Entry, Swept
 from .tables import escaped, markdown_table, megabytes, p_value, percent, points, rate, seconds_text
 
 if TYPE_CHECKING:
-    from .folder import Run
     from .sweep import Plan
 
 SIGNIFICANT = 0.05
@@ -111,9 +110,10 @@ def bits_text(entry: Entry) -> str:
 
 
 def title_of(swept: Swept, suite: str) -> str:
-    """A suite with the number of its pairs."""
+    """A suite with the number of its pairs, and of those on which accuracy is measured."""
     run = next(iter(swept.runs_of(suite).values()))
-    return f"{suite}, {len(run.rows):,} pairs"
+    labelled = sum(row.get("label") in ("A", "B") for row in run.rows.values())
+    return f"{suite}, {len(run.rows):,} pairs, {labelled:,} of them labelled A or B"
 
 
 def tables_markdown(swept: Swept) -> list[str]:
@@ -296,7 +296,7 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
         *tables_markdown(swept),
         "## Made with",
         "",
-        *made_with(plan, base),
+        *made_with(plan, swept),
     ]
     write_text(path, "\n".join(lines) + "\n")
 
@@ -307,9 +307,9 @@ def mode_sentence(plan: Plan) -> str:
     return f"{mode[plan.options.mode]}, {orders}."
 
 
-def made_with(plan: Plan, base: Run) -> list[str]:
+def made_with(plan: Plan, swept: Swept) -> list[str]:
     """The machine, the versions, the suites, the calibration and the command, as a list."""
-    record = base.record
+    record = next(iter(swept.base.runs.values())).record
     lines = [
         f"- Machine: {escaped(', '.join(f'{key} {value}' for key, value in (record.get('hardware') or {}).items() if value))}.",
         f"- Versions: {escaped(', '.join(f'{key} {value}' for key, value in (record.get('versions') or {}).items()))}.",
@@ -323,7 +323,13 @@ def made_with(plan: Plan, base: Run) -> list[str]:
         lines.append(
             f"- {escaped(key)}: {len(work.pairs):,} pairs ({chosen}) of a file with sha256 {str(about['sha256'])[:16]}…."
         )
-    if calibration := plan.source.record()["calibration"]:
+    runs = swept.runs_of(next(iter(plan.works)))
+    for variant in plan.variants:
+        if variant.path and variant.name in runs:
+            sha256 = str(runs[variant.name].model.get("sha256"))[:16]
+            lines.append(f"- {escaped(variant.name)}: a model that was there already, sha256 {sha256}….")
+    calibration = plan.source.record()["calibration"]
+    if calibration and any(variant.is_calibrated for variant in plan.variants):
         lines.append(
             f"- Calibration: at most {calibration['tokens']:,} tokens of the judge's own transcripts of {escaped(calibration['name'])} "
             f"(sha256 {calibration['sha256'][:16]}…), seed {calibration['seed']}."

@@ -15,7 +15,7 @@ from gramlite.bench.folder import Run
 from gramlite.bench.results import csv_results, json_rows, table_rows, tables_markdown, what_it_says, write_page
 from gramlite.bench.run import load_work
 from gramlite.bench.swept import POOLED, Entry, Swept, compare_all
-from gramlite.bench.variants import Source
+from gramlite.bench.variants import Source, parse_variant
 
 from .conftest import judged_row
 from .test_run import write_pairs
@@ -94,7 +94,8 @@ def test_the_table_for_people(swept: Swept) -> None:
     assert rows["Q2_K"]["failed"] == "rows are | too *short*" and rows["Q2_K"]["accuracy %"] == "–"
     lines = tables_markdown(swept)
     assert [line for line in lines if line.startswith("## ")] == [
-        "## all suites, 400 pairs", "## autoj, 200 pairs", "## pandalm, 200 pairs",
+        f"## {suite}, {n} pairs, {n} of them labelled A or B"
+        for suite, n in (("all suites", 400), ("autoj", 200), ("pandalm", 200))
     ]  # fmt: skip
     table = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1  # no cell breaks its row
@@ -135,15 +136,17 @@ def test_the_page(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 30)
     plan: Any = SimpleNamespace(
         source=Source(checkpoint=tmp_path / "judge", calibration=pairs),
+        variants=[parse_variant("F16"), parse_variant("gptq:4x64"), replace(parse_variant("Q4_0"), path=pairs)],
         options=SimpleNamespace(mode="direct", orders="both"),
-        works={"pairs": load_work(f"pairs:{pairs}", sample=10, longest=90)},
+        works={"autoj": load_work(f"pairs:{pairs}", sample=10, longest=90)},
     )
     write_page(tmp_path / "results.md", plan, swept)
     text = (tmp_path / "results.md").read_text()
     assert "gramlite bench sweep 'my judge' --types F16,Q8_0" in text
     assert (
         "- Machine: cpu a \\| processor." in text
-        and "pairs: 10 pairs (drawn by a hash of their ids, of those of at most 90 characters)" in text
+        and "autoj: 10 pairs (drawn by a hash of their ids, of those of at most 90 characters)" in text
     )
     assert "(results.svg)" in text and (tmp_path / "results.svg").is_file() and not (tmp_path / "results.png").exists()
+    assert "- Q4\\_0: a model that was there already, sha256" in text and "- Calibration: at most 65,536 tokens" in text
     assert text.count("\n## ") == 5

@@ -205,7 +205,7 @@ def test_one_command_makes_judges_and_compares(fakes: list[str], tmp_path: Path)
     run = read_run(tmp_path / "out/runs/pairs/Q8_0")
     assert run.name == "Q8_0" and run.model["manifest"]["quantization"] == "Q8_0" and len(run.rows) == 20
     table = (tmp_path / "out/results.md").read_text()
-    assert "| F16 |" in table and "pairs, 20 pairs" in table
+    assert "| F16 |" in table and "pairs, 20 pairs, 20 of them labelled A or B" in table
     assert (tmp_path / "out/results.csv").read_text().count("\n") == 4
     assert not list((tmp_path / "out/artifacts").glob(".*.tmp")) or fakes  # swept at the next start
 
