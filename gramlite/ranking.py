@@ -241,8 +241,14 @@ def compare(judge: Judge, prompt: str, texts: Sequence[str], batch: Batch) -> li
     """Judge pairs of texts, given by index, in the orders that the judge's settings ask for.
 
     Each order is handed over by itself, sorted by the text shown first and then the other, so that the beginnings
-    that prompts share stand next to each other and are computed once.
+    that prompts share stand next to each other and are computed once. Votes share their own prompt, and when to stop
+    taking them is decided for both orders together.
     """
+    if judge.settings.votes > 1:
+        with closing(
+            judge.grouped().many(Pair(prompt, texts[first], texts[second]) for first, second in batch)
+        ) as taken:
+            return list(taken)
     both = judge.settings.orders == "both"
     shown = sorted({*batch, *((second, first) for first, second in batch if both)})
     one_order = judge.with_settings(orders="ab").grouped()

@@ -114,6 +114,13 @@ def test_a_comparison_is_what_the_judge_would_say_of_the_pair() -> None:
     assert compare(one_order, "q", texts, [(0, 1)]) == [one_order(prompt="q", response_a="3", response_b="4")]
 
 
+def test_comparisons_by_votes_are_the_judges_too() -> None:
+    judge = Judge(ScriptedBackend({}), packaged_template(), SMOLLM2, Settings(votes=5), {"name": "fake"})
+    (verdict,) = compare(judge, "q", ["x", "y"], [(0, 1)])
+    alone = judge(prompt="q", response_a="x", response_b="y")
+    assert verdict == alone and {order.order for order in verdict.orders} == {"ab", "ba"}
+
+
 def test_prompts_that_share_a_beginning_stand_together() -> None:
     backend = Strengths()
     judge_on(backend).rank(prompt="q", completions=["1", "2", "3", "4"], method="full")
