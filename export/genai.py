@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gramlite.onnx_graph import external_extent, parse, read_graph
 
 from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.onnx_graph import external_extent, parse, read_graph
 from gramlite.storage import remove_path
 
 from .architecture import FAMILIES

@@ -185,9 +185,7 @@ class _Reader:
             length: int = unpack(prefix)[0]
             position += 8 + length
             if position > ceiling or length > MAX_STRING_BYTES:
-                raise self.refusal(
-                    f"{what}[{len(raw)}] is {length:,} bytes long, more than the header can hold"
-                )
+                raise self.refusal(f"{what}[{len(raw)}] is {length:,} bytes long, more than the header can hold")
             append(read(length))
         self.position = position
         try:

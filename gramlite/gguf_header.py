@@ -88,17 +88,13 @@ def hyperparameters(header: Header) -> Hyperparameters:
     key_value_heads = whole("attention.head_count_kv", 1 << 12, heads)
     prefix = header.architecture
     if heads % key_value_heads:
-        raise header.refusal(
-            f"'{prefix}.attention.head_count_kv' is {key_value_heads}, which does not divide {heads}"
-        )
+        raise header.refusal(f"'{prefix}.attention.head_count_kv' is {key_value_heads}, which does not divide {heads}")
     if embedding % heads and f"{prefix}.attention.key_length" not in header.metadata:
         raise header.refusal(f"'{prefix}.embedding_length' is {embedding}, which {heads} heads do not divide")
     head = whole("attention.key_length", 1 << 12, max(embedding // heads, 1))
     value_head = whole("attention.value_length", 1 << 12, max(embedding // heads, 1))
     if value_head != head:
-        raise header.refusal(
-            f"'{prefix}.attention.value_length' is {value_head} and the key length is {head}"
-        )
+        raise header.refusal(f"'{prefix}.attention.value_length' is {value_head} and the key length is {head}")
     tokens = header.metadata["tokenizer.ggml.tokens"]
     vocabulary = len(tokens) if isinstance(tokens, tuple) else 0
     return Hyperparameters(blocks, embedding, feed_forward, heads, key_value_heads, head, context, vocabulary)
@@ -139,9 +135,7 @@ def _check_kind(header: Header, expect: str) -> None:
     kind = _typed(header, "general.type", "string", "model")
     if kind != expect:
         if kind == "adapter":
-            raise ModelError(
-                f"{header.path} is a LoRA adapter (general.type), no model. Give it as --adapter."
-            )
+            raise ModelError(f"{header.path} is a LoRA adapter (general.type), no model. Give it as --adapter.")
         if kind == "model":
             raise ModelError(f"{header.path} is a model (general.type), no LoRA adapter. Give it as -m.")
         raise header.refusal(f"'general.type' is {shown(kind)}; it must be '{expect}'")
@@ -164,9 +158,7 @@ def _check_kind(header: Header, expect: str) -> None:
 def _check_tokenizer(header: Header) -> None:
     model = _typed(header, "tokenizer.ggml.model", "string")
     if model not in TOKENIZERS:
-        raise header.refusal(
-            f"'tokenizer.ggml.model' is {shown(model)}; supported are {', '.join(TOKENIZERS)}"
-        )
+        raise header.refusal(f"'tokenizer.ggml.model' is {shown(model)}; supported are {', '.join(TOKENIZERS)}")
     tokens = _typed(header, "tokenizer.ggml.tokens", "array[string]")
     if not isinstance(tokens, tuple) or not tokens:
         raise header.refusal("'tokenizer.ggml.tokens' is empty")
@@ -220,14 +212,10 @@ def _check_rope_and_norm(header: Header, sizes: Hyperparameters) -> None:
     number("rope.scaling.factor", 1.0, lambda value: value >= 0, "0 or more")
     rotated = _typed(header, f"{prefix}.rope.dimension_count", "uint32", sizes.head)
     if rotated != sizes.head or sizes.head % 2:
-        raise header.refusal(
-            f"'{prefix}.rope.dimension_count' is {rotated}; it must be {sizes.head} and even"
-        )
+        raise header.refusal(f"'{prefix}.rope.dimension_count' is {rotated}; it must be {sizes.head} and even")
     scaling = _typed(header, f"{prefix}.rope.scaling.type", "string", "none")
     if scaling not in ROPE_SCALINGS:
-        raise header.refusal(
-            f"'{prefix}.rope.scaling.type' is {shown(scaling)}; known are {', '.join(ROPE_SCALINGS)}"
-        )
+        raise header.refusal(f"'{prefix}.rope.scaling.type' is {shown(scaling)}; known are {', '.join(ROPE_SCALINGS)}")
     for name in UNSUPPORTED:
         if _typed(header, f"{prefix}.{name}", "uint32", 0):
             raise header.refusal(f"'{prefix}.{name}' is not 0: only dense models are supported")
@@ -244,9 +232,7 @@ def _check_tensors(header: Header, sizes: Hyperparameters) -> None:
             raise header.refusal(f"the tensor '{name}' is missing")
         if tensors[name].shape != shape:
             found = list(tensors[name].shape)
-            raise header.refusal(
-                f"the tensor '{name}' has the shape {found}; the metadata ask for {list(shape)}"
-            )
+            raise header.refusal(f"the tensor '{name}' has the shape {found}; the metadata ask for {list(shape)}")
     for tensor in header.tensors:
         block = BLOCK.match(tensor.name)
         if block and int(block[1]) >= sizes.blocks:
@@ -312,7 +298,5 @@ def _lora_pairs(header: Header) -> dict[str, tuple[Tensor, Tensor]]:
         halves.setdefault(match[1], {})[match[2]] = tensor
     for name, pair in halves.items():
         if len(pair) != 2:
-            raise header.refusal(
-                f"the adapter of '{name}' lacks its .lora_{'b' if 'a' in pair else 'a'} tensor"
-            )
+            raise header.refusal(f"the adapter of '{name}' lacks its .lora_{'b' if 'a' in pair else 'a'} tensor")
     return {name: (pair["a"], pair["b"]) for name, pair in halves.items()}

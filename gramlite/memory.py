@@ -19,9 +19,7 @@ from .gguf_header import BLOCK, Header, hyperparameters
 CELL_STEP = 256  # llama.cpp rounds a context up to a multiple of this
 FLOAT_BYTES = 4
 HALF_BYTES = 2
-BYTES_PER_TOKENIZER_ENTRY = (
-    175  # llama.cpp's tables of tokens and merges, measured on 49,152 and 152,000 tokens
-)
+BYTES_PER_TOKENIZER_ENTRY = 175  # llama.cpp's tables of tokens and merges, measured on 49,152 and 152,000 tokens
 GRAPH_BYTES = 1 << 20  # the graph itself and its smallest inputs
 
 
@@ -113,9 +111,7 @@ def compute_bytes(header: Header, context: ContextSize) -> int:
     return graph + output + work + GRAPH_BYTES
 
 
-def largest_context(
-    header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None
-) -> int:
+def largest_context(header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None) -> int:
     """The most cells that fit in `free_bytes` with the other settings of `context`; 0 where not even 256 do.
 
     At most what each sequence can use of the model's training context.
@@ -130,9 +126,7 @@ def largest_context(
     return low * CELL_STEP
 
 
-def require_fit(
-    header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None
-) -> Prediction:
+def require_fit(header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None) -> Prediction:
     """The prediction, where it fits in `free_bytes`.
 
     Raises ResourceError with the needed and the free bytes and the largest context that would fit.

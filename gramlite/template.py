@@ -39,10 +39,10 @@ PLACEHOLDERS = {
 _FIELD_OF = {alias: field for field, aliases in PLACEHOLDERS.items() for alias in aliases}
 _PLACEHOLDER = re.compile("{(" + "|".join(_FIELD_OF) + ")}")
 _SECTION_LINE = re.compile(r"^[ \t]*(\[[^\[\]{}\n]+\])[ \t]*$", re.MULTILINE)
-_CARD_LITERAL = re.compile(r"""^[ \t]*(\w*prompt\w*)\s*=\s*(\'{3}.*?\'{3}|"{3}.*?"{3})(\.strip\(\))?""", re.MULTILINE | re.DOTALL)
-_SECTION_HEAD = re.compile(
-    r"^\W*(feedback|compari(?:so|sio)n|conclusion)\W*:[ \t*]*", re.IGNORECASE | re.MULTILINE
+_CARD_LITERAL = re.compile(
+    r"""^[ \t]*(\w*prompt\w*)\s*=\s*(\'{3}.*?\'{3}|"{3}.*?"{3})(\.strip\(\))?""", re.MULTILINE | re.DOTALL
 )
+_SECTION_HEAD = re.compile(r"^\W*(feedback|compari(?:so|sio)n|conclusion)\W*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
