@@ -98,13 +98,13 @@ def labelled(rows: Iterable[tuple[Verdict | Mapping[str, Any], Winner | None, st
     return Labelled(ab, ba, np.array(outcomes, dtype=np.float64), np.array(groups, dtype=np.int64))
 
 
-def fit(data: Labelled) -> tuple[float, float]:
+def fit(data: Labelled, *, fewest: int = FEWEST_PAIRS) -> tuple[float, float]:
     """The temperature and the bias that make the labels most likely; the temperature stays within TEMPERATURES.
 
-    Raises InputError for fewer than FEWEST_PAIRS pairs.
+    Raises InputError for fewer than `fewest` pairs.
     """
-    if len(data) < FEWEST_PAIRS:
-        raise InputError(f"{len(data)} judged pairs have a label; a calibration needs at least {FEWEST_PAIRS}.")
+    if len(data) < fewest:
+        raise InputError(f"{len(data)} judged pairs have a label; a calibration needs at least {fewest}.")
     first = np.concatenate([data.ab, -data.ba])  # log-odds of the response shown first
     won = np.concatenate([data.outcomes, 1 - data.outcomes])
     first, won = first[~np.isnan(first)], won[~np.isnan(first)]
@@ -144,7 +144,7 @@ def held_out(data: Labelled, *, folds: int = FOLDS, seed: int = 0) -> Floats:
     for number in range(folds):
         test = np.flatnonzero(of_row == number)
         if len(test):
-            p_a[test] = probabilities(data.take(test), *fit(data.take(np.flatnonzero(of_row != number))))
+            p_a[test] = probabilities(data.take(test), *fit(data.take(np.flatnonzero(of_row != number)), fewest=1))
     return p_a
 
 

@@ -204,7 +204,7 @@ def test_calibrate_stores_and_judge_applies(scripted: Path, tmp_path: Path, caps
 
 
 def test_an_interrupted_calibration_goes_on(scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs, rows = pairs_file(tmp_path / "pairs.jsonl", 40), tmp_path / "rows.jsonl"
+    pairs, rows = pairs_file(tmp_path / "pairs.jsonl", 20), tmp_path / "rows.jsonl"
     command = ["calibrate", str(pairs), "-m", str(scripted), "--mode", "direct", "-o", str(rows)]
     assert run(command) == 0
     whole = json.loads(capsys.readouterr().out)

@@ -32,15 +32,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_q8: Path) ->
     (tmp_path / "judge.gguf").symlink_to(reference_q8)
     questions = ["Name a colour.", "What is 2 + 2?", "Say hello in French.", "Name a prime number."]
     good, bad = ["Blue.", "It is 4.", "Bonjour !", "Seven is prime."], ["Seven.", "It is 5.", "Hola!", "Nine is."]
-    pairs = [
-        {"prompt": question, "response_a": a, "response_b": b, "label": label}
-        for number, question in enumerate(questions * 5)
-        for a, b, label in [(good[number % 4], bad[number % 4], "A"), (bad[number % 4], good[number % 4], "B")][
-            : 1 + number % 2
-        ]
+    labelled = [
+        {"prompt": f"{questions[n % 4]} {n}", "response_a": good[n % 4], "response_b": bad[n % 4], "label": "A"}
+        if n % 2
+        else {"prompt": f"{questions[n % 4]} {n}", "response_a": bad[n % 4], "response_b": good[n % 4], "label": "B"}
+        for n in range(20)
     ]
     items = [{"prompt": questions[n], "completions": [good[n], bad[n], "I don't know."]} for n in (0, 1)]
-    for name, rows in (("pairs", pairs), ("items", items)):
+    for name, rows in (("labelled", labelled), ("pairs", labelled[:2]), ("items", items)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     packaged = Path(gramlite.__file__).parent / "data/reference"
     for folder, source, names in (
