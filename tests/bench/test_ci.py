@@ -1,4 +1,4 @@
-"""The continuous-integration page: every snippet on it is run as it stands."""
+"""The pages on benchmarks and on continuous integration: every snippet on them is run as it stands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from . import sweep_fakes
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/ci.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SHIM = """\
 #!{python}
 import sys
@@ -27,8 +27,9 @@ if __name__ == "__main__":
 """
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+def snippets(language: str, page: str = "ci") -> list[str]:
+    text = (DOCS / f"{page}.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,16 @@ def test_the_gate_breaks_the_build(project: Path) -> None:
     command = snippets("sh")[1].splitlines()[1].rstrip("\\ ").replace("runs/candidate", "turned")
     done = shell(project, f"{command} --github")
     assert done.returncode == 7 and "::error title=gramlite gate" in done.stderr
+
+
+def test_the_page_on_benchmarks(project: Path) -> None:
+    shell(project, "rm -rf runs sweep report.*")
+    said = [shell(project, script) for script in snippets("sh", "benchmarks")]
+    assert [one.returncode for one in said] == [0] * 3, "\n".join(one.stderr for one in said)
+    rows = [json.loads(line) for line in said[2].stdout.splitlines()]
+    assert [row["type"] for row in rows[:4]] == ["F16", "Q8_0", "Q4_K_M", "judge"]
+    assert {row["suite"]: row["pairs"] for row in rows} == {"all suites": 60, "pairs": 40, "pairs-all": 20}
+    assert "What quantization cost" in (project / "results.md").read_text()
+    for page in ("benchmarks", "ci"):
+        for linked in re.findall(r"\]\(([\w.]+)\)", (DOCS / f"{page}.md").read_text()):
+            assert (DOCS / linked).is_file()
