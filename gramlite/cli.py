@@ -53,6 +53,7 @@ COMMANDS = {
     "judge": ("gramlite.commands.judge", "Judge pairs of responses, from options, a file or standard input."),
     "rank": ("gramlite.commands.rank", "Rank the completions of each question."),
     "calibrate": ("gramlite.commands.calibrate", "Fit the confidence, or the think budget, to labelled pairs."),
+    "pull": ("gramlite.commands.pull", "Fetch a judge from the Hugging Face Hub."),
     "inspect": ("gramlite.commands.inspect", "Say what a model file is and how much memory it needs."),
     "doctor": ("gramlite.commands.doctor", "Say what works on this machine, and why something does not."),
     "reference": ("gramlite.commands.reference", "Build the reference judge."),

@@ -1,0 +1,115 @@
+"""`gramlite pull`: fetch a judge from the Hugging Face Hub, the one command that uses the network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..artifact import PICKLE_SUFFIXES
+from ..errors import GramliteError, InputError, ModelError
+from ..storage import check_free_space, remove_path
+
+BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".txt", ".model")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of one commit of a repository that a judge needs, and their size in bytes."""
+
+    repository: str
+    commit: str
+    files: tuple[str, ...]
+    bytes: int
+
+
+def select(repository: str, commit: str, sizes: dict[str, int], wanted: Sequence[str]) -> Selection:
+    """Choose the files to fetch: those named, else weights without pickles and the small files beside them.
+
+    Raises InputError for a file that isn't there or where one of several GGUF files must be named, ModelError for a
+    repository whose weights are pickles only.
+    """
+    missing = [name for name in wanted if name not in sizes]
+    if missing:
+        raise InputError(f"{repository} has no file {missing[0]!r}. It has: {', '.join(sorted(sizes))}.")
+    gguf = sorted(name for name in sizes if name.endswith(".gguf"))
+    if not wanted and len(gguf) > 1:
+        raise InputError(f"{repository} has {len(gguf)} GGUF files; name one of them after it: {', '.join(gguf)}.")
+    if not wanted and not any(name.endswith(WEIGHTS) for name in sizes):
+        pickles = any(Path(name).suffix in PICKLE_SUFFIXES for name in sizes)
+        kind = "only pickles, which can run code when they are opened" if pickles else "no weights"
+        raise ModelError(f"{repository} has {kind}. Look for a repository with safetensors or GGUF files.")
+    chosen = [name for name in sizes if (name in wanted if wanted else name.endswith(WEIGHTS)) or _beside(name)]
+    return Selection(repository, commit, tuple(sorted(chosen)), sum(sizes[name] for name in chosen))
+
+
+def _beside(name: str) -> bool:
+    return "/" not in name and name.endswith(BESIDE_WEIGHTS)
+
+
+def pull(repository: str, wanted: Sequence[str], output: Path, *, revision: str | None) -> Selection:
+    """Fetch a repository's files, all of one commit, into a folder; a fetch that was cut off goes on.
+
+    Raises InputError, ModelError, ResourceError before anything is fetched, GramliteError where the Hub refuses.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise GramliteError("Fetching needs huggingface_hub. Type: pip install 'gramlite[hub]'") from error
+    try:
+        found = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: int(file.size or 0) for file in found.siblings or []}
+        selection = select(repository, str(found.sha), sizes, wanted)
+        output.mkdir(parents=True, exist_ok=True)
+        check_free_space(output, selection.bytes)
+        snapshot_download(repository, revision=selection.commit, local_dir=output, allow_patterns=list(selection.files))
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no name of a repository. Write it as owner/name.") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GramliteError(
+            f"{repository} could not be fetched: {reason}. Run the same command again to go on; "
+            "for a gated repository, set HF_TOKEN."
+        ) from error
+    remove_path(output / ".cache")
+    return selection
+
+
+def next_command(folder: Path, selection: Selection) -> list[str]:
+    """What to type with what was fetched."""
+    gguf = [name for name in selection.files if name.endswith(".gguf")]
+    if gguf:
+        return ["gramlite", "judge", "PAIRS.jsonl", "-m", str(folder / gguf[0])]
+    return ["gramlite", "export", "gguf", str(folder), "-o", f"{folder.name}.F16.gguf"]
+
+
+@click.command("pull", short_help="Fetch a judge from the Hugging Face Hub.")
+@click.argument("repository", metavar="HUB_REPO")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to fetch into.  [default: its name]")
+@click.option("--revision", help="A branch, a tag or a commit.  [default: the main branch]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, as when not on a terminal.")
+def command(repository: str, files: tuple[str, ...], output: Path | None, revision: str | None, as_json: bool) -> None:
+    """Fetch HUB_REPO, or some FILEs of it, into a folder: weights (never pickles), tokenizer, model card.
+
+    This is the only command that uses the network. The commit that was fetched is printed; give it as --revision to
+    fetch the same files again.
+    """
+    folder = output or Path(repository.rstrip("/").rpartition("/")[2])
+    selection = pull(repository, files, folder, revision=revision)
+    following = shlex.join(next_command(folder, selection))
+    row: dict[str, Any] = {"path": str(folder), "repository": repository, "commit": selection.commit}
+    row |= {"files": list(selection.files), "bytes": selection.bytes, "command": following}
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(row))
+        return
+    print(f"{repository} at {selection.commit[:12]}: {len(selection.files)} files, {selection.bytes / 1e6:,.1f} MB")
+    print(f"folder  {folder}\nnext    {following}")
