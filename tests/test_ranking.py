@@ -326,10 +326,9 @@ def test_all_pairs_share_their_prefixes(reference: Judge) -> None:
 
 @pytest.mark.slow
 def test_eight_real_responses_share_their_prefixes(reference: Judge, shared: Path) -> None:
-    rows = sorted(read_jsonl(shared / "benchmarks/autoj.jsonl.gz"), key=lambda row: len(row["response_a"]))
-    middle = rows[len(rows) // 2 - 4 : len(rows) // 2 + 4]  # responses of the median length
-    ranking = reference.rank(
-        prompt=middle[0]["prompt"], completions=[row["response_a"] for row in middle], method="full"
-    )
+    rows = list(read_jsonl(shared / "benchmarks/autoj.jsonl.gz"))
+    prompt = sorted((row["prompt"] for row in rows), key=len)[len(rows) // 2]
+    completions = sorted((row["response_a"] for row in rows), key=len)[len(rows) // 2 - 4 : len(rows) // 2 + 4]
+    ranking = reference.rank(prompt=prompt, completions=completions, method="full")
     assert len(ranking.comparisons) == 28 and ranking.scores
     assert factor(ranking.tokens) >= 2.2
