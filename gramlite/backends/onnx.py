@@ -97,11 +97,9 @@ class OnnxBackend:
         self._buffers.clear()
         self._sequence.forget()
         self._cells = min(-(-tokens // CELLS) * CELLS, max(self.context, tokens))
-        empty = np.zeros(
-            (1, self._graph.key_value_heads, self._cells, self._head_size),
-            dtype=np.float16 if self._graph.half else np.float32,
-        )
-        for name in self._graph.past:
+        shape = (1, self._graph.key_value_heads, self._cells, self._head_size)
+        for name in self._graph.past:  # each from an array of its own: on the CPU an OrtValue uses the array's memory
+            empty = np.zeros(shape, dtype=np.float16 if self._graph.half else np.float32)
             self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty, *self._where)
 
     @property
