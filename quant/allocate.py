@@ -1,14 +1,14 @@
 """Which type each matrix takes: the bytes go where they make the verdicts' margins change least.
 
 Changes of different matrices may add up (rounding can undo a fine-tuning everywhere at once) or not, so what is made
-small is the mean square of their sum plus the sum of their mean squares; and a little of the layers' own output errors,
+small is the mean square of their sum plus twice the sum of their mean squares; and a little of the layers' own output errors,
 because rationales hang on more than the verdict's margin does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gramlite.errors import InputError
 
 LOCAL = 0.1  # the share of the layers' own errors in what is made small
+ALONE = 2.0  # the weight of the matrices' own mean squares against that of the square of their sum
 MOVES = 2000
 EXCHANGED = 600  # options that an exchange of two is looked for among
 
@@ -56,6 +57,22 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     return table.chosen()
 
 
+def unseen_changes(options: Mapping[str, Sequence[Option]], budget: int) -> Doubles:
+    """The change of each transcript's margin by a choice that was made on the other half of the transcripts."""
+    count = len(next(iter(options.values()))[0].changes)
+    found = np.zeros(count)
+    for half in (0, 1):
+        learned = np.arange(count) % 2 == half
+        parts = {
+            name: [replace(option, changes=option.changes[learned]) for option in listed]
+            for name, listed in options.items()
+        }
+        chosen = allocate(parts, budget)
+        for name, option in chosen.items():
+            found[~learned] += options[name][parts[name].index(option)].changes[~learned]
+    return found
+
+
 class _Table:
     """Every option of every matrix as a row, and which row each matrix has now."""
 
@@ -69,7 +86,7 @@ class _Table:
         local = np.array([option.local for option in self.rows])
         start = [self._smallest(number) for number in range(len(self.names))]
         scale = LOCAL * own[start].sum() / max(float(local[start].sum()), 1e-30)
-        self.alone = own + scale * local
+        self.alone = ALONE * own + scale * local
         self.now = np.array(start)
         self.rate = 0.0  # what the last byte spent has saved
 

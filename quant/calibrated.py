@@ -16,7 +16,7 @@ from .calibration import Transcript, load_calibration
 from .ggml import Job, quantize_file
 from .gguf import NEEDS_MATRIX, check_overrides, file_type, quantize_source
 from .imatrix import ImportanceMatrix, collect_importance
-from .mixed import choose_types, choose_weighed, describe_choice, target_bits
+from .mixed import choose_types, choose_weighed, target_bits
 from .report import layer_bar
 from .source import EXACT, Source
 
@@ -71,13 +71,14 @@ def quantize_calibrated(
     with layer_bar() as progress:
         if bits is None:
             types = plain_types(opened, file_type(kind), overrides, imatrix)
-            chosen = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
+            choice = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
         else:
             wanted = check_overrides(opened, "Q4_0", overrides)
             settled = {name: fits[0] for name in opened.matrices if (fits := matching(name, wanted))}
-            chosen = choose_types(
+            choice = choose_types(
                 folder, transcripts, bits=bits, types=settled, importance=imatrix.means(), progress=progress
             )
+    chosen = choice.options
     most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
     pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]
     kept = {name: values for name, values in imatrix.sums.items() if name in chosen and chosen[name].weighed}
@@ -89,7 +90,7 @@ def quantize_calibrated(
         overrides=pinned,
         force=force,
         calibration=calibration,
-        settings=describe_choice(chosen) | ({"target_bits_per_weight": bits} if bits else {}),
+        settings=choice.describe() | ({"target_bits_per_weight": bits} if bits else {}),
         name=f"auto:{bits:g}bpw" if bits else None,
     )
 

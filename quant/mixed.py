@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.errors import InputError
 from gramlite.ggml_types import GGML_TYPES
 
-from .allocate import Option, allocate
+from .allocate import Option, allocate, unseen_changes
 from .calibration import Transcript
 from .decoder import read_tensor
 from .ggml import NEED_IMPORTANCE, TYPE_NUMBERS, rounded
@@ -42,6 +43,26 @@ Progress = Callable[[str, int, int], None]
 Way = tuple[str, Floats | None]  # a type, and the importance it is written with
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """An option for each matrix by its GGUF name, and the change of each transcript's margin that such a choice makes
+    when it is made without that transcript."""
+
+    options: dict[str, Option]
+    unseen: Doubles
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of it: the margin error expected to first order, and each matrix's share."""
+        return {
+            "expected_margin_error": round(float(np.abs(self.unseen).mean()), 4),
+            "margin_change_rms": {
+                name: round(float(np.sqrt(np.square(option.changes).mean())), 5)
+                for name, option in self.options.items()
+            },
+            "written_with_imatrix": sorted(name for name, option in self.options.items() if option.weighed),
+        }
+
+
 def target_bits(text: str) -> float | None:
     """The bits per weight of `auto:4.5bpw`, None for any other type's name."""
     match = AUTO.fullmatch(text)
@@ -57,7 +78,7 @@ def choose_types(
     importance: Mapping[str, Floats] | None = None,
     device: str = "cpu",
     progress: Progress = lambda stage, done, total: None,
-) -> dict[str, Option]:
+) -> Choice:
     """The type of every matrix, by its GGUF name, for a file of at most `bits` per weight.
 
     Vectors stay F32 and count, and so do matrices whose types are settled by `types`. Where `importance` has a matrix,
@@ -69,7 +90,7 @@ def choose_types(
     vectors = sum(4 * math.prod(shape) for shape in shapes if len(shape) == 1)
     budget = int(bits * sum(map(math.prod, shapes)) / 8) - vectors
     options = measure(checkpoint, transcripts, types=types, importance=importance, device=device, progress=progress)
-    return allocate(options, budget)
+    return Choice(allocate(options, budget), unseen_changes(options, budget))
 
 
 def choose_weighed(
@@ -80,24 +101,26 @@ def choose_weighed(
     importance: Mapping[str, Floats],
     device: str = "cpu",
     progress: Progress = lambda stage, done, total: None,
-) -> dict[str, Option]:
+) -> Choice:
     """For matrices of settled `types`, which are better written with the importance matrix and which without."""
     options = measure(
         open_checkpoint(folder), transcripts, types=types, importance=importance, device=device, progress=progress
     )
-    return allocate(options, sum(max(option.bytes for option in listed) for listed in options.values()))
+    return settle(options)
 
 
-def describe_choice(chosen: Mapping[str, Option]) -> dict[str, Any]:
-    """What a manifest says of a choice: the margin error expected to first order, and each matrix's share."""
-    together = np.sum([option.changes for option in chosen.values()], axis=0)
-    return {
-        "expected_margin_error": round(float(np.abs(together).mean()), 4),
-        "margin_change_rms": {
-            name: round(float(np.sqrt(np.square(option.changes).mean())), 5) for name, option in chosen.items()
-        },
-        "written_with_imatrix": sorted(name for name, option in chosen.items() if option.weighed),
-    }
+def settle(options: Mapping[str, Sequence[Option]]) -> Choice:
+    """The choice between plain and weighed, unless on transcripts it has not seen it does worse than none.
+
+    Each matrix's first option is the plain one where it has one.
+    """
+    room = sum(max(option.bytes for option in listed) for listed in options.values())
+    unseen = unseen_changes(options, room)
+    plain = {name: listed[0] for name, listed in options.items()}
+    together = np.sum([option.changes for option in plain.values()], axis=0)
+    if np.square(unseen).sum() >= np.square(together).sum():
+        return Choice(plain, together)
+    return Choice(allocate(options, room), unseen)
 
 
 def measure(
