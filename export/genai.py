@@ -78,19 +78,18 @@ def run(command: list[str], advance: Advance, size: int) -> None:
     """Run the builder to its end, following what it prints; ended with us, whatever happens."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     words: deque[str] = deque(maxlen=60)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors="replace"
-    )
-    try:
-        assert process.stdout
-        for line in process.stdout:
-            words.append(line.rstrip())
-            if match := LAYER.match(line):
-                advance(f"layer {match[1]}", size)
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                words.append(line.rstrip())
+                if match := LAYER.match(line):
+                    advance(f"layer {match[1]}", size)
+            code = process.wait()
+        finally:
+            process.kill()
     if code:
         said = [word for word in words if word.strip()]
         text = " ".join(said[-1:])[-400:]
