@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,22 @@ def calibrate(
             f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
             "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
         )
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"A calibration needs the package {missing[0]!r}. Type: pip install 'gramlite[gptq]'")
     return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
 
 
-def measure_importance(source: Path, opened: Source, transcripts: Sequence[Transcript], name: str) -> ImportanceMatrix:
+def measure_importance(
+    source: Path, opened: Source, transcripts: Sequence[Transcript], name: str, *, device: str = "cpu"
+) -> ImportanceMatrix:
     """The importance matrix of a checkpoint over transcripts, with a progress bar."""
     with layer_bar() as progress:
         return collect_importance(
             source,
             transcripts,
             dataset=name,
+            device=device,
             after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
         )
 
@@ -56,6 +63,7 @@ def quantize_calibrated(
     imatrix: ImportanceMatrix,
     overrides: Sequence[tuple[str, str]] = (),
     calibration: dict[str, Any] | None = None,
+    device: str = "cpu",
     force: bool = False,
 ) -> Manifest:
     """Quantize a checkpoint `folder` that is open as `opened` so that its verdicts' margins over transcripts change least.
@@ -71,12 +79,20 @@ def quantize_calibrated(
     with layer_bar() as progress:
         if bits is None:
             types = plain_types(opened, file_type(kind), overrides, imatrix)
-            choice = choose_weighed(folder, transcripts, types=types, importance=imatrix.means(), progress=progress)
+            choice = choose_weighed(
+                folder, transcripts, types=types, importance=imatrix.means(), device=device, progress=progress
+            )
         else:
             wanted = check_overrides(opened, "Q4_0", overrides)
             settled = {name: fits[0] for name in opened.matrices if (fits := matching(name, wanted))}
             choice = choose_types(
-                folder, transcripts, bits=bits, types=settled, importance=imatrix.means(), progress=progress
+                folder,
+                transcripts,
+                bits=bits,
+                types=settled,
+                importance=imatrix.means(),
+                device=device,
+                progress=progress,
             )
     chosen = choice.options
     most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]

@@ -30,6 +30,7 @@ from gramlite.storage import sha256_file
 from .calibration import DEFAULT_TOKENS
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, matrix_sha256, read_imatrix, write_imatrix
+from .memory import pick_device
 from .mixed import target_bits
 from .report import Progress, layer_bar
 from .source import EXACT, Source, open_source
@@ -246,6 +247,7 @@ def parse_override(text: str) -> tuple[str, str]:
 @click.option("--output-type", metavar="TYPE", help="Another type for the head, which may be the embedding.")
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
+@click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the source.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -260,7 +262,9 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
             transcripts, described = calibrate(
                 source, opened, options["calibration"], tokens=options["tokens"], seed=options["seed"]
             )
-            matrix = matrix or measure_importance(source, opened, transcripts, options["calibration"].name)
+            device = pick_device(options["device"])
+            name = options["calibration"].name
+            matrix = matrix or measure_importance(source, opened, transcripts, name, device=device)
             if options["save_imatrix"]:
                 write_imatrix(options["save_imatrix"], matrix, force=options["force"])
             manifest = quantize_calibrated(
@@ -272,6 +276,7 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
                 imatrix=matrix,
                 overrides=overrides,
                 calibration=described,
+                device=device,
                 force=options["force"],
             )
         elif target_bits(kind):
