@@ -61,7 +61,7 @@ def make_bnb(kind: str) -> Callable[[Path, Path], Any]:
     return make
 
 
-def make_gptq(checkpoint: Path, output: Path) -> None:
+def make_gptq(checkpoint: Path, output: Path, *, bits: int = 8, symmetric: bool = True) -> None:
     """Rounded to nearest: without calibration it is no good quantization, and a correct file."""
     from gramlite.export.checkpoint import open_checkpoint
     from gramlite.quant.decoder import read_tensor
@@ -69,7 +69,7 @@ def make_gptq(checkpoint: Path, output: Path) -> None:
     from gramlite.quant.gptq_folder import GptqWriter
     from gramlite.quant.solve import GptqSettings, round_to_nearest
 
-    source, settings = open_checkpoint(checkpoint), GptqSettings(bits=8, group_size=32)
+    source, settings = open_checkpoint(checkpoint), GptqSettings(bits=bits, group_size=32, symmetric=symmetric)
     output.mkdir()
     writer, names = GptqWriter(output), linear_names(source)
     for name in source.tensors:

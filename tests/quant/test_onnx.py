@@ -33,9 +33,10 @@ from gramlite.onnx_graph import parse
 
 from ..backends.conftest import logits_of
 from ..export.conftest import checkpoint_of  # noqa: F401
+from ..test_contract import make_gptq
 from .test_pack import quantize
 
-CPU = RuntimeOptions(device="cpu")
+CPU = RuntimeOptions(device="cpu", threads=1)  # tiny models gain nothing from more
 
 
 def tokens(count: int) -> list[int]:
@@ -140,3 +141,14 @@ def test_what_the_operator_cannot_hold_is_refused_before_anything_is_built(
     with pytest.raises(ModelError, match="3-bit codes"):
         pack_onnx(gptq, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_all_layers_of_the_reference_judge(symmetric: bool, tmp_path: Path) -> None:
+    """Rounded without calibration, which is all that packing needs."""
+    from gramlite.reference import build_checkpoint
+
+    make_gptq(build_checkpoint(tmp_path / "reference"), tmp_path / "gptq", bits=4, symmetric=symmetric)
+    pack_onnx(tmp_path / "gptq", tmp_path / "packed")
+    assert assert_same_weights(tmp_path / "gptq", tmp_path / "packed") == 210
