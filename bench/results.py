@@ -243,8 +243,8 @@ def accuracy_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> st
     power = ""
     if seen:
         least, most = percent(min(seen)), percent(max(seen))
-        span = least if least == most else f"{least} to {most}"
-        power = f" A true difference of {span} points, the more the more verdicts change, would be found four times in five."
+        span = least if least == most else f"{least} (where few verdicts change) to {most}"
+        power = f" True differences of {span} points would be found four times in five."
     if found:
         return f"Accuracy differs significantly from {swept.base.name}'s, corrected for the number of types: {', '.join(found)}.{power}"
     return (
