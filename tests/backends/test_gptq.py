@@ -26,7 +26,7 @@ from gramlite.loading import open_artifact
 from ..quant.test_pack import quantize
 from .conftest import logits_of
 
-CPU = RuntimeOptions(device="cpu")
+CPU = RuntimeOptions(device="cpu", threads=1)  # tiny models gain nothing from more
 
 
 @pytest.fixture(scope="module")

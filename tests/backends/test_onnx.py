@@ -30,7 +30,7 @@ from gramlite.onnx_graph import read_graph
 from ..export.conftest import write_tokenizer
 from .conftest import logits_of
 
-CPU = RuntimeOptions(device="cpu")
+CPU = RuntimeOptions(device="cpu", threads=1)  # tiny models gain nothing from more
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from gramlite.loading import open_artifact as find_artifact
 
 from ..backends.conftest import logits_of
 
-CPU = RuntimeOptions(device="cpu")
+CPU = RuntimeOptions(device="cpu", threads=1)  # tiny models gain nothing from more
 
 
 def tokens(count: int, seed: int = 1) -> list[int]:
