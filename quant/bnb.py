@@ -46,12 +46,15 @@ def quantize_bnb(
     missing = [name for name in ("bitsandbytes", "accelerate", "torch", "transformers") if find_spec(name) is None]
     if missing:
         raise InputError(f"bitsandbytes folders need the package {missing[0]!r}. Type: pip install 'gramlite[bnb]'")
+    from gramlite.backends.hf import quiet
+
     checkpoint = open_checkpoint(source)
     need_bytes = sum(file.stat().st_size for file in checkpoint.files)
     with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
         folder.mkdir()
         model = load_quantized(source, type)
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         for name in CARRIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
