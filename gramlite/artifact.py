@@ -115,3 +115,17 @@ def verify_files(artifact_path: Path, manifest: Manifest) -> None:
                 f"{path} does not have the sha256 its manifest lists. Export or download it again, "
                 f"or delete {manifest_path(artifact_path)} if you changed the file on purpose."
             )
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a single-file artifact is there whole, by the sha256 in its manifest."""
+    if not path.is_file() or not manifest_path(path).is_file():
+        return False
+    try:
+        manifest = read_manifest(path)
+        if manifest is None or path.name not in manifest.files:
+            return False
+        verify_files(path, manifest)
+    except ModelError:
+        return False
+    return True

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .artifact import Manifest, hash_files, manifest_path, read_manifest, verify_files, write_manifest
-from .errors import InputError, ModelError, ResourceError
+from .artifact import Manifest, hash_files, is_intact, write_manifest
+from .errors import InputError, ResourceError
 from .gguf_header import Header, read_header
 from .reference_weights import (
     ADAPTER_SHA256,
@@ -128,12 +128,12 @@ def cached_gguf() -> Path:
     from filelock import FileLock
 
     destination = cache_folder() / "reference" / f"gramlite-reference-{_inputs_sha256()[:12]}.q8_0.gguf"
-    if _is_intact(destination):
+    if is_intact(destination):
         return destination
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(destination.with_name(destination.name + ".lock")):
-            if _is_intact(destination):
+            if is_intact(destination):
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
@@ -243,16 +243,3 @@ def _inputs_sha256() -> str:
     chat_template = sha256_file(DATA / "hf" / "chat_template.jinja")
     inputs = [str(RECIPE), BASE_SHA256, ADAPTER_SHA256, packaged_template().sha256, chat_template]
     return hashlib.sha256("\n".join(inputs).encode("ascii")).hexdigest()
-
-
-def _is_intact(path: Path) -> bool:
-    if not path.is_file() or not manifest_path(path).is_file():
-        return False
-    try:
-        manifest = read_manifest(path)
-        if manifest is None or path.name not in manifest.files:
-            return False
-        verify_files(path, manifest)
-    except ModelError:
-        return False
-    return True

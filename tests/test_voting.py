@@ -121,7 +121,7 @@ def test_stages_begin_with_the_least_that_can_settle() -> None:
     assert stages(8, None) == [range(5), range(5, 8)]
     assert stages(1, None) == [range(1)]
     assert stages(64, 0.95)[0] == range(8) and stages(64, 0.95)[-1].stop == 64
-    assert all(refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95) for _ in [0])
+    assert refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95)
 
 
 def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:

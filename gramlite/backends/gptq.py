@@ -13,8 +13,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..artifact import Artifact, manifest_path, read_manifest, verify_files
-from ..errors import InputError, ModelError, ResourceError
+from ..artifact import Artifact, is_intact
+from ..errors import ModelError, ResourceError
 from ..storage import cache_folder, remove_path
 from . import Backend, RuntimeOptions, gguf
 
@@ -107,17 +107,3 @@ def packed(folder: Path) -> Path:
             f"gramlite pack {folder} --to gguf -o judge.gguf"
         ) from error
     return destination
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a packed file is there whole, by the sha256 in its manifest."""
-    if not path.is_file() or not manifest_path(path).is_file():
-        return False
-    try:
-        manifest = read_manifest(path)
-        if manifest is None or path.name not in manifest.files:
-            return False
-        verify_files(path, manifest)
-    except (ModelError, InputError):
-        return False
-    return True
