@@ -89,7 +89,7 @@ def context_size(layout: Layout, context: int) -> ContextSize:
 
 
 def plan_offload(
-    header: Header, options: RuntimeOptions, machine: Machine, *, adapter: Header | None = None
+    header: Header, options: RuntimeOptions, machine: Machine, *, adapters: Sequence[Header] = ()
 ) -> Offload:
     """Choose the device, the layers and the context for a model.
 
@@ -102,14 +102,14 @@ def plan_offload(
             f"--context {options.context:,} is more than the {trained:,} tokens the model was trained for."
         )
     if options.device == "cpu":
-        return _on_cpu(header, options, machine, adapter)
+        return _on_cpu(header, options, machine, adapters)
     refusal = None if machine.gpus else machine.no_gpu_reason
     if refusal is None:
         gpu = max(machine.gpus, key=lambda device: device.free)
         context = options.context or min(DEFAULT_CONTEXT, trained)
         usable = int(gpu.free * (1 - GPU_MARGIN))
         layout = choose_layout(options)
-        layers = layers_that_fit(header, context_size(layout, context), usable, adapter=adapter)
+        layers = layers_that_fit(header, context_size(layout, context), usable, adapters=adapters)
         if layers:
             return _on_gpu(header, gpu, layers, context, layout)
         refusal = f"not one layer fits the {gpu.free / MiB:,.0f} MiB free on {gpu.name}"
@@ -119,7 +119,7 @@ def plan_offload(
         )
     level = logging.WARNING if machine.gpus else logging.INFO
     logger.log(level, "Running on the CPU: %s.", refusal)
-    return _on_cpu(header, options, machine, adapter)
+    return _on_cpu(header, options, machine, adapters)
 
 
 def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int, layout: Layout) -> Offload:
@@ -130,12 +130,12 @@ def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int, layout: Layout)
     return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", layout, gpu.index)
 
 
-def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapter: Header | None = None) -> int:
+def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapters: Sequence[Header] = ()) -> int:
     """How many layers fit `free` bytes with their KV cache, beside the compute buffers.
 
     llama.cpp offloads from the last block backwards; with all of them the output head follows, one layer more.
     """
-    needed = predict(header, context, adapter=adapter)
+    needed = predict(header, context, adapters=adapters)
     if needed.total <= free:
         return hyperparameters(header).blocks + 1
     blocks, _ = block_bytes(header)
@@ -149,18 +149,18 @@ def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapter:
     return layers
 
 
-def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapter: Header | None) -> Offload:
+def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapters: Sequence[Header]) -> Offload:
     context = options.context or min(DEFAULT_CONTEXT, hyperparameters(header).context)
     layout = choose_layout(options)
     size = context_size(layout, context)
     if options.context is None:
-        needed = predict(header, size, adapter=adapter).total
-        fitting = largest_context(header, size, free_bytes=machine.free_memory, adapter=adapter)
+        needed = predict(header, size, adapters=adapters).total
+        fitting = largest_context(header, size, free_bytes=machine.free_memory, adapters=adapters)
         if needed > machine.free_memory and fitting >= LEAST_CONTEXT:
             told = (context, needed / MiB, machine.free_memory / MiB, fitting)
             logger.warning("A context of %d tokens needs %.0f MiB and %.0f are free; using %d.", *told)
             return Offload(0, fitting, "cpu", layout)
-    require_fit(header, size, free_bytes=machine.free_memory, adapter=adapter)
+    require_fit(header, size, free_bytes=machine.free_memory, adapters=adapters)
     return Offload(0, context, "cpu", layout)
 
 

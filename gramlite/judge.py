@@ -5,79 +5,32 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from .backends import Backend, Request
+from .backends import Backend, Request, TakesAdapters
+from .conclusion import conclude, conclude_order, mean_log_odds, winner_of
 from .confidence import Calibration
-from .decoding import Decoder, Generation, Mode, Sampling, choice_tokens, describe, softmax_first
-from .delimiters import Policy
+from .decoding import Decoder, Generation, choice_tokens, describe, softmax_first
 from .errors import GramliteError, InputError, ModelError
 from .pair import Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
+from .settings import Settings
+from .storage import sha256_cached
 from .template import Template, presented, screen
+from .turn import Turn
 from .voting import settled, stages
 
 if TYPE_CHECKING:
     from .ranking import KnownComparisons, Ranking
 
+__all__ = ["Judge", "Listener", "Settings", "mean_log_odds", "winner_of"]
+
 Listener = Callable[[Order, str], None]
-SAMPLED_TEMPERATURE = 0.75  # what GRAM-R² is published with when it votes
-DECIMALS = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a verdict depends on besides the model and the template.
-
-    `mode` "think" writes a rationale first, "direct" answers in one forward pass; `orders` "both" judges a pair as
-    given and swapped; `votes` rationales are sampled for each order; `temperature` None means greedy for one vote and
-    0.75 for several; `budget` is the most tokens a rationale may take; `delimiters` says what happens to section
-    delimiters inside the text being judged. With `early_stop` votes that cannot change the verdict any more are not
-    taken, with `confidence` neither are those that a sequential test at that level can do without.
-    Raises InputError for a combination that makes no sense.
-    """
-
-    mode: Mode = "think"
-    orders: Literal["both", "ab"] = "both"
-    votes: int = 1
-    temperature: float | None = None
-    budget: int = 1024
-    seed: int = 0
-    delimiters: Policy = "neutralize"
-    early_stop: bool = True
-    confidence: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.votes < 1 or self.budget < 1:
-            raise InputError("--votes and --budget must be at least 1.")
-        if self.temperature is not None and not 0 <= self.temperature <= 10:
-            raise InputError("--temperature must lie between 0 and 10.")
-        if self.votes > 1 and self.mode == "direct":
-            raise InputError("--votes samples rationales, and direct mode writes none. Drop one of them.")
-        if self.votes > 1 and self.temperature == 0:
-            raise InputError("several votes at temperature 0 are all the same. Drop --votes or raise --temperature.")
-
-        if self.confidence is not None and not (self.votes > 1 and self.early_stop and 0.5 <= self.confidence < 1):
-            raise InputError(
-                "--confidence lies between 0.5 and 1 and stops votes early: give --votes, not --all-votes."
-            )
-
-    @property
-    def presented_orders(self) -> tuple[Order, ...]:
-        return ("ab", "ba") if self.orders == "both" else ("ab",)
-
-    def sampling(self, seed: int = 0) -> Sampling:
-        temperature = self.temperature
-        if temperature is None:
-            temperature = SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
-        return Sampling(mode=self.mode, budget=self.budget, temperature=temperature, seed=seed)
 
 
 @dataclass
@@ -108,7 +61,14 @@ class Judge:
     """
 
     def __init__(
-        self, backend: Backend, template: Template, scaffold: Scaffold, settings: Settings, model: Mapping[str, Any]
+        self,
+        backend: Backend,
+        template: Template,
+        scaffold: Scaffold,
+        settings: Settings,
+        model: Mapping[str, Any],
+        *,
+        adapter: str | None = None,
     ) -> None:
         if settings.mode == "think" and not template.form.thinks:
             settings = replace(settings, mode="direct")  # a verdict-only judge has nothing to think with
@@ -117,7 +77,9 @@ class Judge:
         self.scaffold = scaffold
         self.settings = settings
         self.model = dict(model)
-        self._turn = _Turn()
+        self.adapter = adapter
+        self._turn = Turn()
+        self._loaded = {adapter: self.model.get("adapter")}  # sha256 of the adapters as the open model has them
         self._grouped = False
         self.calibration: Calibration | None = None
         try:
@@ -128,8 +90,9 @@ class Judge:
 
     def with_settings(self, **changes: Any) -> Judge:
         """A judge on the same open model with some settings changed."""
-        other = Judge(self.backend, self.template, self.scaffold, replace(self.settings, **changes), self.model)
-        other._turn = self._turn
+        settings = replace(self.settings, **changes)
+        other = Judge(self.backend, self.template, self.scaffold, settings, self.model, adapter=self.adapter)
+        other._turn, other._loaded = self._turn, self._loaded
         if self.calibration and self.calibration.belongs_to(other.model, other.settings_record):
             other.calibration = self.calibration
         return other
@@ -146,6 +109,37 @@ class Judge:
         other = self.with_settings()
         other.calibration = calibration
         return other
+
+    def with_adapter(self, adapter: str | Path | None) -> Judge:
+        """A judge on the same open model with a LoRA adapter in GGUF form, or with none.
+
+        Adapters stay loaded, so that judges with different ones may take turns. A calibration is not carried over.
+        Raises ModelError for an adapter that does not fit the model or whose file changed since it was loaded,
+        InputError where the model's format takes none, ResourceError when memory does not hold it.
+        """
+        other = self.with_settings()
+        other.calibration = None
+        other.adapter = str(adapter) if adapter else None
+        if adapter and not Path(adapter).is_file():
+            raise InputError(f"There is no adapter at {adapter}. Give the path of a GGUF adapter.")
+        sha256 = sha256_cached(Path(adapter)) if adapter else None
+        other.model = {key: value for key, value in self.model.items() if key != "adapter"}
+        if sha256:
+            other.model["adapter"] = sha256
+        with self._turn:
+            if self._loaded.get(other.adapter, sha256) != sha256:
+                raise ModelError(f"{adapter} changed since it was loaded. Give the new adapter a name of its own.")
+            other._take_model()
+            self._loaded[other.adapter] = sha256
+        return other
+
+    def _take_model(self) -> None:
+        """Make the open model this judge's own: another judge may have left its adapter in it."""
+        if isinstance(self.backend, TakesAdapters):
+            self.backend.use_adapter(self.adapter)
+        elif self.adapter:
+            name = self.model.get("name")
+            raise InputError(f"{name} ({self.model.get('format')}) takes no adapter while it is open; GGUF models do.")
 
     def grouped(self) -> Judge:
         """A judge on the same open model for pairs sorted by question and response_a: what neighbours share is kept."""
@@ -203,6 +197,7 @@ class Judge:
         pair is read only once all before it have been yielded, as an interactive pipe needs.
         """
         with self._turn:
+            self._take_model()
             if lookahead:
                 yield from self._run(pairs, strict, on_text)
             else:
@@ -382,41 +377,16 @@ class Judge:
         failures = [generation.reason for generation in opened.done.values() if generation.margin is None]
         if failures:
             return self._verdict(opened.pair, reason=f"{failures[0]} ({self.model.get('name')})", flags=opened.flags)
-        orders = tuple(self._conclude_order(opened, order) for order in self.settings.presented_orders)
-        margin = mean_log_odds([order.margin for order in orders if order.margin is not None])
-        consistent = len({order.verdict for order in orders}) == 1 if len(orders) > 1 else None
-        return self._verdict(
-            opened.pair,
-            winner=winner_of(margin),
-            p_a=round(softmax_first(margin), DECIMALS),
-            margin=round(margin, DECIMALS),
-            consistent=consistent,
-            flags=opened.flags,
-            orders=orders,
+        orders = tuple(
+            conclude_order(
+                order,
+                [opened.done[key] for key in sorted(opened.done) if key[0] == order],
+                prompt_tokens=len(opened.prompts[order].tokens),
+                calibration=self.calibration,
+            )
+            for order in self.settings.presented_orders
         )
-
-    def _conclude_order(self, opened: _Open, order: Order) -> OrderVerdict:
-        generations = [opened.done[key] for key in sorted(opened.done) if key[0] == order]
-        sign = 1 if order == "ab" else -1
-        margins = [sign * generation.margin for generation in generations if generation.margin is not None]
-        margin = mean_log_odds(margins)
-        if self.calibration:
-            margin = self.calibration.apply(margin, order)
-        winners = [winner_of(vote) for vote in margins]
-        return OrderVerdict(
-            order=order,
-            verdict=winner_of(margin),
-            p_a=round(softmax_first(margin), DECIMALS),
-            margin=round(margin, DECIMALS),
-            rationale=generations[0].thinking,
-            forced=any(generation.forced for generation in generations),
-            votes={side: winners.count(side) for side in ("A", "B")},
-            tokens={
-                "prompt": len(opened.prompts[order].tokens),  # without the scaffold that opens the answer
-                "cached": max(generation.cached for generation in generations),
-                "generated": sum(generation.generated for generation in generations),
-            },
-        )
+        return self._verdict(opened.pair, flags=opened.flags, orders=orders, **conclude(orders))
 
     def _verdict(
         self,
@@ -434,36 +404,3 @@ class Judge:
             id=pair.id, winner=winner, p_a=p_a, margin=margin, consistent=consistent, reason=reason, flags=flags,
             orders=orders, model=self.model, settings=self.settings_hash,
         )  # fmt: skip
-
-
-class _Turn:
-    """One caller at a time; a caller that already has its turn is told so instead of waiting for itself."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise GramliteError(
-                "This judge is in the middle of .many() in this thread. Finish or close that iterator first."
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *exception: object) -> None:
-        self._owner = None
-        self._lock.release()
-
-
-def mean_log_odds(margins: list[float]) -> float:
-    """The log-odds in nats of the mean probability, exact also where a probability rounds to 0 or 1."""
-    array = np.asarray(margins, dtype=np.float64)
-    if len(array) == 1:
-        return float(array[0])
-    return float(np.logaddexp.reduce(-np.logaddexp(0, -array)) - np.logaddexp.reduce(-np.logaddexp(0, array)))
-
-
-def winner_of(margin: float) -> Winner:
-    """The side of even odds."""
-    return "tie" if margin == 0 else "A" if margin > 0 else "B"

@@ -76,7 +76,8 @@ def _judge(
         bos=str(metadata.get("bos") or ""),
         eos=str(metadata.get("eos") or ""),
     )
-    return Judge(backend, chosen, scaffold, settings, describe_model(artifact, metadata, runtime.adapter))
+    model = describe_model(artifact, metadata, runtime)
+    return Judge(backend, chosen, scaffold, settings, model, adapter=runtime.adapter)
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -115,7 +116,7 @@ def detect_format(path: Path, manifest: Manifest | None) -> str:
     raise ModelError(f"The folder {path} is no model: it holds neither config.json nor genai_config.json.")
 
 
-def describe_model(artifact: Artifact, metadata: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
+def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: RuntimeOptions) -> dict[str, Any]:
     """The `model` object of a judged row."""
     quantization = artifact.manifest.quantization if artifact.manifest else None
     described = {
@@ -124,7 +125,8 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], adapter: str
         "quantization": quantization or metadata.get("quantization"),
         "sha256": artifact_sha256(artifact.path),
     }
-    return described | ({"adapter": sha256_cached(Path(adapter))} if adapter else {})
+    files = {"companion": runtime.companion, "adapter": runtime.adapter}
+    return described | {key: sha256_cached(Path(path)) for key, path in files.items() if path}
 
 
 def artifact_sha256(path: Path) -> str:

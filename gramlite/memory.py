@@ -11,6 +11,7 @@ the same graph; it was not measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .errors import ResourceError
@@ -40,7 +41,7 @@ class ContextSize:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that a loaded model will take; `weights` includes the tokenizer's tables, and an adapter's weights."""
+    """Bytes that a loaded model will take; `weights` includes the tokenizer's tables, and the adapters' weights."""
 
     weights: int
     kv_cache: int
@@ -51,12 +52,11 @@ class Prediction:
         return self.weights + self.kv_cache + self.compute
 
 
-def predict(header: Header, context: ContextSize, *, adapter: Header | None = None) -> Prediction:
-    """The memory, in bytes, of a model with one context and at most one LoRA adapter."""
+def predict(header: Header, context: ContextSize, *, adapters: Sequence[Header] = ()) -> Prediction:
+    """The memory, in bytes, of a model with one context and its LoRA adapters."""
     blocks, rest = block_bytes(header)
     weights = sum(blocks) + rest + _tokenizer_bytes(header)
-    if adapter is not None:
-        weights += sum(tensor.bytes for tensor in adapter.tensors)
+    weights += sum(tensor.bytes for adapter in adapters for tensor in adapter.tensors)
     return Prediction(weights, kv_cache_bytes(header, context.cells), compute_bytes(header, context))
 
 
@@ -111,7 +111,7 @@ def compute_bytes(header: Header, context: ContextSize) -> int:
     return graph + output + work + GRAPH_BYTES
 
 
-def largest_context(header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None) -> int:
+def largest_context(header: Header, context: ContextSize, *, free_bytes: int, adapters: Sequence[Header] = ()) -> int:
     """The most cells that fit in `free_bytes` with the other settings of `context`; 0 where not even 256 do.
 
     At most what each sequence can use of the model's training context.
@@ -119,22 +119,24 @@ def largest_context(header: Header, context: ContextSize, *, free_bytes: int, ad
     low, high = 0, hyperparameters(header).context * context.sequences // CELL_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if predict(header, replace(context, cells=middle * CELL_STEP), adapter=adapter).total <= free_bytes:
+        if predict(header, replace(context, cells=middle * CELL_STEP), adapters=adapters).total <= free_bytes:
             low = middle
         else:
             high = middle - 1
     return low * CELL_STEP
 
 
-def require_fit(header: Header, context: ContextSize, *, free_bytes: int, adapter: Header | None = None) -> Prediction:
+def require_fit(
+    header: Header, context: ContextSize, *, free_bytes: int, adapters: Sequence[Header] = ()
+) -> Prediction:
     """The prediction, where it fits in `free_bytes`.
 
     Raises ResourceError with the needed and the free bytes and the largest context that would fit.
     """
-    prediction = predict(header, context, adapter=adapter)
+    prediction = predict(header, context, adapters=adapters)
     if prediction.total <= free_bytes:
         return prediction
-    cells = largest_context(header, context, free_bytes=free_bytes, adapter=adapter)
+    cells = largest_context(header, context, free_bytes=free_bytes, adapters=adapters)
     if cells:
         advice = f"The largest context that fits is {cells:,}: add --context {cells}, or free some memory."
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..artifact import Artifact
 from ..decoding import Decoder, Generation
@@ -36,8 +36,9 @@ class RuntimeOptions:
     """How an artifact is opened.
 
     `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
-    short); `parallel` the most sequences decoded together; `adapter` a LoRA file; `deterministic` keeps to one
-    sequence at a time so that the same input gives the same bits.
+    short); `parallel` the most sequences decoded together; `adapter` a LoRA file, `companion` another one that belongs
+    to the artifact and is always applied, too; `deterministic` keeps to one sequence at a time so that the same input
+    gives the same bits.
     """
 
     device: Device = "auto"
@@ -45,6 +46,7 @@ class RuntimeOptions:
     context: int | None = None
     parallel: int = 1
     adapter: str | None = None
+    companion: str | None = None
     deterministic: bool = False
 
 
@@ -82,6 +84,15 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """A backend that changes its adapter while it is open."""
+
+    def use_adapter(self, path: str | None) -> None:
+        """Judge with a LoRA adapter, or with none, from the next request on; not while `generate` runs."""
+        ...
 
 
 def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:

@@ -29,7 +29,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
 
     Raises ModelError for a folder that is refused or cannot be packed, ResourceError when it does not fit.
     """
-    if options.device != "cpu" and not options.adapter:
+    if options.device != "cpu" and not (options.adapter or options.companion):
         reason = no_cuda_reason()
         if reason is None:
             try:

@@ -53,7 +53,7 @@ def check_llama_cpp() -> Finding:
 
 def check_cuda() -> Finding:
     try:
-        from ..backends.gguf import machine
+        from ..backends.gguf_library import machine
     except (ImportError, OSError, RuntimeError) as error:
         return Finding("CUDA for gguf", False, f"the gguf backend does not load: {error}")
     found = machine()

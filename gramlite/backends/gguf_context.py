@@ -1,0 +1,183 @@
+"""A model loaded by llama.cpp with one context: batches of tokens for its sequences, and their logits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ..decoding import Logits
+from ..device import Offload, thread_count
+from ..errors import GramliteError, ModelError, ResourceError
+from .gguf_library import forget_words, last_words, start_library
+
+NO_ROOM = 1  # llama_decode's return values
+ABORTED = 2
+
+Saved = npt.NDArray[np.uint8]
+
+
+class LlamaContext:
+    """The model at `path` as planned; every sequence lies in one unified KV cache.
+
+    A batch is filled with `add`, whose tokens give no logits unless `want` asks for them, and computed by `decode`.
+    Raises ModelError for a file that llama.cpp refuses, ResourceError where its context does not fit.
+    """
+
+    def __init__(self, path: Path, plan: Offload, *, threads: int | None) -> None:
+        start_library()
+        forget_words()
+        self.model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._size = plan.context
+        try:
+            self._load(path, plan)
+            self._make(plan, threads)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, path: Path, plan: Offload) -> None:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = plan.gpu_layers
+        params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+        params.main_gpu = plan.main_gpu
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+        self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
+
+    def _make(self, plan: Offload, threads: int | None) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = plan.context
+        params.n_batch = params.n_ubatch = plan.layout.micro_batch
+        params.n_seq_max = plan.layout.parallel + 1
+        params.n_outputs_max = plan.layout.outputs
+        params.n_threads = params.n_threads_batch = thread_count(threads)
+        params.kv_unified = True
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.offload_kqv = plan.gpu_layers > 0
+        params.no_perf = True
+        # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
+        self._abort_text = ctypes.create_string_buffer(2)
+        address = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value
+        self._abort_callback = llama_cpp.ggml_abort_callback(address)
+        params.abort_callback = self._abort_callback
+        params.abort_callback_data = ctypes.cast(self._abort_text, ctypes.c_void_p)
+        self._context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self._context:
+            raise ResourceError(
+                f"llama.cpp could not make a context of {plan.context:,} tokens: {last_words()}. "
+                "Try a smaller --context, or --device cpu."
+            )
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(plan.layout.micro_batch, 0, 2)
+
+    def begin(self) -> None:
+        """Start an empty batch."""
+        self._batch.n_tokens = 0
+
+    @property
+    def filled(self) -> int:
+        """How many tokens the batch holds."""
+        return int(self._batch.n_tokens)
+
+    def add(self, tokens: Sequence[int], sequences: Sequence[int], position: int) -> None:
+        """Add tokens that stand from `position` on in each of the sequences, at most two."""
+        batch = self._batch
+        base = batch.n_tokens
+        for offset, token in enumerate(tokens):
+            index = base + offset
+            batch.token[index] = token
+            batch.pos[index] = position + offset
+            batch.n_seq_id[index] = len(sequences)
+            for place, sequence in enumerate(sequences):
+                batch.seq_id[index][place] = sequence
+            batch.logits[index] = False
+        batch.n_tokens = base + len(tokens)
+
+    def want(self, index: int) -> None:
+        """Ask for the logits of one of the batch's tokens."""
+        self._batch.logits[index] = True
+
+    def decode(self) -> None:
+        """Compute the batch."""
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status == 0:
+            return
+        if status == ABORTED:
+            raise GramliteError("The judging was stopped.")
+        if status == NO_ROOM:
+            raise ResourceError(f"The KV cache of {self._size:,} tokens is full. Try a larger --context.")
+        raise GramliteError(f"llama.cpp failed ({status}): {last_words()}.")
+
+    def logits(self, index: int) -> Logits:
+        """The logits of a token that was wanted, shape (vocabulary,), valid until the next batch."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise GramliteError(f"llama.cpp gave no logits: {last_words()}.")
+        return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let a sequence share the first cells of another."""
+        if length:
+            llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Cut a sequence back to its first `length` tokens."""
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def save(self, sequence: int) -> Saved | None:
+        """A copy of a sequence's cells in main memory; None where llama.cpp gives none."""
+        size = int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
+        saved = np.empty(size, dtype=np.uint8)
+        pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return saved if size and llama_cpp.llama_state_seq_get_data(self._context, pointer, size, sequence) else None
+
+    def restore(self, sequence: int, saved: Saved) -> bool:
+        """Put a saved sequence back; False where llama.cpp does not take it."""
+        pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return bool(llama_cpp.llama_state_seq_set_data(self._context, pointer, saved.size, sequence))
+
+    def open_adapter(self, path: str) -> Any:
+        """Load a LoRA adapter, which is freed with the model; raises ModelError for one that llama.cpp refuses."""
+        forget_words()
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, path.encode())
+        if not adapter:
+            raise ModelError(f"llama.cpp could not load the adapter {path}: {last_words()}. Does it fit this model?")
+        return adapter
+
+    def set_adapters(self, adapters: Sequence[Any]) -> None:
+        """Compute with these adapters together from here on."""
+        count = len(adapters)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*adapters)
+        scales = (ctypes.c_float * count)(*([1.0] * count))
+        if llama_cpp.llama_set_adapters_lora(self._context, pointers, count, scales):
+            raise ModelError(f"llama.cpp could not apply {count} adapters: {last_words()}.")
+
+    def abort(self) -> None:
+        """Make a running or the next `decode` stop; safe to call from another thread."""
+        self._abort_text.value = b"x"
+
+    def go_on(self) -> None:
+        """Take an `abort` back."""
+        self._abort_text.value = b""
+
+    def close(self) -> None:
+        if self._batch:
+            llama_cpp.llama_batch_free(self._batch)
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)  # frees its adapters too
+        self._batch = self._context = self.model = None

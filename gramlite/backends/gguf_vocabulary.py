@@ -1,0 +1,49 @@
+"""llama.cpp's tokenizer of one model."""
+
+from __future__ import annotations
+
+import ctypes
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+import llama_cpp
+
+from ..errors import GramliteError
+
+SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+
+class LlamaVocabulary:
+    """The vocabulary of an open model; it ends with that model."""
+
+    def __init__(self, model: Any, *, normalize: bool) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._normalize = normalize
+        self._buffer = ctypes.create_string_buffer(1024)
+        self._pieces: dict[int, bytes] = {}
+        self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & SPECIAL]
+        self.special_tokens: Mapping[str, int] = {
+            llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"): token for token in special
+        }
+        ends = [token for token in special if llama_cpp.llama_vocab_is_eog(self._vocab, token)]
+        self.end_tokens = frozenset([*ends, int(llama_cpp.llama_vocab_eos(self._vocab))])
+
+    def encode(self, text: str) -> list[int]:
+        if self._normalize:
+            text = unicodedata.normalize("NFC", text)
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, False, False)
+        if count < 0:
+            raise GramliteError(f"llama.cpp could not tokenize a text of {len(data)} bytes.")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        known = self._pieces.get(token)
+        if known is None:
+            length = llama_cpp.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
+            known = self._pieces[token] = self._buffer.raw[: max(length, 0)]
+        return known
