@@ -10,7 +10,7 @@ from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 
 from gramlite.errors import InputError, ModelError
 
-from .calibration import Transcript
+from .batches import Batch, Shared
 
 if TYPE_CHECKING:
     import torch
@@ -42,20 +42,13 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.skeleton.model.layers)
 
-    def embed(self, transcripts: Sequence[Transcript]) -> list[torch.Tensor]:
-        """The hidden states [tokens, width] that enter the first layer; the table is dropped again."""
-        import torch
-
+    def embed(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """The hidden states [sequences, longest, width] that enter the first layer; the table is dropped again."""
         table = read_tensor(self.checkpoint, "model.embed_tokens.weight")
-        hidden = []
-        for transcript in transcripts:
-            ids = torch.tensor(transcript.ids)
-            if int(ids.max()) >= len(table):
-                raise InputError(
-                    f"Transcript {transcript.id} holds token {int(ids.max())}; the model has {len(table)}."
-                )
-            hidden.append(table[ids].to(device=self.device, dtype=self.dtype))
-        return hidden
+        largest = max(max(map(max, batch.sequences)) for batch in batches)
+        if largest >= len(table):
+            raise InputError(f"A calibration transcript holds token {largest}; the model has {len(table)}.")
+        return [batch.spread(table).to(device=self.device, dtype=self.dtype) for batch in batches]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
@@ -77,11 +70,39 @@ class Decoder:
         finally:
             layer.to("meta")
 
-    def positions(self, states: torch.Tensor) -> Any:
-        """The rotary embedding of a transcript's positions, for hidden states [1, tokens, width]."""
+    def attend(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> torch.Tensor:
+        """The input of a layer's `o_proj`, of states that enter the layer; the prefix has to come first."""
         import torch
 
-        return self.rotary(states, torch.arange(states.shape[1], device=states.device).unsqueeze(0))
+        places = torch.arange(batch.start, batch.start + states.shape[1], device=states.device)
+        cached = batch.is_prefix or batch.start
+        with _bare(layer.self_attn, "o_proj"):
+            mixed: torch.Tensor = layer.self_attn(
+                layer.input_layernorm(states),
+                position_embeddings=self.rotary(states, places.unsqueeze(0)),
+                attention_mask=shared.mask(batch, self.device),
+                past_key_values=shared if cached else None,
+            )[0]
+        return mixed
+
+    def gate(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """The input of a layer's `down_proj`, of states behind the attention."""
+        with _bare(layer.mlp, "down_proj"):
+            gated: torch.Tensor = layer.mlp(layer.post_attention_layernorm(states))
+        return gated
+
+
+@contextmanager
+def _bare(module: Any, last: str) -> Iterator[None]:
+    """Take a block's last linear out, so that the block gives that linear's input."""
+    import torch
+
+    linear = getattr(module, last)
+    setattr(module, last, torch.nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(module, last, linear)
 
 
 def layer_prefix(index: int) -> str:

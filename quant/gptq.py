@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, sha256_file
 
+from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
 from .decoder import STAGES, read_tensor
 from .gptq_folder import GptqWriter, open_gptq
@@ -32,7 +34,7 @@ from .linear import QuantizedLinear
 from .memory import PeakMemory, pick_device, predict_bytes
 from .report import LayerReport, Progress, QuantizationReport, layer_bar, print_report
 from .sensitivity import verdict_weights
-from .solve import GptqSettings, factorize, relative_error, round_to_nearest, solve
+from .solve import GptqSettings, factorize, output_energy, relative_error, round_to_nearest, solve
 from .stream import Stage, Weigh, stream_decoder
 
 
@@ -109,7 +111,7 @@ def quantize_gptq(
         layers=tuple(reports),
         seconds=time.monotonic() - started,
         peak_bytes=memory.peak,
-        predicted_bytes=predict_bytes(checkpoint.config, calibration["tokens"], device=device).total,
+        predicted_bytes=_predicted(checkpoint, transcripts, settings, device),
         size_bytes=sum(file.stat().st_size for file in output.iterdir()),
         bits_per_weight=bits,
     )
@@ -124,11 +126,12 @@ def quantize_stage(stage: Stage, settings: GptqSettings) -> list[tuple[str, Quan
     for name, module in stage.linears.items():
         weight, own = module.weight, settings.of(name)
         linear = solve(weight, factor, own)
+        energy = output_energy(weight, stage.moment)
         report = LayerReport(
             name=name,
             bits=linear.bits,
-            error=relative_error(weight, linear, stage.moment),
-            plain_error=relative_error(weight, round_to_nearest(weight, own), stage.moment),
+            error=relative_error(weight, linear, stage.moment, energy=energy),
+            plain_error=relative_error(weight, round_to_nearest(weight, own), stage.moment, energy=energy),
         )
         if settings.sequential:
             weight.copy_(torch.from_numpy(linear.dequantize()))
@@ -198,6 +201,16 @@ def _check_written(folder: Path, digests: dict[str, str]) -> None:
 def _room(checkpoint: Checkpoint) -> int:
     """More than the folder can take: half of a 16-bit checkpoint."""
     return sum(tensor.bytes for tensor in checkpoint.tensors.values()) // 2
+
+
+def _predicted(checkpoint: Checkpoint, transcripts: Sequence[Transcript], settings: GptqSettings, device: str) -> int:
+    """What `predict_bytes` says of these transcripts, padding and shared prefix as they are."""
+    sizes = [prod(batch.shape) for batch in lay_out(transcripts)]
+    batch = max(sizes) + (sizes[0] if len(sizes) > 1 else 0)
+    predicted = predict_bytes(
+        checkpoint.config, sum(sizes), batch=batch, bits=settings.bits, focus=settings.focus, device=device
+    )
+    return predicted.total
 
 
 def _bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:

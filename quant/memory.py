@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,9 +14,15 @@ import psutil
 
 from gramlite.errors import InputError, ResourceError
 
+from .batches import BATCH_TOKENS
+from .gptq_folder import SHARD_BYTES
+
 logger = logging.getLogger("gramlite")
 
 SAMPLE_SECONDS = 0.05
+PROCESS_BYTES = 450 << 20  # Python with torch and transformers, as measured
+SCALE_BYTES = 3 / 64  # a scale and a zero point for 64 weights
+LINEARS = 7  # of a layer
 CUDA = "cuda"
 
 
@@ -60,38 +68,69 @@ class PeakMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Bytes that a pass needs at its height, by what they hold."""
+    """Bytes that each part of a run needs at its height, above those of the process itself."""
 
-    layer: int
-    states: int
-    inner: int
-    solver: int
+    process: int
+    gradients: int
+    quantizing: int
+    writing: int
 
     @property
     def total(self) -> int:
-        return self.layer + self.states + self.inner + self.solver
+        return self.process + max(self.gradients, self.quantizing, self.writing)
 
 
-def predict_bytes(config: dict[str, Any], tokens: int, *, device: str = "cpu") -> Prediction:
-    """The memory a pass over `tokens` tokens needs, from a checkpoint's config.json.
+def predict_bytes(
+    config: dict[str, Any], tokens: int, *, batch: int = 0, bits: int = 4, focus: bool = True, device: str = "cpu"
+) -> Prediction:
+    """The memory that GPTQ needs over `tokens` tokens, a shared prefix counted once, from a checkpoint's config.json.
 
-    One decoder layer; the hidden states of all tokens; the widest linear's inputs of all tokens; and for the widest
-    linear its second moment, four matrices of that size while it is factored, and five copies of its weight while it is
-    solved, all float32. Weights and states are float32 on a CPU and 16 bits wide on CUDA.
+    `batch` is the most tokens that pass through a layer at once (1,024 where 0). Weights and states are float32 on a CPU
+    and 16 bits wide on CUDA, where only what is on the device counts. For each part:
+
+    gradients: what enters each layer for one batch, and either the embedding or one layer and what its backward keeps,
+    in the order of 20 vectors of the model's width and 12 of the feed-forward's a token
+    quantizing: the layer, all tokens' states and the widest linear's inputs of them, eight such inputs of a batch, four
+    second moments of the widest linear, eight copies of its weight, and the packed layers that are not written yet,
+    once more while a shard is written
+    writing: the last shard twice, and the embedding as it was read and as float16
     """
-    item = 2 if device.startswith(CUDA) else 4
-    hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+    cuda = device.startswith(CUDA)
+    item = 2 if cuda else 4
+    hidden, wide, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or hidden // heads)
     key_values = int(config.get("num_key_value_heads") or heads) * head_size
-    layer = hidden * (2 * heads * head_size + 2 * key_values) + 3 * hidden * wide
+    weights = hidden * (2 * heads * head_size + 2 * key_values) + 3 * hidden * wide
     widest = max(wide, hidden, heads * head_size)
+    batch = min(tokens, batch or BATCH_TOKENS)
+
+    table = 0 if cuda else 2 * int(config["vocab_size"]) * hidden
+    tables = table * (1 if config.get("tie_word_embeddings") else 2)
+    packed = 0 if cuda else int(layers * weights * (bits / 8 + SCALE_BYTES))
+    pending = min(packed, SHARD_BYTES)
+    focused = 4 * LINEARS * layers * tokens if focus and not cuda else 0
+
+    kept = (layers + 1) * batch * hidden * item
+    backward = weights * item + batch * (20 * hidden + 12 * wide) * item
+    solver = (4 * widest * widest + 8 * widest * hidden) * 4
+    states = tokens * (hidden + widest) * item + 8 * batch * widest * item
+    shard = min(packed + tables, SHARD_BYTES + table)
     return Prediction(
-        layer=layer * item,
-        states=tokens * hidden * item,
-        inner=tokens * widest * item,
-        solver=(4 * widest * widest + 5 * widest * hidden) * 4,
+        process=0 if cuda else PROCESS_BYTES,
+        gradients=focused + kept + max(table, backward) if focus else 0,
+        quantizing=focused + weights * item + states + solver + pending * (2 if packed > SHARD_BYTES else 1),
+        writing=focused + 2 * shard + 2 * table,
     )
+
+
+def give_back_memory(device: str = "cpu") -> None:
+    """Return freed memory to the system, where the C library is glibc, which else keeps it between what is in use."""
+    if device.startswith(CUDA) or not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pick_device(choice: str) -> str:

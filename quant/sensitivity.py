@@ -9,16 +9,20 @@ does to the margin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gramlite.export.checkpoint import Checkpoint
 
 from gramlite.errors import InputError
 
+from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
 from .decoder import STAGES, Decoder, layer_prefix, read_tensor
+from .memory import give_back_memory
 from .stream import Weigh
 
 if TYPE_CHECKING:
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
 
 STATE_BYTES = 512 << 20  # layer inputs kept at a time
 FLOOR = 0.3  # the least weight of a token, where the mean is 1 + this
-LINEARS = tuple(name for stage in STAGES for name in stage)
+
+# hears of a linear layer's inputs and the gradients at its outputs, both [sequences, longest, width], in one batch
+Hear = Callable[[str, Batch, "torch.Tensor", "torch.Tensor"], None]
 
 
 @dataclass(frozen=True)
@@ -50,39 +56,21 @@ def read_gradients(
     """Show `visit` every linear layer of every transcript; return the margins, log-odds of the first verdict token.
 
     Transcripts end with their verdict token; the two that occur are the choices, the lower id first. They are taken
-    some at a time, so that the layers' inputs that are kept stay within 512 MiB (or one transcript's).
+    some at a time, so that the layers' inputs that are kept stay within 512 MiB (or one batch's).
     Raises InputError where the transcripts' last tokens are not of two kinds.
     """
+
+    def hear(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        for row, (number, length) in enumerate(zip(batch.numbers, batch.lengths, strict=True)):
+            assert number is not None
+            visit(Reading(name, number, inputs[row, :length], gradients[row, :length]))
+
     choices = verdict_tokens(transcripts)
     decoder = Decoder(checkpoint, device)
-    head = _choice_direction(decoder, choices)
-    margins: list[float] = []
-    done, total = 0, 0
-    groups = list(_groups(decoder, transcripts))
-    total = 2 * len(groups) * len(decoder)
-    for start, group in groups:
-        states = [_detached(decoder.embed(group))]
-        for index in range(len(decoder)):
-            with decoder.layer(index) as layer:
-                states.append([_run(decoder, layer, hidden) for hidden in states[-1]])
-            done += 1
-            if after_layer is not None:
-                after_layer(done, total)
-        gradients = []
-        for hidden in states.pop():
-            margin, gradient = _margin_gradient(decoder, head, hidden)
-            margins.append(margin)
-            gradients.append(gradient)
-        for index in reversed(range(len(decoder))):
-            with decoder.layer(index) as layer:
-                inputs = states.pop()
-                for number, (hidden, gradient) in enumerate(zip(inputs, gradients, strict=True)):
-                    watch = _Watch(layer, layer_prefix(index), start + number, visit)
-                    gradients[number] = watch.backward(decoder, hidden, gradient)
-            done += 1
-            if after_layer is not None:
-                after_layer(done, total)
-    return margins
+    batches = lay_out(transcripts, share=False, verdicts=False)
+    groups = [[[batch] for batch in group] for group in _within(decoder, batches, STATE_BYTES)]
+    found = _Descent(decoder, choices, hear, after_layer).run(groups)
+    return [found[number] for number in range(len(transcripts))]
 
 
 def verdict_weights(
@@ -95,24 +83,60 @@ def verdict_weights(
 ) -> Weigh:
     """The weights of tokens for GPTQ: the squared gradient norm at each layer's outputs, mean 1, plus `floor`.
 
-    The floor keeps the tokens that no verdict hangs on from being given up: they may matter to another.
+    The floor keeps the tokens that no verdict hangs on from being given up: they may matter to another. Of a prefix that
+    all transcripts share the mean over transcripts is estimated: margins of random signs are added up, and the square
+    of the sum's gradient is on average the sum of the squares (Hutchinson's estimator), one draw a batch.
     """
     import torch
 
-    squares: dict[str, list[torch.Tensor]] = {}
+    squares: dict[str, _Squares] = {}
 
-    def visit(reading: Reading) -> None:
-        rows = squares.setdefault(reading.name, [torch.empty(0)] * len(transcripts))
-        rows[reading.number] = reading.gradients.float().square().sum(-1).cpu()
+    def hear(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        squares.setdefault(name, _Squares()).add(batch, gradients.float().square().sum(-1).cpu())
 
-    read_gradients(checkpoint, transcripts, visit, device=device, after_layer=after_layer)
-    means = {name: torch.cat(rows).mean().clamp(min=torch.finfo(torch.float32).tiny) for name, rows in squares.items()}
+    choices = verdict_tokens(transcripts)
+    decoder = Decoder(checkpoint, device)
+    batches = lay_out(transcripts, verdicts=False)
+    prefix = [batch for batch in batches if batch.is_prefix]
+    groups = [[[*prefix, batch]] for batch in batches if not batch.is_prefix]
+    _Descent(decoder, choices, hear, after_layer).run(groups)
+    means = {name: max(found.mean(), torch.finfo(torch.float32).tiny) for name, found in squares.items()}
 
     def weigh(name: str, number: int) -> torch.Tensor:
         # the verdict token itself is read by nobody and has no gradient
-        return torch.nn.functional.pad(squares[name][number] / means[name], (0, 1)) + floor
+        return torch.nn.functional.pad(squares[name].of(number) / means[name], (0, 1)) + floor
 
     return weigh
+
+
+class _Squares:
+    """Squared gradient norms at one linear layer's outputs: of each transcript's tokens, and the prefix's sums."""
+
+    def __init__(self) -> None:
+        self.prefix: torch.Tensor | None = None
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def add(self, batch: Batch, squares: torch.Tensor) -> None:
+        if batch.is_prefix:
+            self.prefix = squares[0] if self.prefix is None else self.prefix + squares[0]
+            return
+        for number, length, row in zip(batch.numbers, batch.lengths, squares, strict=True):
+            assert number is not None
+            self.rows[number] = row[:length]
+
+    def of(self, number: int) -> torch.Tensor:
+        """Those of one transcript's tokens, of the prefix its equal share."""
+        import torch
+
+        if self.prefix is None:
+            return self.rows[number]
+        return torch.cat([self.prefix / len(self.rows), self.rows[number]])
+
+    def mean(self) -> float:
+        import torch
+
+        every = torch.cat([self.of(number) for number in self.rows])
+        return float(every.mean())
 
 
 def verdict_tokens(transcripts: Sequence[Transcript]) -> tuple[int, int]:
@@ -126,20 +150,19 @@ def verdict_tokens(transcripts: Sequence[Transcript]) -> tuple[int, int]:
     return last[0], last[1]
 
 
-def _groups(decoder: Decoder, transcripts: Sequence[Transcript]) -> Any:
-    """Runs of transcripts without their verdict token, each run's kept states within bounds."""
-    width = int(decoder.skeleton.config.hidden_size)
-    each = width * (len(decoder) + 1) * decoder.dtype.itemsize
-    group: list[Transcript] = []
-    start, used = 0, 0
-    for number, transcript in enumerate(transcripts):
-        cost = (len(transcript.ids) - 1) * each
-        if group and used + cost > STATE_BYTES:
-            yield start, group
-            start, group, used = number, [], 0
-        group.append(Transcript(transcript.ids[:-1], (), transcript.id))
+def _within(decoder: Decoder, batches: Sequence[Batch], limit: int) -> Iterator[list[Batch]]:
+    """Runs of batches whose kept states stay within a limit of bytes."""
+    each = int(decoder.skeleton.config.hidden_size) * (len(decoder) + 1) * decoder.dtype.itemsize
+    group: list[Batch] = []
+    used = 0
+    for batch in batches:
+        cost = math.prod(batch.shape) * each
+        if group and used + cost > limit:
+            yield group
+            group, used = [], 0
+        group.append(batch)
         used += cost
-    yield start, group
+    yield group
 
 
 def _choice_direction(decoder: Decoder, choices: tuple[int, int]) -> Any:
@@ -153,64 +176,134 @@ def _choice_direction(decoder: Decoder, choices: tuple[int, int]) -> Any:
     return norm.requires_grad_(False), rows[0] - rows[1]
 
 
-def _margin_gradient(decoder: Decoder, head: Any, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
-    import torch
+class _Descent:
+    """Forward through all layers with every layer's input kept, and backward through one layer at a time.
 
-    norm, direction = head
-    last = hidden[-1:].detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        margin = (norm(last)[0] * direction).sum()
-        margin.backward()
-    gradient = torch.zeros_like(hidden)
-    gradient[-1] = last.grad
-    return float(margin.detach()), gradient
+    It takes groups of units, a unit being a batch with the prefix before it where there is one.
+    """
 
+    def __init__(
+        self,
+        decoder: Decoder,
+        choices: tuple[int, int],
+        hear: Hear,
+        after_layer: Callable[[int, int], None] | None,
+    ) -> None:
+        self.decoder, self.hear, self.after_layer = decoder, hear, after_layer
+        self.head = _choice_direction(decoder, choices)
+        self.margins: dict[int, float] = {}
 
-def _detached(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [states.detach() for states in hidden]
+    def run(self, groups: Sequence[list[list[Batch]]]) -> dict[int, float]:
+        """The transcripts' margins by number, when all has been heard."""
+        import torch
 
+        layers = len(self.decoder)
+        total = 2 * len(groups) * layers
+        signs = torch.Generator().manual_seed(0)
+        for done, group in enumerate(groups):
+            states = [self._room(unit) for unit in group]
+            for index in range(layers):
+                with self.decoder.layer(index) as layer, torch.no_grad():
+                    for unit, kept in zip(group, states, strict=True):
+                        self._forward(layer, index, unit, kept)
+                self._tell(2 * done * layers + index + 1, total)
+            gradients = [self._ascend(unit, kept, signs) for unit, kept in zip(group, states, strict=True)]
+            for index in reversed(range(layers)):
+                with self.decoder.layer(index) as layer:
+                    watch = _Watch(self.decoder, layer, layer_prefix(index), self.hear)
+                    for unit, kept, gradient in zip(group, states, gradients, strict=True):
+                        gradient[:] = watch.backward(unit, [part[index] for part in kept], gradient)
+                self._tell(2 * (done + 1) * layers - index, total)
+            del states, gradients
+            give_back_memory(self.decoder.device)
+        return self.margins
 
-def _run(decoder: Decoder, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    import torch
+    def _tell(self, done: int, total: int) -> None:
+        if self.after_layer is not None:
+            self.after_layer(done, total)
 
-    with torch.no_grad():
-        return _forward(decoder, layer, hidden)
+    def _room(self, unit: list[Batch]) -> list[torch.Tensor]:
+        """For each batch room for what enters every layer and leaves the last, [layers + 1, sequences, longest, width]."""
+        rooms = []
+        for entering in self.decoder.embed(unit):
+            room = entering.new_empty(len(self.decoder) + 1, *entering.shape)
+            room[0] = entering
+            rooms.append(room)
+        return rooms
 
+    def _forward(self, layer: Any, index: int, unit: list[Batch], kept: list[torch.Tensor]) -> None:
+        shared = Shared()
+        for batch, part in zip(unit, kept, strict=True):
+            states = part[index] + layer.self_attn.o_proj(self.decoder.attend(layer, batch, part[index], shared))
+            part[index + 1] = states + layer.mlp.down_proj(self.decoder.gate(layer, states))
 
-def _forward(decoder: Decoder, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    batch = hidden.unsqueeze(0)
-    out: torch.Tensor = layer(batch, position_embeddings=decoder.positions(batch), attention_mask=None)
-    return out[0]
+    def _ascend(self, unit: list[Batch], kept: list[torch.Tensor], signs: torch.Generator) -> list[torch.Tensor]:
+        """The gradients of the margins with respect to what leaves the last layer."""
+        import torch
+
+        norm, direction = self.head
+        gradients = [torch.zeros_like(part[-1]) for part in kept]
+        batch, states = unit[-1], kept[-1][-1]
+        rows, places = torch.arange(len(states)), torch.tensor(batch.lengths) - 1
+        last = states[rows, places].clone().requires_grad_(True)
+        with torch.enable_grad():
+            margins = (norm(last) * direction).sum(-1)
+            margins.sum().backward()
+        assert last.grad is not None
+        sign = torch.ones(len(states))
+        if len(unit) > 1:
+            sign -= 2.0 * torch.randint(2, (len(states),), generator=signs)
+        gradients[-1][rows, places] = last.grad * sign.to(last).unsqueeze(-1)
+        self.margins.update(zip(cast("tuple[int, ...]", batch.numbers), margins.tolist(), strict=True))
+        return gradients
 
 
 class _Watch:
-    """Backward through one layer for one transcript, with an ear at each linear's input and output."""
+    """Backward through one layer for one unit, with an ear at each linear's input and output."""
 
-    def __init__(self, layer: Any, prefix: str, number: int, visit: Callable[[Reading], None]) -> None:
-        self.layer, self.prefix, self.number, self.visit = layer, prefix, number, visit
+    def __init__(self, decoder: Decoder, layer: Any, prefix: str, hear: Hear) -> None:
+        self.decoder, self.layer, self.prefix, self.hear = decoder, layer, prefix, hear
 
-    def backward(self, decoder: Decoder, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient at the layer's input, given the one at its output."""
+    def backward(
+        self, unit: list[Batch], entering: list[torch.Tensor], leaving: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The gradients at the layer's inputs, given the ones at its outputs."""
         import torch
 
-        handles = [self.layer.get_submodule(name).register_forward_hook(self._hook(name)) for name in LINEARS]
+        shared = Shared()
+        inputs = [states.detach().requires_grad_(True) for states in entering]
+        ends: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for batch, states, gradient in zip(unit, inputs, leaving, strict=True):
+            with torch.enable_grad(), self._listening(batch):
+                mixed = self.decoder.attend(self.layer, batch, states, shared)
+                middle = states + self.layer.self_attn.o_proj(mixed)
+                gated = self.decoder.gate(self.layer, middle)
+            # what the last linear puts out is not needed, and what its inputs' gradient is needs no graph
+            self.hear(f"{self.prefix}mlp.down_proj", batch, gated.detach(), gradient)
+            ends += [gated, middle]
+            gradients += [gradient @ self.layer.mlp.down_proj.weight, gradient]
+        torch.autograd.backward(ends, gradients)
+        return [_gradient_of(states) for states in inputs]
+
+    @contextmanager
+    def _listening(self, batch: Batch) -> Iterator[None]:
+        names = [name for stage in STAGES[:-1] for name in stage]
+        handles = [self.layer.get_submodule(name).register_forward_hook(self._hook(name, batch)) for name in names]
         try:
-            with torch.enable_grad():
-                entering = hidden.detach().requires_grad_(True)
-                _forward(decoder, self.layer, entering).backward(gradient)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        assert entering.grad is not None
-        return entering.grad
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, batch: Batch) -> Any:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            x = inputs[0].detach()[0]
-
-            def heard(gradient: torch.Tensor) -> None:
-                self.visit(Reading(self.prefix + name, self.number, x, gradient[0]))
-
-            output.register_hook(heard)
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self.hear(self.prefix + name, batch, x, gradient))
 
         return hook
+
+
+def _gradient_of(states: torch.Tensor) -> torch.Tensor:
+    assert states.grad is not None
+    return states.grad

@@ -88,11 +88,14 @@ def factorize(moment: torch.Tensor, settings: GptqSettings) -> Factor:
     order = columns if settings.order == "none" else torch.argsort(diagonal, descending=True, stable=True)
     damping = settings.damping
     for _ in range(DAMPING_TRIES):
-        damped = moment[order][:, order]
+        damped = moment[order.unsqueeze(1), order]
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these is as large as the moment
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return Factor(order, diagonal + damping * mean, upper)
         damping = max(10 * damping, 1e-4)
@@ -160,13 +163,24 @@ def round_to_nearest(weight: torch.Tensor, settings: GptqSettings) -> QuantizedL
     )
 
 
-def relative_error(weight: torch.Tensor, quantized: QuantizedLinear, moment: torch.Tensor) -> float:
-    """The share of the layer's output energy that quantization loses: |XW - XW'|^2 / |XW|^2 over the calibration."""
+def relative_error(
+    weight: torch.Tensor, quantized: QuantizedLinear, moment: torch.Tensor, *, energy: float | None = None
+) -> float:
+    """The share of the layer's output energy that quantization loses: |XW - XW'|^2 / |XW|^2 over the calibration.
+
+    `energy` is |XW|^2 where it is known already, from `output_energy`.
+    """
     import torch
 
     weight = weight.float()
-    change = torch.from_numpy(quantized.dequantize()).to(weight.device) - weight
-    return float((change @ moment * change).sum() / (weight @ moment * weight).sum())
+    change = torch.from_numpy(quantized.dequantize()).to(weight.device).sub_(weight)
+    return output_energy(change, moment) / (output_energy(weight, moment) if energy is None else energy)
+
+
+def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """|XW|^2, from the second moment of X."""
+    weight = weight.float()
+    return float((weight @ moment).mul_(weight).sum())
 
 
 def _neutral(

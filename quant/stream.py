@@ -15,8 +15,10 @@ from gramlite.export.checkpoint import Checkpoint
 
 from gramlite.errors import InputError
 
+from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
 from .decoder import STAGES, Decoder, layer_prefix
+from .memory import give_back_memory
 
 if TYPE_CHECKING:
     import torch
@@ -62,15 +64,48 @@ def stream_decoder(
 
     if not transcripts:
         raise InputError("There is no calibration transcript; give --calibration PAIRS.jsonl with at least one row.")
+    batches = lay_out(transcripts)
     with torch.inference_mode():
         decoder = Decoder(checkpoint, device)
-        hidden = decoder.embed(transcripts)
+        hidden = decoder.embed(batches)
         for index in range(len(decoder)):
             with decoder.layer(index) as layer:
-                _LayerPass(decoder, layer, layer_prefix(index), visit, weigh, diagonal).run(hidden)
+                _LayerPass(decoder, layer, layer_prefix(index), visit, _Weights(batches, weigh), diagonal).run(hidden)
+            give_back_memory(device)
             if after_layer is not None:
                 after_layer(index)
-    return hidden
+    return _apart(batches, hidden)
+
+
+def _apart(batches: Sequence[Batch], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each transcript's own states, [tokens, width], the prefix with them."""
+    import torch
+
+    before = [hidden[0][0]] if batches[0].is_prefix else []
+    rows: dict[int, torch.Tensor] = {}
+    for batch, states in zip(batches, hidden, strict=True):
+        for row, (number, length) in enumerate(zip(batch.numbers, batch.lengths, strict=True)):
+            if number is not None:
+                rows[number] = torch.cat([*before, states[row, :length]])
+    return [rows[number] for number in range(len(rows))]
+
+
+class _Weights:
+    """How much each token of a batch counts; one of the prefix as much as in all transcripts together."""
+
+    def __init__(self, batches: Sequence[Batch], weigh: Weigh | None) -> None:
+        self.batches, self.weigh = batches, weigh
+        self.count = sum(len(batch.numbers) for batch in batches if not batch.is_prefix)
+
+    def of(self, name: str, batch: Batch) -> torch.Tensor | None:
+        """The weights [tokens] of a linear layer's inputs, None where all are 1."""
+        import torch
+
+        if self.weigh is None:
+            return torch.full(batch.lengths, float(self.count)) if batch.is_prefix else None
+        if batch.is_prefix:
+            return sum((self.weigh(name, number)[: batch.lengths[0]] for number in range(self.count)), torch.zeros(1))
+        return torch.cat([self.weigh(name, number)[batch.start :] for number in batch.numbers if number is not None])
 
 
 class _LayerPass:
@@ -82,59 +117,39 @@ class _LayerPass:
         layer: Any,
         prefix: str,
         visit: Callable[[Stage], None],
-        weigh: Weigh | None,
+        weights: _Weights,
         diagonal: bool,
     ) -> None:
         self.decoder, self.layer, self.prefix = decoder, layer, prefix
-        self.visit, self.weigh, self.diagonal = visit, weigh, diagonal
+        self.visit, self.weights, self.diagonal = visit, weights, diagonal
+        self.batches = weights.batches
 
     def run(self, hidden: list[torch.Tensor]) -> None:
-        """Replace each transcript's hidden states by the layer's output."""
-        layer = self.layer
+        """Replace each batch's hidden states by the layer's output."""
+        layer, shared = self.layer, Shared()
         self._halt(STAGES[0], (layer.input_layernorm(states) for states in hidden))
-        mixed = self._without(layer.self_attn, "o_proj", self._attend, hidden)
+        mixed = [
+            self.decoder.attend(layer, batch, states, shared)
+            for batch, states in zip(self.batches, hidden, strict=True)
+        ]
         self._halt(STAGES[1], mixed)
         for states, out in zip(hidden, mixed, strict=True):
             states += layer.self_attn.o_proj(out)
         del mixed
         self._halt(STAGES[2], (layer.post_attention_layernorm(states) for states in hidden))
-        gated = self._without(layer.mlp, "down_proj", self._gate, hidden)
+        gated = [self.decoder.gate(layer, states) for states in hidden]
         self._halt(STAGES[3], gated)
         for states, out in zip(hidden, gated, strict=True):
             states += layer.mlp.down_proj(out)
 
-    def _attend(self, states: torch.Tensor) -> torch.Tensor:
-        batch = self.layer.input_layernorm(states).unsqueeze(0)
-        mixed: torch.Tensor = self.layer.self_attn(
-            batch, position_embeddings=self.decoder.positions(batch), attention_mask=None
-        )[0][0]
-        return mixed
-
-    def _gate(self, states: torch.Tensor) -> torch.Tensor:
-        gated: torch.Tensor = self.layer.mlp(self.layer.post_attention_layernorm(states))
-        return gated
-
-    def _without(
-        self, module: Any, last: str, forward: Callable[[torch.Tensor], torch.Tensor], hidden: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """A block's output without its last linear: that linear's input."""
-        import torch
-
-        linear = getattr(module, last)
-        setattr(module, last, torch.nn.Identity())
-        try:
-            return [forward(states) for states in hidden]
-        finally:
-            setattr(module, last, linear)
-
     def _halt(self, names: Sequence[str], inputs: Iterable[torch.Tensor]) -> None:
         linears = {self.prefix + name: self.layer.get_submodule(name) for name in names}
-        shared = [linears] if self.weigh is None else [{name: linear} for name, linear in linears.items()]
+        shared = [linears] if self.weights.weigh is None else [{name: linear} for name, linear in linears.items()]
         moments = [_Moment(group, self.decoder.device, self.diagonal) for group in shared]
-        for number, x in enumerate(inputs):
+        for batch, states in zip(self.batches, inputs, strict=True):
+            x = batch.tokens(states)
             for moment in moments:
-                weights = None if self.weigh is None else self.weigh(next(iter(moment.linears)), number)
-                moment.add(x, weights)
+                moment.add(x, self.weights.of(next(iter(moment.linears)), batch))
         for moment in moments:
             self.visit(moment.stage())
 
@@ -159,8 +174,10 @@ class _Moment:
             _add_products(self.sum, weighted, x)
 
     def stage(self) -> Stage:
-        moment = self.sum if self.diagonal else self.sum.triu() + self.sum.triu(1).T
-        return Stage(self.linears, moment, self.mass)
+        if not self.diagonal:
+            self.sum.triu_()
+            self.sum += self.sum.triu(1).T
+        return Stage(self.linears, self.sum, self.mass)
 
 
 def _add_products(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gramlite.export.checkpoint import open_checkpoint
-from gramlite.quant import sensitivity
+from gramlite.quant import batches, sensitivity
 from gramlite.quant.calibration import Transcript
 from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,8 @@ def margin(model: Any, transcript: Transcript) -> torch.Tensor:
 def test_products_of_readings_are_the_weights_gradients(
     family: str, make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "STATE_BYTES", 200_000)  # several groups
+    monkeypatch.setattr(sensitivity, "STATE_BYTES", 200_000)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 150)  # several batches a group, several groups
     folder = make_checkpoint(family)
     found: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -68,6 +69,33 @@ def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, transcripts:
     assert all(float(row[:-2].max()) == 0.25 for row in rows)
     early = weigh("model.layers.0.mlp.up_proj", 0)
     assert float(early[:-2].max()) > 0.26
+
+
+@pytest.mark.parametrize(("tokens", "tolerance"), [(1, 1e-3), (150, 0.6)])
+def test_of_a_shared_prefix_the_mean_is_estimated(
+    tokens: int, tolerance: float, make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only one transcript holds is exact, and so is the prefix's mean where batches are of one transcript."""
+    shared = [Transcript(tuple(range(40)) + one.prompt_ids, one.generated_ids, one.id) for one in transcripts]
+    checkpoint = open_checkpoint(make_checkpoint())
+    exact: dict[tuple[str, int], torch.Tensor] = {}
+
+    def visit(reading: Reading) -> None:
+        exact[reading.name, reading.number] = reading.gradients.square().sum(-1)
+
+    read_gradients(checkpoint, shared, visit)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", tokens)
+    weigh = verdict_weights(checkpoint, shared, floor=0.0)
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"):
+        rows = [weigh(name, number)[:-1] for number in range(12)]
+        expected = [exact[name, number] for number in range(12)]
+        scale = float((rows[5][40:] * expected[5][40:]).sum() / expected[5][40:].square().sum())
+        for row, wanted in zip(rows, expected, strict=True):
+            assert torch.allclose(row[40:], scale * wanted[40:], rtol=1e-3, atol=1e-5 * float(row.max()))
+        before = torch.stack([row[:40] for row in rows]).sum(0)
+        wanted = scale * torch.stack([row[:40] for row in expected]).sum(0)
+        assert float(before.sum()) == pytest.approx(float(wanted.sum()), rel=tolerance)
+        assert torch.corrcoef(torch.stack([before, wanted]))[0, 1] > 0.8
 
 
 def test_both_verdicts_are_needed(transcripts: list[Transcript]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant import batches
+from gramlite.quant.batches import lay_out
 from gramlite.quant.calibration import Transcript
 from gramlite.quant.memory import PeakMemory
 from gramlite.quant.stream import Stage, stream_decoder
@@ -73,6 +75,40 @@ def test_moments_and_states_are_those_of_transformers(
         assert torch.allclose(moment.double(), expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()))
     for ours, theirs in zip(hidden, states, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prefix_is_computed_once_and_counts_as_often_as_it_stands(
+    family: str, make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weigh(name: str, number: int) -> torch.Tensor:
+        drawn = torch.Generator().manual_seed(len(name) + number)
+        return torch.rand(len(shared[number].ids), generator=drawn) ** 4
+
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 150)
+    shared = [Transcript(tuple(range(40)) + one.prompt_ids, one.generated_ids, one.id) for one in transcripts]
+    laid = lay_out(shared)
+    assert [batch.start for batch in laid] == [0] + [40] * (len(laid) - 1)
+    assert laid[0].sequences == (tuple(range(40)),)
+    assert sum(sum(batch.lengths) for batch in laid) == sum(len(one.ids) - 40 for one in shared) + 40
+    folder = make_checkpoint(family)
+    for weights in (None, weigh):
+        moments, hidden = collect(folder, shared, weigh=weights)
+        expected, states = watch(folder, shared, weights)
+        for name, moment in moments.items():
+            close = {"rtol": 1e-4, "atol": 1e-4 * float(expected[name].abs().max())}
+            assert torch.allclose(moment.double(), expected[name], **close)
+        for ours, theirs in zip(hidden, states, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_short_or_missing_prefixes_are_not_shared(transcripts: list[Transcript]) -> None:
+    assert lay_out(transcripts)[0].start == 0
+    assert not lay_out(transcripts[:1])[0].is_prefix
+    same = [Transcript(tuple(range(30)), (7,), str(number)) for number in range(3)]
+    assert [(batch.start, batch.lengths) for batch in lay_out(same)] == [(0, (30,)), (30, (1, 1, 1))]
+    assert [batch.lengths for batch in lay_out(same, verdicts=False)] == [(29,), (1, 1, 1)]
+    assert [batch.start for batch in lay_out(same, share=False)] == [0]
 
 
 def test_positions_count_by_their_weight(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
