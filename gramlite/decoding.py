@@ -102,16 +102,24 @@ class Decoder:
         self.prefix = encode_trusted(vocabulary, form.opening if self._thinks else form.direct)
         self._choices = choice_tokens(vocabulary, form)
         self._closing = form.closing.encode()
+        self._margin: float | None = None
+        self._reason: str | None = None
+        self._on_text = on_text
+        self._told = 0
+        self._stream = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begin()
+
+    def _begin(self) -> None:
         self._answering = not self._thinks
         self._tokens: list[int] = []
         self._text = bytearray()
         self._forced = False
-        self._margin: float | None = None
-        self._reason: str | None = None
-        self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
-        self._on_text = on_text
-        self._told = 0
-        self._stream = codecs.getincrementaldecoder("utf-8")("replace")
+        self._random = np.random.default_rng(self.sampling.seed) if self.sampling.temperature > 0 else None
+
+    def restart(self) -> None:
+        """Start again behind the prompt, unless it is finished; the listener hears only what goes beyond what it heard."""
+        if not self.finished:
+            self._begin()
 
     @property
     def generated(self) -> int:

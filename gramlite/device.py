@@ -6,10 +6,13 @@ layers as fit; else the CPU. `cuda` never falls back. Every fallback is said, wi
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .backends import RuntimeOptions
@@ -38,11 +41,29 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a decision is made from: free main memory in bytes, GPUs, and why there are none where there are none."""
+    """What a decision is made from: free main memory in bytes, GPUs, and why there are none where there are none.
+
+    `driver` says whether NVIDIA's driver is installed, `mps` whether there is an Apple GPU.
+    """
 
     free_memory: int
     gpus: Sequence[Gpu] = ()
     no_gpu_reason: str = "no CUDA device was found"
+    driver: bool = False
+    mps: bool = False
+
+    @property
+    def why_no_gpu(self) -> str:
+        """Why nothing runs on a GPU here, in one line; gramlite computes on CUDA and on the CPU alone."""
+        reason = self.no_gpu_reason
+        if self.driver:
+            reason += ", though NVIDIA's driver is installed (gramlite doctor says what to install)"
+        return f"{reason}; Apple's GPU (MPS) is not used" if self.mps else reason
+
+    @property
+    def fallback_level(self) -> int:
+        """How loudly the CPU is chosen: a machine without any GPU is nothing to warn of."""
+        return logging.WARNING if self.gpus or self.driver or self.mps else logging.INFO
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,7 @@ class Offload:
     device: str
     layout: Layout
     main_gpu: int = 0
+    reduced: bool = False  # after memory ran out with more layers
 
 
 def context_size(layout: Layout, context: int) -> ContextSize:
@@ -103,7 +125,7 @@ def plan_offload(
         )
     if options.device == "cpu":
         return _on_cpu(header, options, machine, adapters)
-    refusal = None if machine.gpus else machine.no_gpu_reason
+    refusal = None if machine.gpus else machine.why_no_gpu
     if refusal is None:
         gpu = max(machine.gpus, key=lambda device: device.free)
         context = options.context or min(DEFAULT_CONTEXT, trained)
@@ -117,8 +139,7 @@ def plan_offload(
         raise ResourceError(
             f"--device cuda was asked for, but {refusal}. Type --device cpu, a smaller --context, or: gramlite doctor"
         )
-    level = logging.WARNING if machine.gpus else logging.INFO
-    logger.log(level, "Running on the CPU: %s.", refusal)
+    logger.log(machine.fallback_level, "Running on the CPU: %s.", refusal)
     return _on_cpu(header, options, machine, adapters)
 
 
@@ -128,6 +149,23 @@ def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int, layout: Layout)
         free = f"{gpu.free / MiB:,.0f} MiB free on {gpu.name}"
         logger.warning("%d of %d layers fit the %s; the rest run on the CPU.", layers, total, free)
     return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", layout, gpu.index)
+
+
+def offload_below(
+    plan: Offload, header: Header, options: RuntimeOptions, machine: Machine, *, adapters: Sequence[Header] = ()
+) -> Offload | None:
+    """Where a model goes when the GPU's memory ran out under `plan`: to half of its layers there, then to the CPU.
+
+    None where there is nothing below: on the CPU, or where `cuda` was demanded. Raises ResourceError when main memory
+    does not hold it.
+    """
+    if options.device != "auto" or not plan.gpu_layers:
+        return None
+    half = plan.gpu_layers // 2
+    if half and not plan.reduced:
+        words = plan.device.replace(f"({plan.gpu_layers} of", f"({half} of")
+        return replace(plan, gpu_layers=half, device=words, reduced=True)
+    return _on_cpu(header, options, machine, adapters)
 
 
 def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapters: Sequence[Header] = ()) -> int:
@@ -162,6 +200,20 @@ def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapters:
             return Offload(0, fitting, "cpu", layout)
     require_fit(header, size, free_bytes=machine.free_memory, adapters=adapters)
     return Offload(0, context, "cpu", layout)
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed, whatever the libraries were built for."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def has_mps() -> bool:
+    """Whether this is a Mac with Apple's own GPU."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def free_memory() -> int:

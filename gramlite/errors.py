@@ -4,6 +4,7 @@
     ├── InputError           2  usage, or an input that cannot be judged
     ├── ModelError           3  a model, artifact or template that is refused
     ├── ResourceError        4  memory, disk space or a device that is not there
+    │   └── OutOfMemory      4  a GPU's memory ran out; caught where there is another place to run
     ├── IntegrityError       6  a run that cannot be resumed, or a lock somebody else holds
     └── GateError            7  a regression gate that failed
 
@@ -38,6 +39,10 @@ class ResourceError(GramliteError):
     """Not enough memory or disk, or a device that was demanded and is not usable."""
 
     exit_code = 4
+
+
+class OutOfMemory(ResourceError):
+    """A GPU's memory ran out while a model was loaded or ran; the message is the library's own reason."""
 
 
 class IntegrityError(GramliteError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from .backends import Request
 from .decoding import Generation, Logits
@@ -32,7 +32,7 @@ class OneSequence:
         self._borders: frozenset[int] = frozenset()
         self._stop = threading.Event()
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
+    def generate(self, requests: Iterable[Request | None]) -> Generator[tuple[int, Generation], None, None]:
         """See Backend.generate."""
         self._stop.clear()
         for request in requests:

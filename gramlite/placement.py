@@ -31,6 +31,10 @@ class Placement:
     gpu: Gpu | None
     context: int
 
+    @property
+    def device(self) -> str:
+        return f"cuda ({self.gpu.name})" if self.gpu else "cpu"
+
 
 def place(
     name: str, trained: int, options: RuntimeOptions, machine: Machine, *, cpu: Footprint, gpu: Footprint | None
@@ -53,14 +57,27 @@ def place(
             raise ResourceError(
                 f"--device cuda was asked for, but {refusal}. Type --device cpu, a smaller --context, or: gramlite doctor"
             )
-        logger.log(logging.WARNING if machine.gpus else logging.INFO, "Running on the CPU: %s.", refusal)
+        logger.log(machine.fallback_level, "Running on the CPU: %s.", refusal)
+    return Placement(None, _fit_cpu(name, context, options, machine, cpu))
+
+
+def placement_below(
+    placement: Placement, name: str, trained: int, options: RuntimeOptions, machine: Machine, *, cpu: Footprint
+) -> Placement | None:
+    """The CPU for a model whose GPU's memory ran out; None where it is there already or `cuda` was demanded.
+
+    Raises ResourceError when main memory does not hold it.
+    """
+    if options.device != "auto" or placement.gpu is None:
+        return None
+    context = options.context or min(DEFAULT_CONTEXT, trained)
     return Placement(None, _fit_cpu(name, context, options, machine, cpu))
 
 
 def _choose_gpu(machine: Machine, footprint: Footprint | None, context: int) -> tuple[Gpu | None, str]:
     """The GPU with the most free memory where the model fits it; else why not."""
     if not machine.gpus:
-        return None, machine.no_gpu_reason
+        return None, machine.why_no_gpu
     if footprint is None:
         return None, "this artifact was made for the CPU"
     best = max(machine.gpus, key=lambda device: device.free)

@@ -38,7 +38,9 @@ def test_one_pair_from_options(scripted: Path, capfdbinary: pytest.CaptureFixtur
     assert run(["judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", str(scripted)]) == 0
     (row,) = lines_of(capfdbinary.readouterr().out.decode())
     assert row["verdict"] in ("A", "B") and 0 <= row["p_a"] <= 1
-    assert {"id", "verdict", "p_a", "margin", "consistent", "reason", "flags", "orders", "model", "settings"} <= set(row)
+    assert {"id", "verdict", "p_a", "margin", "consistent", "reason", "flags", "orders", "model", "settings"} <= set(
+        row
+    )
     for order in row["orders"]:
         assert set(order) == {"order", "verdict", "p_a", "margin", "rationale", "forced", "votes", "tokens"}
         assert set(order["tokens"]) == {"prompt", "cached", "generated"}
@@ -119,7 +121,9 @@ def test_flags_accept_underscores(scripted: Path, tmp_path: Path, monkeypatch: p
     assert run(["judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", str(scripted), "--trust_template"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=lambda names: "-".join(names) or "gramlite")
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name in COMMANDS)], ids=lambda names: "-".join(names) or "gramlite"
+)
 def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom gramlite.cli import run\n"
@@ -188,5 +192,14 @@ def test_a_terminal_shows_words_and_no_control_characters(tmp_path: Path, script
 def test_doctor_reports_each_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
     findings = {row["name"]: row for row in lines_of(capsys.readouterr().out)}
-    assert {"gramlite", "machine", "gguf backend", "CUDA for gguf", "reference judge", "cache folder"} <= set(findings)
+    assert {
+        "gramlite",
+        "machine",
+        "gguf backend",
+        "CUDA for gguf (llama.cpp)",
+        "reference judge",
+        "cache folder",
+    } <= set(findings)
     assert findings["gguf backend"]["works"] and "0.3.36" in findings["gguf backend"]["says"]
+    for name in ("CUDA for gguf (llama.cpp)", "CUDA for hf and gptq (torch)", "CUDA for onnx (onnxruntime)"):
+        assert findings[name]["works"] or "pip install" in findings[name]["says"], "why not, and what to type"

@@ -44,6 +44,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_q8: Path) ->
     packaged = Path(gramlite.__file__).parent / "data/reference"
     for folder, source, names in (
         ("lora", packaged, ("adapter_config.json", "adapter_model.safetensors")),
+        ("lora-code", packaged, ("adapter_config.json", "adapter_model.safetensors")),
         ("checkpoint", packaged / "hf", ("config.json",)),
     ):
         (tmp_path / folder).mkdir()

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import DRAFT_TOKENS, GPU_MARGIN, plan_offload
+from ..device import DRAFT_TOKENS, GPU_MARGIN, Offload, offload_below, plan_offload
 from ..drafting import CONTEXT_TOKENS, Drafter
-from ..gguf_header import Header, check_adapter_fits, read_header
+from ..errors import ModelError
+from ..gguf_header import COMPANION, Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
 from ..quantization import quantization_name
+from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
 from .gguf_adapters import Adapters
 from .gguf_context import LlamaContext
@@ -53,32 +55,67 @@ class _Running:
 class GgufBackend:
     """An open GGUF file. Use `open_artifact`."""
 
+    note = ""  # what `device` says besides
+    _opened: LlamaContext | None = None
+
     def __init__(self, header: Header, options: RuntimeOptions, adapters: Sequence[Header]) -> None:
-        plan = plan_offload(header, options, machine(), adapters=adapters)
         self.metadata = _metadata(header)
-        self.context = plan.context
-        self.device = plan.device
-        self._layout = plan.layout
-        self._companion = options.companion
+        self._header = header
+        self._options = options
         self._separate = options.deterministic
         self._drafter = None if options.deterministic else Drafter()
-        self._llama = LlamaContext(header.path, plan, threads=options.threads)
+        self._wanted = self._together(options.adapter)
+        self._vocabulary: LlamaVocabulary | None = None
+        plan = plan_offload(header, options, machine(), adapters=adapters)
+        self._layout = plan.layout
+
+        def below(plan: Offload, context: int | None) -> Offload | None:
+            asked = replace(options, context=context or options.context)
+            return offload_below(plan, header, asked, machine(), adapters=adapters)
+
         try:
-            self._adapters = Adapters(self._llama, header, room_on_gpu if plan.gpu_layers else room_in_memory)
-            self._adapters.load(self._together(options.adapter))
-            normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
-            self.vocabulary = LlamaVocabulary(self._llama.model, normalize=normalize)
+            if plan.gpu_layers:  # it outlives the model, which may be loaded again elsewhere
+                self._vocabulary = LlamaVocabulary.of_file(header.path, normalize=self._normalizes)
+            self._steps = Steps(plan, load=self._load, free=self._unload, below=below)
         except BaseException:
             self.close()
             raise
+
+    def _load(self, plan: Offload) -> None:
+        self._llama = self._opened = LlamaContext(self._header.path, plan, threads=self._options.threads)
+        room = room_on_gpu if plan.gpu_layers else room_in_memory
+        self._adapters = Adapters(self._llama, self._header, room)
+        self._adapters.load(self._wanted)
         self._free = list(range(self._layout.parallel, 0, -1))
         self._trunk: tuple[int, ...] = ()
         self._root = 0  # how much of the trunk all prompts share
         self._orphans = 0  # cells of former trunks that running sequences still hold
         self._running: list[_Running] = []
 
+    def _unload(self) -> None:
+        if self._opened:
+            self._opened.close()
+
+    @property
+    def _normalizes(self) -> bool:
+        return self._header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
+
+    @property
+    def vocabulary(self) -> LlamaVocabulary:
+        if self._vocabulary is None:
+            self._vocabulary = LlamaVocabulary(self._llama.model, normalize=self._normalizes)
+        return self._vocabulary
+
+    @property
+    def context(self) -> int:
+        return self._steps.place.context
+
+    @property
+    def device(self) -> str:
+        return self._steps.place.device + self.note
+
     def _together(self, adapter: str | None) -> tuple[str, ...]:
-        return tuple(path for path in (self._companion, adapter) if path)
+        return tuple(path for path in (self._options.companion, adapter) if path)
 
     def use_adapter(self, path: str | None) -> None:
         """Judge with a LoRA adapter, or with none, from the next request on; the model's companion stays in force.
@@ -90,17 +127,20 @@ class GgufBackend:
         if wanted != self._adapters.active:
             self._trunk = self._adapters.switch(wanted, sequence=TRUNK, root=self._trunk[: self._root])
             self._root = len(self._trunk)
+            self._wanted = wanted
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; the order of what is yielded is that of finishing."""
+        return self._steps.generate(requests, self._run)
+
+    def _run(self, requests: Iterator[Request | None]) -> Finished:
         self._llama.go_on()
-        waiting = iter(requests)
         more = True
         upcoming: Request | None = None
         try:
             while more or self._running:
                 if more and not upcoming:
-                    upcoming = next(waiting, NO_MORE)
+                    upcoming = next(requests, NO_MORE)
                     more = upcoming is not NO_MORE
                     upcoming = upcoming if more else None
                 if upcoming and upcoming.decoder.finished:
@@ -248,10 +288,13 @@ class GgufBackend:
         self._orphans = 0
 
     def abort(self) -> None:
+        self._steps.abort()
         self._llama.abort()
 
     def close(self) -> None:
-        self._llama.close()
+        self._unload()
+        if self._vocabulary:
+            self._vocabulary.close()
 
 
 def room_in_memory() -> int:
@@ -289,6 +332,12 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> GgufBackend:
     Raises ModelError for a file that is refused, ResourceError when it does not fit.
     """
     header = read_header(artifact.path)
+    companion = header.metadata.get(COMPANION)
+    if companion and not options.companion:
+        raise ModelError(
+            f"{artifact.path} is only right together with the adapter {companion!r}, and its manifest, which says so, is "
+            f"missing. Put both beside it, under their own names, or make the file again."
+        )
     adapters = [read_header(Path(path), expect="adapter") for path in (options.companion, options.adapter) if path]
     for adapter in adapters:
         check_adapter_fits(adapter, header)

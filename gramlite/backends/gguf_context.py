@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from ..decoding import Logits
 from ..device import Offload, thread_count
-from ..errors import GramliteError, ModelError, ResourceError
-from .gguf_library import forget_words, last_words, start_library
+from ..errors import GramliteError, ModelError, OutOfMemory, ResourceError
+from .gguf_library import forget_words, last_words, memory_words, start_library
 
 NO_ROOM = 1  # llama_decode's return values
 ABORTED = 2
+NO_MEMORY = -2
 
 Saved = npt.NDArray[np.uint8]
 
@@ -26,7 +27,8 @@ class LlamaContext:
     """The model at `path` as planned; every sequence lies in one unified KV cache.
 
     A batch is filled with `add`, whose tokens give no logits unless `want` asks for them, and computed by `decode`.
-    Raises ModelError for a file that llama.cpp refuses, ResourceError where its context does not fit.
+    Raises ModelError for a file that llama.cpp refuses, OutOfMemory where the GPU's memory runs out, ResourceError where
+    the context does not fit.
     """
 
     def __init__(self, path: Path, plan: Offload, *, threads: int | None) -> None:
@@ -36,6 +38,7 @@ class LlamaContext:
         self._context: Any = None
         self._batch: Any = None
         self._size = plan.context
+        self._on_gpu = plan.gpu_layers > 0
         try:
             self._load(path, plan)
             self._make(plan, threads)
@@ -50,6 +53,7 @@ class LlamaContext:
         params.main_gpu = plan.main_gpu
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
+            self._check_memory()
             raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
 
@@ -72,6 +76,7 @@ class LlamaContext:
         params.abort_callback_data = ctypes.cast(self._abort_text, ctypes.c_void_p)
         self._context = llama_cpp.llama_init_from_model(self.model, params)
         if not self._context:
+            self._check_memory()
             raise ResourceError(
                 f"llama.cpp could not make a context of {plan.context:,} tokens: {last_words()}. "
                 "Try a smaller --context, or --device cpu."
@@ -115,7 +120,16 @@ class LlamaContext:
             raise GramliteError("The judging was stopped.")
         if status == NO_ROOM:
             raise ResourceError(f"The KV cache of {self._size:,} tokens is full. Try a larger --context.")
+        if status == NO_MEMORY:
+            self._check_memory("llama.cpp could not allocate what a batch needs")
+        self._check_memory()
         raise GramliteError(f"llama.cpp failed ({status}): {last_words()}.")
+
+    def _check_memory(self, reason: str | None = None) -> None:
+        """Raise OutOfMemory where it is the GPU's memory that ran out, as llama.cpp says in words or as `reason` does."""
+        words = memory_words() or reason
+        if self._on_gpu and words:
+            raise OutOfMemory(words)
 
     def logits(self, index: int) -> Logits:
         """The logits of a token that was wanted, shape (vocabulary,), valid until the next batch."""
@@ -154,6 +168,7 @@ class LlamaContext:
         forget_words()
         adapter = llama_cpp.llama_adapter_lora_init(self.model, path.encode())
         if not adapter:
+            self._check_memory()
             raise ModelError(f"llama.cpp could not load the adapter {path}: {last_words()}. Does it fit this model?")
         return adapter
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from ..device import Gpu, Machine, free_memory
+from ..device import Gpu, Machine, free_memory, has_driver, has_mps
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "unable to allocate", "not enough memory")
 
@@ -49,9 +49,10 @@ def memory_words() -> str | None:
 
 def machine() -> Machine:
     """This machine as llama.cpp's build sees it."""
-    if not llama_cpp.llama_supports_gpu_offload():
-        return Machine(free_memory(), (), "this build of llama-cpp-python has no GPU support")
-    return Machine(free_memory(), _gpus(), "llama.cpp found no GPU that answers")
+    gpus = _gpus() if llama_cpp.llama_supports_gpu_offload() else []
+    built = llama_cpp.llama_supports_gpu_offload() and sys.platform != "darwin"
+    reason = "llama.cpp found no CUDA device that answers" if built else "this build of llama-cpp-python has no CUDA"
+    return Machine(free_memory(), gpus, reason, driver=has_driver(), mps=has_mps())
 
 
 def _gpus() -> list[Gpu]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import ctypes
 import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from ..errors import GramliteError
+from ..errors import GramliteError, ModelError
+from .gguf_library import last_words, start_library
 
 SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 
 class LlamaVocabulary:
-    """The vocabulary of an open model; it ends with that model."""
+    """The vocabulary of an open model, which has to stay open as long."""
 
     def __init__(self, model: Any, *, normalize: bool) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._own_model: Any = None
         self._normalize = normalize
         self._buffer = ctypes.create_string_buffer(1024)
         self._pieces: dict[int, bytes] = {}
@@ -29,6 +32,25 @@ class LlamaVocabulary:
         }
         ends = [token for token in special if llama_cpp.llama_vocab_is_eog(self._vocab, token)]
         self.end_tokens = frozenset([*ends, int(llama_cpp.llama_vocab_eos(self._vocab))])
+
+    @classmethod
+    def of_file(cls, path: Path, *, normalize: bool) -> LlamaVocabulary:
+        """The vocabulary without the weights, for as long as the process runs or until `close`."""
+        start_library()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+        vocabulary = cls(model, normalize=normalize)
+        vocabulary._own_model = model
+        return vocabulary
+
+    def close(self) -> None:
+        """Free what `of_file` loaded."""
+        if self._own_model:
+            llama_cpp.llama_model_free(self._own_model)
+        self._own_model = None
 
     def encode(self, text: str) -> list[int]:
         if self._normalize:

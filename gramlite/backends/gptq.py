@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..artifact import Artifact, is_intact
 from ..errors import ModelError, ResourceError
@@ -30,7 +31,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
     Raises ModelError for a folder that is refused or cannot be packed, ResourceError when it does not fit.
     """
     if options.device != "cpu" and not (options.adapter or options.companion):
-        reason = no_cuda_reason()
+        reason, level = no_cuda_reason(), logging.INFO
         if reason is None:
             try:
                 return open_on_cuda(artifact, options)
@@ -38,9 +39,10 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
                 if options.device == "cuda":
                     raise
                 reason = str(error)
-        logger.info("The GPTQ folder runs packed as GGUF: %s.", reason.rstrip("."))
+                level = logging.WARNING  # CUDA is there, and still
+        logger.log(level, "The GPTQ folder runs packed as GGUF: %s.", reason.rstrip("."))
     backend = gguf.open_artifact(Artifact(packed(artifact.path), "gguf", None), options)
-    backend.device += ", packed as GGUF"
+    backend.note = ", packed as GGUF"
     return backend
 
 
@@ -61,16 +63,27 @@ def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
     import torch
 
     from ..model_folder import read_model_folder
-    from ..placement import place
-    from . import hf
+    from ..placement import Placement, place
+    from . import hf, torch_devices
 
     folder = read_model_folder(artifact.path)
     size = hf.footprint(folder, hf.stored_bytes(artifact.path), torch.float16)
     asked = replace(options, device="cuda")
-    placement = place(folder.path.name, folder.context, asked, hf.machine(), cpu=size, gpu=size)
-    model = hf.load_model(folder, placement, torch.float16)
+    placement = place(folder.path.name, folder.context, asked, torch_devices.machine(), cpu=size, gpu=size)
+
+    def load(placement: Placement) -> tuple[Any, Any]:
+        return hf.load_model(folder, placement, torch.float16), torch.float16
+
+    def below(placement: Placement, context: int | None) -> Placement | None:
+        if options.device == "auto" and context:  # while it is loaded, open_artifact packs it instead
+            raise ResourceError(
+                f"Out of memory on {placement.device}. The folder runs packed on the CPU, too: type --device cpu, "
+                "or a smaller --context."
+            )
+        return None
+
     bits = (folder.config.get("quantization_config") or {}).get("bits")
-    return hf.HfBackend(folder, model, placement, torch.float16, f"GPTQ {bits}-bit")
+    return hf.HfBackend(folder, placement, f"GPTQ {bits}-bit", load=load, below=below)
 
 
 def packed(folder: Path) -> Path:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,58 @@ import transformers
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import Gpu, Machine, free_memory, thread_count
-from ..errors import InputError, ModelError, ResourceError
+from ..device import thread_count
+from ..errors import InputError, ModelError, OutOfMemory
 from ..model_folder import ModelFolder, read_model_folder
 from ..one_sequence import PIECE, OneSequence
-from ..placement import Footprint, Placement, place
+from ..placement import Footprint, Placement, place, placement_below
+from ..stepping_down import Steps
 from ..tokenizer_json import read_vocabulary
 from . import Request, RuntimeOptions
-
-logger = logging.getLogger("gramlite")
+from .torch_devices import machine
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Load = Callable[[Placement], tuple[Any, Any]]  # the model and its dtype
+Below = Callable[[Placement, int | None], Placement | None]
+
 ITEM_BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-
-
-def machine() -> Machine:
-    """This machine as torch sees it."""
-    if not torch.cuda.is_available():
-        built = torch.version.cuda is not None
-        reason = "no CUDA device answers" if built else "this build of torch has no CUDA"
-        return Machine(free_memory(), (), reason)
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(torch.cuda.get_device_name(index), free, total, index=index))
-    return Machine(free_memory(), gpus)
 
 
 class HfBackend:
     """An open checkpoint. Use `open_artifact`."""
 
-    def __init__(self, folder: ModelFolder, model: Any, placement: Placement, dtype: Any, quantization: str) -> None:
-        self._model: Any = model
-        self._device = model.device
-        self.context = placement.context
-        where = f"cuda ({placement.gpu.name})" if placement.gpu else "cpu"
-        self.device = f"{where}, {str(dtype).removeprefix('torch.')}"
+    def __init__(
+        self, folder: ModelFolder, placement: Placement, quantization: str, *, load: Load, below: Below
+    ) -> None:
+        self._open = load
+        self._model: Any
+        self._steps = Steps(placement, load=self._load, free=self._free, below=below)
         self.metadata: Mapping[str, Any] = folder.describe(quantization)
-        self.vocabulary = read_vocabulary(folder, int(model.get_input_embeddings().num_embeddings))
-        self._cache: Any = transformers.DynamicCache(config=model.config)
+        self.vocabulary = read_vocabulary(folder, int(self._model.get_input_embeddings().num_embeddings))
+
+    def _load(self, placement: Placement) -> None:
+        self._model, dtype = self._open(placement)
+        self._device = self._model.device
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._cache: Any = transformers.DynamicCache(config=self._model.config)
         self._sequence = OneSequence(self._compute)
+
+    def _free(self) -> None:
+        self._model = self._cache = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def context(self) -> int:
+        return self._steps.place.context
+
+    @property
+    def device(self) -> str:
+        return f"{self._steps.place.device}, {self._dtype}"
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; one after another."""
-        return self._sequence.generate(requests)
+        return self._steps.generate(requests, lambda coming: self._sequence.generate(coming))
 
     def _compute(self, tokens: Sequence[int], position: int) -> Logits:
         held = self._cache.get_seq_length()
@@ -72,20 +81,16 @@ class HfBackend:
                 output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except torch.OutOfMemoryError as error:
             self._cache.crop(-self._cache.get_seq_length())
-            raise ResourceError(
-                f"{self.device} ran out of memory at {position + len(tokens):,} tokens. Try --context with less, "
-                "or --device cpu."
-            ) from error
+            raise OutOfMemory(f"at {position + len(tokens):,} tokens, {first_line(error)}") from error
         logits: Logits = output.logits[0, -1].float().cpu().numpy()
         return logits
 
     def abort(self) -> None:
+        self._steps.abort()
         self._sequence.abort()
 
     def close(self) -> None:
-        self._model = self._cache = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
 
 
 @contextmanager
@@ -127,18 +132,21 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> HfBackend:
     wide = footprint(folder, sizes, torch.float32)
     own = footprint(folder, sizes, stored)
     fits = wide.total(options.context or 1) <= found.free_memory
-    placement = place(folder.path.name, folder.context, options, found, cpu=wide if fits else own, gpu=own)
-    dtype = stored if placement.gpu or not fits else torch.float32
+    size = wide if fits else own
+    name, trained = folder.path.name, folder.context
+    placement = place(name, trained, options, found, cpu=size, gpu=own)
     torch.set_num_threads(thread_count(options.threads))
-    try:
-        model = load_model(folder, placement, dtype)
-    except torch.OutOfMemoryError as error:
-        if options.device == "cuda":
-            raise ResourceError(f"{folder.path} does not fit the GPU ({error}). Type --device cpu.") from error
-        logger.warning("The GPU ran out of memory while the model was loaded; running on the CPU.")
-        placement, dtype = Placement(None, placement.context), torch.float32 if fits else stored
-        model = load_model(folder, placement, dtype)
-    return HfBackend(folder, model, placement, dtype, method or next(k for k, v in DTYPES.items() if v == stored))
+
+    def load(placement: Placement) -> tuple[Any, Any]:
+        dtype = stored if placement.gpu or not fits else torch.float32
+        return load_model(folder, placement, dtype), dtype
+
+    def below(placement: Placement, context: int | None) -> Placement | None:
+        asked = replace(options, context=context or options.context)
+        return placement_below(placement, name, trained, asked, machine(), cpu=size)
+
+    quantization = method or next(kind for kind, dtype in DTYPES.items() if dtype == stored)
+    return HfBackend(folder, placement, quantization, load=load, below=below)
 
 
 def stored_bytes(path: Path) -> dict[str, int]:
@@ -229,9 +237,8 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
                 compute_in(model, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"transformers could not load {folder.path}: {first}") from error
+            raise OutOfMemory(first_line(error)) from error
+        raise ModelError(f"transformers could not load {folder.path}: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):  # transformers would go on with random weights
         if found.get(what):
             names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found[what])
@@ -239,3 +246,8 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
                 f"{folder.path} has {len(names)} {what.replace('_', ' ')}, {names[0]} first. Download it again."
             )
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch or transformers says first."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

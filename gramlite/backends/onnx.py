@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,16 @@ import onnxruntime
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import Gpu, Machine, free_memory, thread_count
-from ..errors import GramliteError, InputError, ModelError, ResourceError
+from ..device import Machine, free_memory, has_driver, has_mps, thread_count
+from ..errors import GramliteError, InputError, ModelError, OutOfMemory, ResourceError
 from ..model_folder import ModelFolder, read_json_object, read_model_folder
 from ..one_sequence import PIECE, OneSequence
 from ..onnx_graph import OnnxGraph, present_name, read_graph
-from ..placement import Footprint, Placement, place
+from ..placement import Footprint, Placement, place, placement_below
+from ..stepping_down import Steps
 from ..tokenizer_json import read_vocabulary
 from . import Request, RuntimeOptions
+from .torch_devices import cuda_devices
 
 logger = logging.getLogger("gramlite")
 
@@ -33,6 +36,8 @@ CPU = "CPUExecutionProvider"
 CELLS = 512  # the KV buffers grow in steps of this many tokens
 GENAI = "genai_config.json"
 
+Below = Callable[[Placement, int | None], Placement | None]
+
 
 def machine() -> Machine:
     """This machine as onnxruntime sees it; its build says whether it has CUDA, the driver how much memory is free."""
@@ -40,49 +45,66 @@ def machine() -> Machine:
         reason = (
             "this onnxruntime has no CUDA (pip install 'gramlite[onnx-cuda]' in an environment without onnxruntime)"
         )
-        return Machine(free_memory(), (), reason)
-    gpus = cuda_devices()
-    return Machine(free_memory(), gpus, "no CUDA device answers")
-
-
-def cuda_devices() -> list[Gpu]:
-    """The CUDA devices, as torch reports them; none where torch has no CUDA."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(torch.cuda.get_device_name(index), free, total, index=index))
-    return found
+        return Machine(free_memory(), (), reason, driver=has_driver(), mps=has_mps())
+    reason = "torch, which onnxruntime's CUDA is asked about through, found no CUDA device that answers"
+    return Machine(free_memory(), cuda_devices(), reason, driver=has_driver(), mps=has_mps())
 
 
 class OnnxBackend:
     """An open ONNX folder. Use `open_artifact`."""
 
     def __init__(
-        self, folder: ModelFolder, graph: OnnxGraph, session: Any, placement: Placement, quantization: str | None
+        self,
+        folder: ModelFolder,
+        graph: OnnxGraph,
+        placement: Placement,
+        quantization: str | None,
+        *,
+        options: RuntimeOptions,
+        below: Below,
     ) -> None:
-        self._session: Any = session
         self._graph = graph
+        self._options = options
         self._head_size = head_size(folder, graph)
-        self._gpu = placement.gpu
-        self.context = placement.context
-        self.device = f"cuda ({placement.gpu.name})" if placement.gpu else "cpu"
-        self.metadata: Mapping[str, Any] = folder.describe(quantization)
-        self.vocabulary = read_vocabulary(folder, graph.vocabulary)
-        self._cells = 0
+        self._session: Any = None
         self._buffers: dict[str, Any] = {}
         self._running: Any = None
         self._lock = threading.Lock()
+        self._steps = Steps(placement, load=self._load, free=self._free, below=below)
+        self.metadata: Mapping[str, Any] = folder.describe(quantization)
+        self.vocabulary = read_vocabulary(folder, graph.vocabulary)
+
+    def _load(self, placement: Placement) -> Placement:
+        self._session = open_session(self._graph, placement, self._options)
+        if placement.gpu and CUDA not in self._session.get_providers():  # which onnxruntime does not say by itself
+            refusal = "onnxruntime could not load its CUDA libraries"
+            if self._options.device == "cuda":
+                raise ResourceError(
+                    f"--device cuda was asked for, but {refusal}. Type --device cpu, or: gramlite doctor"
+                )
+            logger.warning("Running on the CPU: %s.", refusal)
+            placement = Placement(None, placement.context)
+        self._gpu = placement.gpu
+        self._cells = 0
         self._sequence = OneSequence(self._compute)
+        return placement
+
+    def _free(self) -> None:
+        self._buffers.clear()
+        self._cells = 0
+        self._session = None
+
+    @property
+    def context(self) -> int:
+        return self._steps.place.context
+
+    @property
+    def device(self) -> str:
+        return self._steps.place.device
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; one after another."""
-        return self._sequence.generate(self._with_room(requests))
+        return self._steps.generate(requests, lambda coming: self._sequence.generate(self._with_room(coming)))
 
     def _with_room(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
         for request in requests:
@@ -100,7 +122,11 @@ class OnnxBackend:
         shape = (1, self._graph.key_value_heads, self._cells, self._head_size)
         for name in self._graph.past:  # each from an array of its own: on the CPU an OrtValue uses the array's memory
             empty = np.zeros(shape, dtype=np.float16 if self._graph.half else np.float32)
-            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty, *self._where)
+            try:
+                self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty, *self._where)
+            except Exception as error:
+                self._check_memory(error, tokens)
+                raise GramliteError(f"onnxruntime failed at {tokens:,} tokens: {_first_line(error)}") from error
 
     @property
     def _where(self) -> tuple[str, int]:
@@ -123,6 +149,7 @@ class OnnxBackend:
         except Exception as error:  # onnxruntime's kinds have no common parent but this
             if options.terminate:
                 raise GramliteError("The judging was stopped.") from error
+            self._check_memory(error, total)
             raise GramliteError(f"onnxruntime failed at {total:,} tokens: {_first_line(error)}") from error
         finally:
             with self._lock:
@@ -130,16 +157,20 @@ class OnnxBackend:
         logits: Logits = np.array(binding.get_outputs()[0].numpy()[0, -1], dtype=np.float32)
         return logits
 
+    def _check_memory(self, error: Exception, tokens: int) -> None:
+        """Raise OutOfMemory where it is the GPU's memory that ran out."""
+        if self._gpu and says_memory(error):
+            raise OutOfMemory(f"at {tokens:,} tokens, {_first_line(error)}") from error
+
     def abort(self) -> None:
+        self._steps.abort()
         self._sequence.abort()
         with self._lock:
             if self._running is not None:
                 self._running.terminate = True
 
     def close(self) -> None:
-        self._buffers.clear()
-        self._cells = 0
-        self._session = None
+        self._free()
 
 
 def open_artifact(artifact: Artifact, options: RuntimeOptions) -> OnnxBackend:
@@ -155,15 +186,15 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> OnnxBackend:
     graph = read_graph(artifact.path / graph_name(artifact))
     found = machine()
     size = footprint(folder, graph)
-    placement = place(folder.path.name, folder.context, options, found, cpu=size, gpu=size if graph.half else None)
-    session = open_session(graph, placement, options)
-    if placement.gpu and CUDA not in session.get_providers():  # which onnxruntime does not say by itself
-        refusal = "onnxruntime could not load its CUDA libraries"
-        if options.device == "cuda":
-            raise ResourceError(f"--device cuda was asked for, but {refusal}. Type --device cpu, or: gramlite doctor")
-        logger.warning("Running on the CPU: %s.", refusal)
-        placement = Placement(None, placement.context)
-    return OnnxBackend(folder, graph, session, placement, artifact.manifest.quantization if artifact.manifest else None)
+    name, trained = folder.path.name, folder.context
+    placement = place(name, trained, options, found, cpu=size, gpu=size if graph.half else None)
+
+    def below(placement: Placement, context: int | None) -> Placement | None:
+        asked = replace(options, context=context or options.context)
+        return placement_below(placement, name, trained, asked, machine(), cpu=size)
+
+    quantization = artifact.manifest.quantization if artifact.manifest else None
+    return OnnxBackend(folder, graph, placement, quantization, options=options, below=below)
 
 
 def graph_name(artifact: Artifact) -> str:
@@ -210,9 +241,17 @@ def open_session(graph: OnnxGraph, placement: Placement, options: RuntimeOptions
         return onnxruntime.InferenceSession(str(graph.path), settings, providers=providers)
     except Exception as error:  # onnxruntime's kinds have no common parent but this
         text = _first_line(error)
-        if "memory" in text.lower():
-            raise ResourceError(f"{graph.path} does not fit the memory: {text}. Try --device cpu.") from error
+        if says_memory(error):
+            if placement.gpu:
+                raise OutOfMemory(text) from error
+            raise ResourceError(f"{graph.path} does not fit the memory: {text}. Free some of it.") from error
         raise ModelError(f"onnxruntime could not load {graph.path}: {text}. Export or download it again.") from error
+
+
+def says_memory(error: Exception) -> bool:
+    """Whether onnxruntime failed for want of memory; it has no kind of its own for that."""
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "failed to allocate memory", "cuda_error_out_of_memory"))
 
 
 def _first_line(error: Exception) -> str:

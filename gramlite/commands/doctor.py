@@ -7,9 +7,13 @@ import json
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from ..device import Machine
 
 MiB = 1 << 20
 
@@ -51,20 +55,62 @@ def check_llama_cpp() -> Finding:
     return Finding("gguf backend", True, f"llama-cpp-python {version}")
 
 
-def check_cuda() -> Finding:
-    try:
+def check_llama_cpp_cuda() -> Finding:
+    def machine() -> Machine:
         from ..backends.gguf_library import machine
+
+        return machine()
+
+    return check_cuda("CUDA for gguf (llama.cpp)", machine, CUDA_INSTALL)
+
+
+def check_torch_cuda() -> Finding:
+    def machine() -> Machine:
+        from ..backends.torch_devices import machine
+
+        return machine()
+
+    version = version_of("torch")
+    name = "CUDA for hf and gptq (torch)"
+    if version is None:
+        return Finding(name, False, "torch is not installed. Type: pip install 'gramlite[hf]'")
+    return check_cuda(name, machine, TORCH_INSTALL, f"torch {version}, ")
+
+
+def check_onnxruntime_cuda() -> Finding:
+    def machine() -> Machine:
+        from ..backends.onnx import machine
+
+        return machine()
+
+    version = version_of("onnxruntime-gpu") or version_of("onnxruntime")
+    name = "CUDA for onnx (onnxruntime)"
+    if version is None:
+        return Finding(name, False, "onnxruntime is not installed. Type: pip install 'gramlite[onnx]'")
+    return check_cuda(name, machine, ONNX_INSTALL, f"onnxruntime {version}, ")
+
+
+def check_cuda(name: str, machine: Callable[[], Machine], install: str, lead: str = "") -> Finding:
+    """Whether a runtime has CUDA, and where not, why and what to type."""
+    try:
+        found = machine()
     except (ImportError, OSError, RuntimeError) as error:
-        return Finding("CUDA for gguf", False, f"the gguf backend does not load: {error}")
-    found = machine()
+        return Finding(name, False, f"{lead}which does not load: {error}")
     if not found.gpus:
-        says = f"{found.no_gpu_reason}; judging runs on the CPU. With an NVIDIA GPU, type: "
-        return Finding("CUDA for gguf", False, says + CUDA_INSTALL)
+        reason = replace(found, driver=False).why_no_gpu
+        says = f"{lead}{reason}; judging runs on the CPU. "
+        if found.driver:
+            return Finding(name, False, says + f"NVIDIA's driver is installed, so type: {install}")
+        return Finding(
+            name, False, says + f"NVIDIA's driver is not installed. With an NVIDIA GPU and it, type: {install}"
+        )
     gpus = ", ".join(f"{gpu.name} ({gpu.free / MiB:,.0f} of {gpu.total / MiB:,.0f} MiB free)" for gpu in found.gpus)
-    return Finding("CUDA for gguf", True, gpus)
+    return Finding(name, True, lead + gpus)
 
 
 CUDA_INSTALL = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36"
+TORCH_INSTALL = "pip install --force-reinstall torch, with the index that pytorch.org names for your CUDA"
+ONNX_INSTALL = "pip uninstall -y onnxruntime onnxruntime-genai && pip install 'gramlite[onnx-cuda]'"
 
 
 def check_reference() -> Finding:
@@ -91,7 +137,10 @@ def check_cache() -> Finding:
     return Finding("cache folder", True, str(folder))
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (check_machine, check_llama_cpp, check_cuda, check_reference, check_cache)
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    check_machine, check_llama_cpp, check_llama_cpp_cuda, check_torch_cuda, check_onnxruntime_cuda, check_reference,
+    check_cache,
+)  # fmt: skip
 
 
 @click.command()
