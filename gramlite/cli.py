@@ -82,6 +82,10 @@ GROUPS = {
         {
             "gguf": ("gramlite.quant.gguf", "A checkpoint or GGUF file in any of llama.cpp's types."),
             "gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder."),
+            "distill": (
+                "gramlite.quant.distill",
+                "A GPTQ folder with its scales tuned to the source model's verdicts.",
+            ),
             "onnx": ("gramlite.quant.onnx", "A checkpoint as an ONNX folder with weights in 8 or 4 bits."),
             "bnb": ("gramlite.quant.bnb", "A checkpoint as a bitsandbytes folder, NF4 or int8."),
         },

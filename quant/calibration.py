@@ -42,10 +42,10 @@ def load_calibration(
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}. Give --calibration a JSONL file of pairs or of transcripts.")
-    if _holds_transcripts(path):
+    if holds_transcripts(path):
         chosen = choose_transcripts(read_transcripts(path), tokens=tokens, seed=seed)
     else:
-        pairs = _read_pairs(path)
+        pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
         chosen = _judge_pairs(pairs, judge, template, tokens)
     return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name)
@@ -150,13 +150,15 @@ def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, sourc
     }
 
 
-def _holds_transcripts(path: Path) -> bool:
+def holds_transcripts(path: Path) -> bool:
+    """Whether a JSONL file's first row is a transcript; otherwise its rows should be pairs."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), "")
     return '"prompt_ids"' in first
 
 
-def _read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[Pair]:
+    """All pairs of a JSONL file; raises InputError where a row is none."""
     from gramlite.rows import read_rows
 
     with path.open("rb") as stream:

@@ -86,9 +86,9 @@ def _symmetric_candidates(weight: torch.Tensor, shrinks: list[float], bits: int)
     extreme = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
     zeros = torch.full_like(extreme, half)
     for shrink in shrinks:
-        yield Grid(_half_scale(extreme * (-shrink / half)), zeros)
+        yield Grid(half_scale(extreme * (-shrink / half)), zeros)
         if len(shrinks) > 1:
-            yield Grid(_half_scale(extreme * (shrink / (half - 1))), zeros)
+            yield Grid(half_scale(extreme * (shrink / (half - 1))), zeros)
 
 
 def _asymmetric_candidates(weight: torch.Tensor, shrinks: list[float], bits: int) -> Iterator[Grid]:
@@ -103,10 +103,10 @@ def _asymmetric_candidates(weight: torch.Tensor, shrinks: list[float], bits: int
         zero = (low * -shrink / scale.clamp(min=SMALLEST_SCALE)).round_().clamp_(1, top)
         for shift in (0, -1, 1) if len(shrinks) > 1 else (0,):
             moved = (zero + shift).clamp_(1, top)
-            yield Grid(_half_scale(scale, moved, bits), moved)
+            yield Grid(half_scale(scale, moved, bits), moved)
 
 
-def _half_scale(scale: torch.Tensor, zero: torch.Tensor | None = None, bits: int = 0) -> torch.Tensor:
+def half_scale(scale: torch.Tensor, zero: torch.Tensor | None = None, bits: int = 0) -> torch.Tensor:
     """Round scales to float16 and away from nothing; with zero points, so that scale * zero is float16 too.
 
     GGUF's Q4_1 stores the product as a float16 minimum. An odd part of n bits in the zero point costs the

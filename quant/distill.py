@@ -1,0 +1,333 @@
+"""Tune the scales of a GPTQ folder, codes untouched, until its verdicts come nearer to those of the checkpoint it is of.
+
+The second phase of EfficientQAT (Chen et al., 2407.11062), with the source model as teacher and judging as the task:
+what is trained for is the verdict's margin, in direct mode and behind the teacher's rationales, and those rationales.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from gramlite.export.checkpoint import Checkpoint, open_checkpoint
+from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
+from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.storage import atomic_output, remove_path, sha256_cached
+
+from .calibration import DEFAULT_TOKENS
+from .gptq import digest
+from .gptq_folder import GptqFolder, GptqWriter, open_gptq
+from .lessons import SHEET_TOKENS, Lesson, Target, ask_teacher, hold_back, sheets
+from .memory import PeakMemory, pick_device
+from .report import Progress, layer_bar
+from .syllabus import Syllabus, load_syllabus
+from .trainable import Student, load_teacher, predict_bytes
+from .training import Course, Outcome, TrainingSettings, settings_key, train
+
+logger = logging.getLogger("gramlite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillReport:
+    """What a run did: the scores on lessons held back before and after, time in seconds, memory in bytes."""
+
+    output: Path
+    outcome: Outcome
+    scales: int
+    lessons: int
+    held_back: int
+    seconds: float
+    peak_bytes: int
+    predicted_bytes: int
+    bits_per_weight: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.output),
+            "format": "gptq",
+            "bits_per_weight": self.bits_per_weight,
+            "scales": self.scales,
+            "lessons": self.lessons,
+            "held_back": self.held_back,
+            "before": asdict(self.outcome.before),
+            "after": asdict(self.outcome.after),
+            "best_epoch": self.outcome.best_epoch,
+            "finished": self.outcome.finished,
+            "seconds": round(self.seconds, 1),
+            "peak_bytes": self.peak_bytes,
+            "predicted_bytes": self.predicted_bytes,
+        }
+
+
+def distill(
+    source: Path,
+    teacher: Path,
+    output: Path,
+    syllabus: Syllabus,
+    settings: TrainingSettings,
+    *,
+    device: str = "cpu",
+    minutes: float | None = None,
+    template: dict[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DistillReport:
+    """Train the scales of the GPTQ folder `source` and write the folder `output`, which has the same codes and size.
+
+    `<output>.distill` holds what is needed to go on after a stop; it is removed when training reaches its end. After
+    `minutes` training halts, the best so far is written, and the same call with `force` goes on.
+    Raises InputError for unusable lessons, ModelError for a folder and a teacher that don't belong together,
+    ResourceError where memory won't do, IntegrityError where other training was left behind beside `output`.
+    """
+    started = time.monotonic()
+    progress = progress or (lambda stage, done, total: None)
+    origin = read_manifest(source)
+    if origin:
+        verify_files(source, origin)
+    folder, checkpoint = open_gptq(source), open_checkpoint(teacher)
+    learnt, tested = hold_back(syllabus.lessons, settings.held_back, settings.seed)
+    predicted, recompute = check_memory(checkpoint, folder, syllabus.lessons, device)
+    described = describe_source(teacher, {file.name: sha256_cached(file) for file in checkpoint.files})
+    pieces = {str(file.name): sha256_cached(file) for file in sorted({t.file for t in folder.tensors.values()})}
+    key = settings_key(settings, teacher=described["sha256"], folder=pieces, lessons=syllabus.described["sha256"])
+    work = output.with_name(f"{output.name}.distill")
+    room = sum(tensor.bytes for tensor in folder.tensors.values())
+    with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=room) as temporary:
+        model = load_teacher(checkpoint, device, recompute=recompute)
+        targets = ask_all(model, syllabus, work / "targets.safetensors", key, progress)
+        student = Student(model, folder, norms=settings.norms)
+        outcome = train(
+            student,
+            Course(learnt, tested, targets, syllabus.choices, settings),
+            state_file=work / "state.safetensors",
+            key=key,
+            deadline=math.inf if minutes is None else started + 60 * minutes,
+            progress=progress,
+        )
+        write_folder(student, temporary)
+        manifest = Manifest(
+            format="gptq",
+            name=output.name,
+            quantization=origin.quantization if origin else None,
+            method="distill",
+            source=described | {"gptq": {"name": source.resolve().name, "files": pieces}},
+            settings=_kept(origin) | {"distill": asdict(settings) | _figures(outcome, len(learnt), len(tested))},
+            calibration=syllabus.described,
+            tools=tool_versions("torch", "transformers", "safetensors"),
+            template=template or (origin.template if origin else None),
+            bits_per_weight=origin.bits_per_weight if origin else None,
+            files=hash_files(temporary),
+        )
+        write_durably(temporary / FOLDER_MANIFEST, manifest_text(manifest))
+    if outcome.finished:
+        remove_path(work)
+    return DistillReport(
+        output=output,
+        outcome=outcome,
+        scales=student.logarithms.numel(),
+        lessons=len(learnt),
+        held_back=len(tested),
+        seconds=time.monotonic() - started,
+        peak_bytes=memory.peak,
+        predicted_bytes=predicted,
+        bits_per_weight=manifest.bits_per_weight,
+    )
+
+
+def check_memory(
+    checkpoint: Checkpoint, folder: GptqFolder, lessons: tuple[Lesson, ...], device: str
+) -> tuple[int, bool]:
+    """The bytes that training will take, and whether activations must be computed twice for them to fit.
+
+    Raises ResourceError where not even that is enough.
+    """
+    free = _free_bytes(device)
+    longest = max(SHEET_TOKENS, *(lesson.tokens for lesson in lessons))
+    spoken = max(lesson.spoken for lesson in lessons)
+    for recompute in (False, True):
+        needed = predict_bytes(checkpoint.config, folder, longest, spoken, recompute=recompute)
+        if needed <= free:
+            return needed, recompute
+    raise ResourceError(
+        f"Training takes {needed / 1e9:,.1f} GB for prompts of up to {longest:,} tokens, and {free / 1e9:,.1f} GB are "
+        "free. Give shorter pairs, or another --device."
+    )
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cpu":
+        from gramlite.device import free_memory
+
+        return free_memory()
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def ask_all(model: Any, syllabus: Syllabus, file: Path, key: str, progress: Progress) -> dict[Lesson, Target]:
+    """The teacher's targets of all lessons, from `file` where an earlier run left them there."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    parts = ("margins", "tokens", "shares")
+    try:
+        with safe_open(file, "pt") as stored:
+            if stored.metadata()["key"] == key:
+                return {
+                    lesson: Target(*(stored.get_tensor(f"{part}.{number}") for part in parts))
+                    for number, lesson in enumerate(syllabus.lessons)
+                }
+    except (OSError, SafetensorError, KeyError, TypeError):
+        pass  # there is none, or it is torn: the teacher is asked again
+    targets: dict[Lesson, Target] = {}
+    for sheet in sheets(syllabus.lessons):
+        targets |= zip(sheet, ask_teacher(model, sheet, syllabus.choices), strict=True)
+        progress("Asking the teacher", len(targets), len(syllabus.lessons))
+    tensors = {
+        f"{part}.{number}": getattr(targets[lesson], part)
+        for number, lesson in enumerate(syllabus.lessons)
+        for part in parts
+    }
+    with atomic_output(file, force=True) as temporary:
+        save_file(tensors, temporary, metadata={"key": key})
+    return targets
+
+
+def write_folder(student: Student, folder: Path) -> None:
+    """Write the tuned GPTQ folder: all that was in the old one, with new scales and norms; then read it back."""
+    source, norms, digests = student.folder, student.norms(), {}
+    folder.mkdir()
+    writer = GptqWriter(folder)
+    for name, linear in student.linears():
+        writer.add_linear(name, linear)
+        digests[name] = digest(linear)
+    quantized = {f"{name}.{part}" for name in source.linears for part in ("qweight", "qzeros", "scales", "g_idx")}
+    for name in source.tensors:
+        if name not in quantized:
+            writer.add(name, norms[name] if name in norms else source.read_float(name).astype(np.float16))
+    config = dict(source.config)
+    quantization = config.pop("quantization_config", None) or json.loads(
+        (source.folder / "quantize_config.json").read_text(encoding="utf-8")
+    )
+    writer.finish(config, quantization | {"checkpoint_format": "gptq"}, source.folder)
+    written = open_gptq(folder)
+    for name, expected in digests.items():
+        if digest(written.read_linear(name)) != expected:
+            raise ModelError(f"{name} did not come back from the disk as it was written. Check the disk and try again.")
+
+
+def _kept(origin: Manifest | None) -> dict[str, Any]:
+    """What the older manifest says that is still true."""
+    settings = dict(origin.settings) if origin else {}
+    settings.pop("layer_errors", None)
+    return settings | ({"gptq_calibration": origin.calibration} if origin else {})
+
+
+def _figures(outcome: Outcome, learnt: int, tested: int) -> dict[str, Any]:
+    return {
+        "lessons": learnt,
+        "lessons_held_back": tested,
+        "before": asdict(outcome.before),
+        "after": asdict(outcome.after),
+        "best_epoch": outcome.best_epoch,
+        "steps": outcome.steps,
+        "finished": outcome.finished,
+        "history": list(outcome.history),
+    }
+
+
+def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
+    """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(report.to_json() | {"command": command}, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    before, after = report.outcome.before, report.outcome.after
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("folder", str(report.output))
+    table.add_row(
+        "tuned", f"{report.scales:,} scales and norms on {report.lessons} prompts, {report.held_back} held back"
+    )
+    table.add_row("margin error, held back", f"{before.margin_error:.3f} → {after.margin_error:.3f} nats")
+    table.add_row("rationales' divergence", f"{before.divergence:.4f} → {after.divergence:.4f} nats a token")
+    table.add_row("best epoch", f"{report.outcome.best_epoch:g} of {len(report.outcome.history) - 1}")
+    table.add_row("time", f"{report.seconds:,.0f} s")
+    table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
+    table.add_row("next", command)
+    Console(soft_wrap=True).print(table)
+
+
+@click.command("distill", short_help="GPTQ -> GPTQ, scales tuned to the source model's verdicts")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="The checkpoint that was quantized.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
+@click.option(
+    "--mode",
+    type=click.Choice(["think", "direct"]),
+    default="think",
+    show_default=True,
+    help="Rationales and direct verdicts, or direct verdicts alone, which needs none written.",
+)
+@click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
+@click.option("--epochs", type=click.IntRange(1), default=TrainingSettings.epochs, show_default=True)
+@click.option("--lr", type=click.FloatRange(0, 0.1, min_open=True), default=TrainingSettings.rate, show_default=True,
+              help="The first step, as a share of each scale.")  # fmt: skip
+@click.option("--norms/--no-norms", default=True, show_default=True, help="Train the norms' weights too.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Draws prompts, their order, and what is held back."
+)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Halt after this time; --force goes on.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the recorded one.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(folder: Path, teacher: Path, output: Path, calibration: Path, as_json: bool, **options: Any) -> None:
+    """Tune the scales of a GPTQ FOLDER, codes untouched, until it judges more like the checkpoint it was made of."""
+    if output.exists() and not options["force"]:
+        raise InputError(f"{output} already exists. Choose another -o, or add --force to replace it.")
+    settings = TrainingSettings(
+        epochs=options["epochs"], rate=options["lr"], norms=options["norms"], seed=options["seed"]
+    )
+    device = pick_device(options["device"])
+    template = judge_template(folder, options["template"]) or judge_template(teacher, options["template"])
+    syllabus = load_syllabus(
+        calibration,
+        teacher,
+        template=template,
+        mode=options["mode"],
+        tokens=options["tokens"],
+        seed=options["seed"],
+        choice=options["template"],
+    )
+    with layer_bar() as progress:
+        report = distill(
+            folder,
+            teacher,
+            output,
+            syllabus,
+            settings,
+            device=device,
+            minutes=options["minutes"],
+            template=template,
+            force=options["force"],
+            progress=progress,
+        )
+    if not report.outcome.finished:
+        logger.warning(
+            "Time ran out before the last epoch; the best so far was written. The same command with --force goes on."
+        )
+    print_report(report, command=shlex.join(["gramlite", "pack", str(output), "--to", "gguf"]), as_json=as_json)
