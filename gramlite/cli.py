@@ -98,6 +98,7 @@ GROUPS = {
             "sweep": ("gramlite.bench.sweep", "Quantize a checkpoint in many ways and compare them all."),
             "quality": ("gramlite.bench.quality", "How far quantized files' margins lie from gold ones."),
             "speed": ("gramlite.bench.speed", "Time a judge against its floor and its neighbours."),
+            "gptq-layers": ("gramlite.bench.gptq_layers", "What GPTQ folders lose of each layer's output."),
         },
     ),
 }
