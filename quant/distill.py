@@ -101,12 +101,12 @@ def distill(
     described = describe_source(teacher, {file.name: sha256_cached(file) for file in checkpoint.files})
     pieces = {str(file.name): sha256_cached(file) for file in sorted({t.file for t in folder.tensors.values()})}
     key = settings_key(settings, teacher=described["sha256"], folder=pieces, lessons=syllabus.described["sha256"])
-    work = output.with_name(f"{output.name}.distill")
+    work = work_folder(output)
     room = sum(tensor.bytes for tensor in folder.tensors.values())
     with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=room) as temporary:
         model = load_teacher(checkpoint, device, recompute=recompute)
         targets = ask_all(model, syllabus, work / "targets.safetensors", key, progress)
-        student = Student(model, folder, norms=settings.norms)
+        student = Student(model, folder, norms=settings.norms, seed=settings.seed)
         outcome = train(
             student,
             Course(learnt, tested, targets, syllabus.choices, settings),
@@ -143,6 +143,11 @@ def distill(
         predicted_bytes=predicted,
         bits_per_weight=manifest.bits_per_weight,
     )
+
+
+def work_folder(output: Path) -> Path:
+    """Where a run leaves what it needs to go on."""
+    return output.with_name(f"{output.name}.distill")
 
 
 def check_memory(
@@ -304,28 +309,33 @@ def command(folder: Path, teacher: Path, output: Path, calibration: Path, as_jso
     )
     device = pick_device(options["device"])
     template = judge_template(folder, options["template"]) or judge_template(teacher, options["template"])
-    syllabus = load_syllabus(
-        calibration,
-        teacher,
-        template=template,
-        mode=options["mode"],
-        tokens=options["tokens"],
-        seed=options["seed"],
-        choice=options["template"],
-    )
-    with layer_bar() as progress:
-        report = distill(
-            folder,
+    try:
+        syllabus = load_syllabus(
+            calibration,
             teacher,
-            output,
-            syllabus,
-            settings,
-            device=device,
-            minutes=options["minutes"],
             template=template,
-            force=options["force"],
-            progress=progress,
+            mode=options["mode"],
+            tokens=options["tokens"],
+            seed=options["seed"],
+            choice=options["template"],
+            keep=work_folder(output),
         )
+        with layer_bar() as progress:
+            report = distill(
+                folder,
+                teacher,
+                output,
+                syllabus,
+                settings,
+                device=device,
+                minutes=options["minutes"],
+                template=template,
+                force=options["force"],
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        logger.warning("Interrupted. The same command goes on; %s holds what it needs.", work_folder(output))
+        raise
     if not report.outcome.finished:
         logger.warning(
             "Time ran out before the last epoch; the best so far was written. The same command with --force goes on."

@@ -115,13 +115,19 @@ def half_scale(scale: torch.Tensor, zero: torch.Tensor | None = None, bits: int 
     import torch
 
     if zero is not None and bits <= 4:
-        odd = zero.clone()
-        for _ in range(3):
-            odd = torch.where(odd % 2 == 0, odd / 2, odd)
-        lost = torch.where(odd > 1, odd.log2().floor_() + 1, torch.zeros_like(odd))
         mantissa, exponent = torch.frexp(scale)
-        places = torch.exp2(HALF_MANTISSA_BITS - lost)
+        places = torch.exp2(kept_bits(zero))
         scale = torch.ldexp((mantissa * places).round_() / places, exponent)
     half = scale.half().float()
     tiny = half.abs() < SMALLEST_SCALE
     return torch.where(tiny, torch.full_like(half, SMALLEST_SCALE), half)
+
+
+def kept_bits(zero: torch.Tensor) -> torch.Tensor:
+    """How many mantissa bits are left to the scale that belongs to each zero point of at most 4 bits."""
+    import torch
+
+    odd = zero.clone()
+    for _ in range(3):
+        odd = torch.where(odd % 2 == 0, odd / 2, odd)
+    return HALF_MANTISSA_BITS - torch.where(odd > 1, odd.log2().floor_() + 1, torch.zeros_like(odd))

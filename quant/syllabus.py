@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -9,15 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gramlite.export.checkpoint import open_checkpoint
+
 from gramlite.decoding import choice_tokens
 from gramlite.errors import InputError, ModelError
 from gramlite.model_folder import read_model_folder
 from gramlite.pair import Order, Pair
 from gramlite.prompt import encode_prompt, encode_trusted
 from gramlite.scaffold import scaffold_for
+from gramlite.storage import atomic_output, sha256_cached, sha256_file
 from gramlite.template import presented, resolve_template, screen
 
-from .calibration import Transcript, describe, holds_transcripts, load_calibration, read_pairs
+from .calibration import (
+    Transcript,
+    describe,
+    holds_transcripts,
+    load_calibration,
+    read_pairs,
+    read_transcripts,
+    write_transcripts,
+)
 from .lessons import Lesson, make_lessons
 from .sensitivity import verdict_tokens
 
@@ -44,12 +57,14 @@ def load_syllabus(
     tokens: int,
     seed: int = 0,
     choice: str | None = None,
+    keep: Path | None = None,
 ) -> Syllabus:
     """Lessons from a file of transcripts or of pairs.
 
     Every prompt is asked in direct mode, and with `think` it is also answered with a rationale, which the teacher
     writes where the file holds pairs. `template` describes the judge's (without one only transcripts' own answers are
-    learnt), `choice` is the template's name or file as the user gave it.
+    learnt), `choice` is the template's name or file as the user gave it. What the teacher writes is kept in the folder
+    `keep`, so that it need not write it twice.
     Raises InputError for a file that holds nothing usable, ModelError for a teacher that is no judge.
     """
     language = _Language(teacher, template) if template else None
@@ -63,9 +78,9 @@ def load_syllabus(
         chosen = list(language.prompts(pairs, tokens))
         if not chosen:
             raise InputError(f"No pair of {calibration} fits into --tokens {tokens:,} and the context. Raise it.")
-        described = describe(chosen, tokens=tokens, seed=seed, source=calibration.name)
     else:
-        chosen, described = load_calibration(calibration, judge=teacher, template=choice, tokens=tokens, seed=seed)
+        chosen = _transcripts(calibration, teacher, template, tokens, seed, choice, keep)
+    described = describe(chosen, tokens=tokens, seed=seed, source=calibration.name)
     if language is None:
         logger.warning("No judge template is known, so direct mode is not trained for. Name it with --template.")
         choices, direct = verdict_tokens(chosen), None
@@ -74,6 +89,30 @@ def load_syllabus(
         _check_verdicts(chosen, choices)
     lessons = make_lessons(chosen, direct, rationales=mode == "think")
     return Syllabus(tuple(lessons), choices, described | {"mode": mode, "direct": direct is not None})
+
+
+def _transcripts(
+    calibration: Path,
+    teacher: Path,
+    template: dict[str, Any] | None,
+    tokens: int,
+    seed: int,
+    choice: str | None,
+    keep: Path | None,
+) -> list[Transcript]:
+    """A file's transcripts, or those that the teacher writes for its pairs, from `keep` where they are there."""
+    kept = None
+    if keep and not holds_transcripts(calibration):
+        files = [sha256_file(calibration), *(sha256_cached(file) for file in open_checkpoint(teacher).files)]
+        origin = json.dumps([files, tokens, seed, template and template.get("sha256")])
+        kept = keep / f"transcripts-{hashlib.sha256(origin.encode()).hexdigest()[:12]}.jsonl"
+        if kept.is_file():
+            return read_transcripts(kept)
+    chosen, _ = load_calibration(calibration, judge=teacher, template=choice, tokens=tokens, seed=seed)
+    if kept:
+        with atomic_output(kept) as temporary:
+            write_transcripts(temporary, chosen)
+    return chosen
 
 
 def _check_verdicts(transcripts: Sequence[Transcript], choices: tuple[int, int]) -> None:

@@ -3,7 +3,10 @@
 weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g])   with scale = float16(first scale * exp(logarithm))
 
 The logarithms are what is trained, so that one step means the same share of every scale and none changes its sign.
-Rounding to float16 is passed straight through. A layer's weights are computed once a step; a scale's gradient is
+Rounding to float16 is passed straight through. A verdict hangs on so many scales that each needs to move by less than
+float16's step; as all of them begin on that grid, plain rounding would let none move and then many at once. So each
+has a threshold of its own, drawn at random: the share of scales that take a step is as large as their move is of one.
+A layer's weights are computed once a step; a scale's gradient is
 summed from its weights' as soon as the backward pass has them, so that they are in memory for one layer only.
 """
 
@@ -20,7 +23,7 @@ from gramlite.errors import ModelError
 
 from .decoder import ARCHITECTURES
 from .gptq_folder import GptqFolder
-from .grid import half_scale
+from .grid import HALF_MANTISSA_BITS, SMALLEST_SCALE, half_scale, kept_bits
 from .linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -37,13 +40,14 @@ class _Scales:
     weight: torch.Tensor
     offsets: torch.Tensor
     first: torch.Tensor  # [out, groups] float32
+    dither: torch.Tensor  # [out, groups], what is added before rounding
     zeros: torch.Tensor | None  # [out, groups] where scale * zero point must be a float16 too
     bits: int
     group_index: torch.Tensor | None  # [in]; None where groups are runs of neighbours
 
     def rounded(self, logarithms: torch.Tensor) -> torch.Tensor:
         """The scales [out, groups] as files hold them, in float32."""
-        return half_scale(self.first * logarithms.view_as(self.first).exp(), self.zeros, self.bits)
+        return half_scale(self.first * logarithms.view_as(self.first).exp() + self.dither, self.zeros, self.bits)
 
     def place(self, logarithms: torch.Tensor) -> None:
         """Write the weights that the codes stand for."""
@@ -74,9 +78,10 @@ class _Norm:
 
     weight: torch.Tensor
     first: torch.Tensor
+    dither: torch.Tensor
 
     def rounded(self, logarithms: torch.Tensor) -> torch.Tensor:
-        return (self.first * logarithms.exp()).half().float()
+        return (self.first * logarithms.exp() + self.dither).half().float()
 
     def place(self, logarithms: torch.Tensor) -> None:
         self.weight.data.copy_(self.rounded(logarithms))
@@ -89,24 +94,28 @@ class _Norm:
 class Student:
     """A model of transformers that computes what a GPTQ folder does, with `logarithms` as its only parameter.
 
-    `logarithms` holds, in one float32 vector, those of all scales and, with `norms`, of the norms' weights. After a
+    `logarithms` holds, in one float32 vector, those of all scales and, with `norms`, of the norms' weights; `seed`
+    draws the thresholds of their rounding, at which nothing changes while the logarithms are zero. After a
     change of them `refresh` makes the model follow. `model` is changed in place; its weights become float32.
     Raises ModelError where the folder and the model don't fit each other.
     """
 
-    def __init__(self, model: Any, folder: GptqFolder, *, norms: bool = True) -> None:
+    def __init__(self, model: Any, folder: GptqFolder, *, norms: bool = True, seed: int = 0) -> None:
         import torch
 
         self.model, self.folder = model, folder
         self._parts: dict[str, _Scales | _Norm] = {}
         _load_floats(model, folder)
         model.requires_grad_(False)
+        draw = torch.Generator().manual_seed(seed)
         for name in folder.linears:
-            self._parts[name] = _scales(_parameter(model, f"{name}.weight", folder), folder.read_linear(name), name)
+            weight = _parameter(model, f"{name}.weight", folder)
+            self._parts[name] = _scales(weight, folder.read_linear(name), name, draw)
         for name in folder.tensors if norms else ():
             if name.endswith(NORM):
                 weight = _parameter(model, name, folder)
-                self._parts[name] = _Norm(weight, weight.detach().clone())
+                first = weight.detach().clone()
+                self._parts[name] = _Norm(weight, first, _dither(first, None, draw))
         self._where: dict[str, slice] = {}
         count = 0
         for name, part in self._parts.items():
@@ -150,7 +159,7 @@ class Student:
         return collect
 
 
-def _scales(weight: torch.Tensor, linear: QuantizedLinear, name: str) -> _Scales:
+def _scales(weight: torch.Tensor, linear: QuantizedLinear, name: str, draw: torch.Generator) -> _Scales:
     import torch
 
     if tuple(weight.shape) != linear.codes.shape:
@@ -158,14 +167,28 @@ def _scales(weight: torch.Tensor, linear: QuantizedLinear, name: str) -> _Scales
     offsets = linear.codes.astype(np.int16) - linear.zeros[:, linear.group_index].astype(np.int16)
     kind = np.int8 if -128 <= offsets.min() and offsets.max() <= 127 else np.int16
     on = weight.device
+    first = torch.from_numpy(linear.scales.astype(np.float32))
+    zeros = None if linear.symmetric or linear.bits > 4 else torch.from_numpy(linear.zeros.astype(np.float32))
     return _Scales(
         weight=weight,
         offsets=torch.from_numpy(offsets.astype(kind)).to(on),
-        first=torch.from_numpy(linear.scales.astype(np.float32)).to(on),
-        zeros=None if linear.symmetric else torch.from_numpy(linear.zeros.astype(np.float32)).to(on),
+        first=first.to(on),
+        dither=_dither(first, zeros, draw).to(on),
+        zeros=None if zeros is None else zeros.to(on),
         bits=linear.bits,
         group_index=None if linear.ordered else torch.from_numpy(linear.group_index).long().to(on),
     )
+
+
+def _dither(first: torch.Tensor, zeros: torch.Tensor | None, draw: torch.Generator) -> torch.Tensor:
+    """Numbers drawn from just less than half a step of the grid around each value on it, to either side."""
+    import torch
+
+    mantissa, exponent = torch.frexp(first.cpu())
+    bits = torch.tensor(float(HALF_MANTISSA_BITS)) if zeros is None else kept_bits(zeros)
+    step = torch.exp2(exponent - bits).clamp_(min=SMALLEST_SCALE)
+    step = torch.where(mantissa.abs() == 0.5, step / 2, step)  # at a power of two the grid is finer on one side
+    return ((torch.rand(first.shape, generator=draw) - 0.5) * (0.99 * step)).to(first.device)
 
 
 def _load_floats(model: Any, folder: GptqFolder) -> None:
@@ -226,7 +249,7 @@ def load_teacher(checkpoint: Checkpoint, device: str, *, recompute: bool = False
 
 
 def predict_bytes(config: dict[str, Any], folder: GptqFolder, longest: int, spoken: int, *, recompute: bool) -> int:
-    """The memory that training takes, in bytes: float32 weights, one byte a code, seven vectors of scales, two layers'
+    """The memory that training takes, in bytes: float32 weights, one byte a code, eight vectors of scales, two layers'
     gradients, the activations that the longest lesson (tokens) keeps, and its `spoken` rows of logits."""
     hidden, wide, vocabulary = (int(config[key]) for key in ("hidden_size", "intermediate_size", "vocab_size"))
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
@@ -237,7 +260,7 @@ def predict_bytes(config: dict[str, Any], folder: GptqFolder, longest: int, spok
     tables = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     kept = longest * (12 * hidden + 6 * queries + 5 * wide)
     activations = layers * longest * hidden + kept if recompute else layers * kept
-    return 4 * (sum(sizes) + tables + 7 * scales + 2 * max(sizes) + activations + 5 * spoken * vocabulary) + sum(sizes)
+    return 4 * (sum(sizes) + tables + 8 * scales + 2 * max(sizes) + activations + 5 * spoken * vocabulary) + sum(sizes)
 
 
 def bits_of(folder: GptqFolder, name: str) -> int:

@@ -153,6 +153,18 @@ def test_the_gradient_is_that_of_the_scales(
     assert torch.allclose(found[where["model.norm.weight"]], (norm.grad * norm).detach(), rtol=1e-3, atol=1e-6)
 
 
+def test_rounding_follows_moves_that_are_smaller_than_its_steps(pair: tuple[Path, Path]) -> None:
+    student = student_of(*pair)
+    before = np.concatenate([linear.scales.ravel() for _, linear in student.linears()]).astype(np.float64)
+    folder = open_gptq(pair[0])
+    assert np.array_equal(before, np.concatenate([folder.read_linear(name).scales.ravel() for name in folder.linears]))
+    for move in (1e-4, -3e-4):
+        student.logarithms.fill_(move)
+        after = np.concatenate([linear.scales.ravel() for _, linear in student.linears()]).astype(np.float64)
+        assert 0.05 < np.mean(after != before) < 0.6  # steps are 5e-4 to 1e-3 of a scale
+        assert np.mean(after / before - 1) == pytest.approx(move, rel=0.15)
+
+
 def test_computing_activations_twice_changes_nothing(pair: tuple[Path, Path], syllabus: Syllabus) -> None:
     folder, teacher = pair
     gradients = []
