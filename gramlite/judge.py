@@ -7,15 +7,16 @@ import itertools
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .backends import Backend, Request, TakesAdapters
 from .conclusion import conclude, conclude_order, mean_log_odds, winner_of
 from .confidence import Calibration
-from .decoding import Decoder, Generation, choice_tokens, describe, softmax_first
+from .decoding import Decoder, choice_tokens, describe
 from .errors import GramliteError, InputError, ModelError
+from .open_pair import OpenPair
 from .pair import Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
@@ -23,7 +24,7 @@ from .settings import Settings
 from .storage import sha256_cached
 from .template import Template, presented, screen
 from .turn import Turn
-from .voting import settled, stages
+from .voting import stages
 
 if TYPE_CHECKING:
     from .ranking import KnownComparisons, Ranking
@@ -31,27 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Listener", "Settings", "mean_log_odds", "winner_of"]
 
 Listener = Callable[[Order, str], None]
-
-
-@dataclass
-class _Open:
-    """A pair that is being judged: its generations as they arrive, by order and vote, and the decoders that make them.
-
-    `stages` are the portions of votes still to be asked for, `asked` is how many generations were.
-    """
-
-    pair: Pair
-    flags: tuple[str, ...]
-    prompts: Mapping[Order, EncodedPrompt]
-    stems: Mapping[Order, frozenset[int]]
-    stages: list[range] = field(default_factory=list)
-    done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
-    decoders: list[Decoder] = field(default_factory=list)
-    asked: int = 0
-
-    @property
-    def idle(self) -> bool:
-        return len(self.done) == self.asked
 
 
 class Judge:
@@ -231,7 +211,7 @@ class Judge:
         self.close()
 
     def _run(self, pairs: Iterable[Pair], strict: bool, on_text: Listener | None) -> Iterator[Verdict]:
-        opened: dict[int, _Open] = {}
+        opened: dict[int, OpenPair] = {}
         ready: dict[int, Verdict] = {}
         work: dict[int, tuple[int, Order, int]] = {}
         keys = itertools.count()
@@ -253,7 +233,7 @@ class Judge:
                         ready[index] = prepared
                         continue
                     opened[index] = prepared
-                for order, vote in self._next_stage(opened[index]):
+                for order, vote in opened[index].next_stage():
                     if index not in opened:
                         break
                     key = next(keys)
@@ -266,7 +246,7 @@ class Judge:
                 continue  # its pair was settled without it
             current = opened[index]
             current.done[order, vote] = generation
-            if self._settled(current):
+            if current.settled():
                 for decoder in current.decoders:
                     decoder.cancel()
                 ready[index] = self._conclude(opened.pop(index))
@@ -277,7 +257,7 @@ class Judge:
             yield ready.pop(emitted)
             emitted += 1
 
-    def _open(self, pair: Pair, strict: bool) -> _Open | Verdict:
+    def _open(self, pair: Pair, strict: bool) -> OpenPair | Verdict:
         try:
             return self._prepare(pair)
         except GramliteError as error:
@@ -285,27 +265,7 @@ class Judge:
                 raise
             return self._verdict(pair, reason=str(error))
 
-    def _next_stage(self, opened: _Open) -> Iterator[tuple[Order, int]]:
-        stage = opened.stages.pop(0)
-        opened.asked += len(stage) * len(opened.prompts)
-        for order in self.settings.presented_orders:
-            for vote in stage:
-                yield order, vote
-
-    def _settled(self, opened: _Open) -> bool:
-        """Whether a pair has all the generations that it needs."""
-        if opened.idle and not opened.stages:
-            return True
-        if not self.settings.early_stop or self.settings.votes == 1:
-            return False
-        margins = {order: [] for order in self.settings.presented_orders}  # type: dict[Order, list[float]]
-        for (order, _), generation in opened.done.items():
-            if generation.margin is None:
-                return False
-            margins[order].append(softmax_first(generation.margin if order == "ab" else -generation.margin))
-        return settled(list(margins.values()), self.settings.votes, self.settings.confidence)
-
-    def _prepare(self, pair: Pair) -> _Open | Verdict:
+    def _prepare(self, pair: Pair) -> OpenPair | Verdict:
         """Check and encode a pair, or settle it without the model."""
         pair.check()
         flags = tuple(f"empty:{name}" for name in ("response_a", "response_b") if not getattr(pair, name).strip())
@@ -323,7 +283,7 @@ class Judge:
         flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
         early = self.settings.early_stop and self.settings.votes > 1
         votes = stages(self.settings.votes, self.settings.confidence) if early else [range(self.settings.votes)]
-        return _Open(pair, flags, prompts, stems, votes)
+        return OpenPair(pair, self.settings, flags, prompts, stems, votes)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
         segments = self.template.segments(presented(pair, order))
@@ -347,7 +307,7 @@ class Judge:
                 "Raise --context, lower --budget, or shorten the texts."
             )
 
-    def _request(self, key: int, opened: _Open, order: Order, vote: int, on_text: Listener | None) -> Request:
+    def _request(self, key: int, opened: OpenPair, order: Order, vote: int, on_text: Listener | None) -> Request:
         decoder = Decoder(
             self.backend.vocabulary,
             self.template.form,
@@ -372,7 +332,7 @@ class Judge:
         text = json.dumps([self.settings.seed, pair.prompt, pair.response_a, pair.response_b, order, vote])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
-    def _conclude(self, opened: _Open) -> Verdict:
+    def _conclude(self, opened: OpenPair) -> Verdict:
         """Combine a pair's generations, un-swapping the order in which response_b stood first."""
         failures = [generation.reason for generation in opened.done.values() if generation.margin is None]
         if failures:
