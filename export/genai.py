@@ -96,7 +96,9 @@ def run(command: list[str], advance: Advance, size: int) -> None:
         if any("No space left" in word or "Errno 28" in word for word in said):
             raise ResourceError("The disk is full; nothing was written. Free some space, or choose another -o.")
         if code in (-9, 137):
-            raise ResourceError("The model builder was killed, most likely for want of memory. Free some and try again.")
+            raise ResourceError(
+                "The model builder was killed, most likely for want of memory. Free some and try again."
+            )
         raise ModelError(f"onnxruntime-genai's model builder failed: {text or f'exit code {code}'}")
 
 

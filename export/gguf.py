@@ -24,6 +24,7 @@ from .checkpoint import StoredTensor, open_checkpoint
 from .plan import Plan, plan_export
 from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
+from .smoke import smoke_judge, smoke_option
 from .stream import (
     PIECE_BYTES,
     BackgroundHash,
@@ -228,12 +229,17 @@ def check_written(path: Path, folder: Path) -> int | None:
     help="Type of the weights.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(checkpoint: Path, output: Path, dtype: str, template: str | None, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
+) -> None:
     """Write a Hugging Face CHECKPOINT folder (Llama, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
     manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
     print_notes(manifest)
     if not manifest.template:
         print("note: no judge template was found; give --template when you judge", file=sys.stderr)
+    if smoke:
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
 from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import judge_command, print_artifact, progress_bar
+from .smoke import smoke_judge, smoke_option
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight
 TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
@@ -109,9 +110,14 @@ def count_weights(checkpoint: Checkpoint) -> int:
     help="fp32 runs on the CPU, fp16 is for CUDA.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(checkpoint: Path, output: Path, dtype: str, template: str | None, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
+) -> None:
     """Write a CHECKPOINT as an ONNX folder that onnxruntime runs."""
     manifest = export_onnx(checkpoint, output, dtype=dtype.lower(), template=template, force=force)
+    if smoke:
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

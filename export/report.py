@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gramlite.artifact import Manifest
 
+from .smoke import summary
+
 Advance = Callable[[str, int], None]
 
 
@@ -58,6 +60,8 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
             "sha256": manifest.files.get(path.name),
             "template": {key: template.get(key) for key in ("name", "sha256")} if template else None,
             "notes": manifest.settings.get("notes", []),
+            "smoke": {key: value for key, value in (manifest.smoke or {}).items() if not key.endswith("margins")}
+            or None,
             "command": command,
         }
         print(json.dumps(row, ensure_ascii=False))
@@ -71,6 +75,8 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
     if manifest.bits_per_weight is not None:
         table.add_row("bits per weight", f"{manifest.bits_per_weight:.2f} ({manifest.quantization})")
     table.add_row("template", str(template.get("name", "none recorded")))
+    if manifest.smoke:
+        table.add_row("first pairs", summary(manifest.smoke))
     table.add_row("next", command)
     Console(soft_wrap=True).print(table)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def load(
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
     runtime = runtime or RuntimeOptions()
     artifact = open_artifact(Path(model))
+    if artifact.manifest and artifact.manifest.companion:
+        if artifact.manifest.companion not in artifact.manifest.files:  # which are checked, and lie beside the file
+            raise ModelError(
+                f"The manifest of {artifact.path} does not list its companion. Export or download it again."
+            )
+        runtime = replace(runtime, companion=str(artifact.path.parent / artifact.manifest.companion))
     backend = open_backend(artifact, runtime)
     try:
         judge = _judge(artifact, backend, template, settings or Settings(), runtime, trust_template)
@@ -122,7 +129,9 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: Run
     described = {
         "name": artifact.name,
         "format": artifact.format,
-        "quantization": quantization or metadata.get("quantization"),
+        "quantization": metadata.get("quantization")
+        if runtime.load_in
+        else quantization or metadata.get("quantization"),
         "sha256": artifact_sha256(artifact.path),
     }
     files = {"companion": runtime.companion, "adapter": runtime.adapter}

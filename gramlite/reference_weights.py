@@ -76,7 +76,7 @@ def merged_weights(base: Header) -> Iterator[tuple[str, Bits]]:
     factors = _adapter_factors()
     for tensor in base.tensors:
         name = checkpoint_name(tensor.name)
-        bits = unpermute_rope(name, to_bfloat16(_dequantized(base, tensor)))
+        bits = unpermute_rope(name, to_bfloat16(dequantized(base, tensor)))
         module = name.removesuffix(".weight")
         if module in factors:
             down, up = factors.pop(module)
@@ -173,8 +173,8 @@ def _adapter_factors() -> dict[str, tuple[NDArray[np.float32], NDArray[np.float3
     }
 
 
-def _dequantized(base: Header, tensor: Tensor) -> NDArray[np.float32]:
-    """One tensor of the base as float32, in numpy's order of dimensions, which is GGUF's reversed."""
+def dequantized(base: Header, tensor: Tensor) -> NDArray[np.float32]:
+    """One tensor of a GGUF file as float32, in numpy's order of dimensions, which is GGUF's reversed."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[tensor.type]

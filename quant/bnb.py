@@ -20,6 +20,7 @@ import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import judge_command, print_artifact
+from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
 from gramlite.errors import InputError, ModelError
@@ -162,9 +163,14 @@ def bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--type", "kind", type=click.Choice(list(TYPES), case_sensitive=False), default="nf4", show_default=True)
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(checkpoint: Path, output: Path, kind: str, template: str | None, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: Path, output: Path, kind: str, template: str | None, smoke: bool, force: bool, as_json: bool
+) -> None:
     """Write a CHECKPOINT as a bitsandbytes folder, and check that it reloads as it was."""
     manifest = quantize_bnb(checkpoint, output, type=kind.lower(), template=template, force=force)
+    if smoke:
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -10,7 +10,9 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import click
 from gramlite.export.gguf import HEADER_BYTES
 from gramlite.export.publish import publish_file, tool_versions
 from gramlite.export.report import judge_command, print_artifact, print_notes
+from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
 from gramlite.device import thread_count
@@ -40,6 +43,18 @@ NEEDS_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XX
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 NEARLY_NOTHING = 1 << 20  # bytes free on a disk that a write has just filled
 TYPICAL_BITS = re.compile(r"(\d)")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What was done to a file after its quantization: settings to record, and an adapter that goes with it, by sha256."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    companion_bytes: int = 0
+
+
+Refine = Callable[[Path], Refined]
 
 
 def quantize_gguf(
@@ -77,11 +92,14 @@ def quantize_source(
     calibration: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     name: str | None = None,
+    refine: Refine | None = None,
+    notes: tuple[tuple[str, str], ...] = (),
 ) -> Manifest:
     """What `quantize_gguf` does with a source that is open already.
 
     `calibration` is what is known of the transcripts; `settings` are added to the manifest's, and `name` is what the
-    manifest calls the quantization where that is not the file's type.
+    manifest calls the quantization where that is not the file's type. `refine` may change the written file's weights
+    and add a companion to it; `notes` go into its metadata.
     """
     kind = file_type(kind)
     wanted = check_overrides(source, kind, overrides)
@@ -97,9 +115,14 @@ def quantize_source(
                 overrides=wanted,
                 threads=thread_count(threads),
                 importance=tuple((name, len(values)) for name, values in matrix.items()),
+                notes=notes,
             )
             outcome = _run(job, matrix, progress)
             written = read_header(temporary)
+            refined = refine(temporary) if refine else Refined()
+            bits = bits_per_weight(written) * (
+                1 + refined.companion_bytes / sum(each.bytes for each in written.tensors)
+            )
             return Manifest(
                 format="gguf",
                 name=destination.stem,
@@ -108,12 +131,14 @@ def quantize_source(
                 source=source.described,
                 settings={"type": kind, "overrides": [list(pair) for pair in wanted]}
                 | describe_types(written, outcome)
-                | (settings or {}),
+                | (settings or {})
+                | refined.settings,
                 calibration=describe_matrix(imatrix, calibration) if imatrix else calibration,
                 tools=tool_versions("llama-cpp-python", "gguf", "numpy"),
                 template=source.template,
-                bits_per_weight=round(bits_per_weight(written), 4),
-                files={destination.name: sha256_file(temporary)},
+                bits_per_weight=round(bits, 4),
+                files={destination.name: sha256_file(temporary)} | refined.files,
+                companion=next(iter(refined.files), None),
             )
 
         return publish_file(destination, build, force=force, need_bytes=_room(source.header, kind))
@@ -245,16 +270,26 @@ def parse_override(text: str) -> tuple[str, str]:
 )
 @click.option("--embedding-type", metavar="TYPE", help="Another type for the embedding.")
 @click.option("--output-type", metavar="TYPE", help="Another type for the head, which may be the embedding.")
+@click.option(
+    "--low-rank", "rank", type=int, metavar="RANK",
+    help="Give back what rounding takes as an adapter of that rank, which goes with the file.",
+)  # fmt: skip
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the source.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any) -> None:
+def command(
+    source: Path, output: Path, kind: str, rank: int | None, smoke: bool, as_json: bool, **options: Any
+) -> None:
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
     from .calibrated import calibrate, measure_importance, quantize_calibrated
+    from .low_rank import quantize_low_rank
 
+    if rank is not None and (options["calibration"] or target_bits(kind)):
+        raise InputError("--low-rank works without calibration. Leave out --calibration, and take a type, not auto.")
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
         matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None
@@ -282,8 +317,10 @@ def command(source: Path, output: Path, kind: str, as_json: bool, **options: Any
         elif target_bits(kind):
             raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
         else:
-            manifest = quantize_source(
-                opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"]
-            )
+            quantize = partial(quantize_low_rank, rank=rank) if rank is not None else quantize_source
+            manifest = quantize(opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"])
+        if smoke:
+            template = options["template"]
+            manifest = smoke_judge(output, manifest, opened.path, template=template, force=options["force"])
     print_notes(manifest)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

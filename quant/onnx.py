@@ -12,6 +12,7 @@ import click
 from gramlite.export.genai import TARGETS
 from gramlite.export.onnx import publish
 from gramlite.export.report import judge_command, print_artifact
+from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
@@ -69,6 +70,7 @@ def quantize_onnx(
 )
 @click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Where it is to run.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -79,6 +81,7 @@ def command(
     method: str,
     target: str,
     template: str | None,
+    smoke: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -93,4 +96,6 @@ def command(
         template=template,
         force=force,
     )
+    if smoke:
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

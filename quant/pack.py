@@ -21,6 +21,7 @@ from gramlite.export.architecture import (
 from gramlite.export.gguf import HEADER_BYTES, add_architecture, add_vocabulary, check_written, pad, put
 from gramlite.export.publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
+from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 from gramlite.export.stream import PIECE_BYTES, BackgroundHash, permute_heads
 from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
@@ -223,14 +224,25 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
     help="Type of the embedding and the head.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the one recorded.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    folder: Path, target: str, output: Path, embedding: str, template: str | None, force: bool, as_json: bool
+    folder: Path,
+    target: str,
+    output: Path,
+    embedding: str,
+    template: str | None,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write a GPTQ FOLDER as a GGUF file or an ONNX folder with the very same weights, which run without CUDA."""
     pack = pack_gguf
     if target == "onnx":
         from .pack_onnx import pack_onnx as pack
     manifest = pack(folder, output, embedding=embedding, template=template, force=force)
+    if smoke:
+        margins = recorded_margins(read_manifest(folder))
+        manifest = smoke_judge(output, manifest, margins, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
