@@ -9,10 +9,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..artifact import Artifact
 from ..decoding import Decoder, Generation
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..vocabulary import Vocabulary
 
 Device = Literal["auto", "cuda", "cpu"]
+LoadIn = Literal["nf4", "int8"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RuntimeOptions:
     `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
     short); `parallel` the most sequences decoded together; `adapter` a LoRA file, `companion` another one that belongs
     to the artifact and is always applied, too; `deterministic` keeps to one sequence at a time so that the same input
-    gives the same bits.
+    gives the same bits; `load_in` quantizes a full-precision checkpoint's linear layers while it is loaded.
     """
 
     device: Device = "auto"
@@ -48,6 +49,7 @@ class RuntimeOptions:
     adapter: str | None = None
     companion: str | None = None
     deterministic: bool = False
+    load_in: LoadIn | None = None
 
 
 class Backend(Protocol):
@@ -98,7 +100,8 @@ class TakesAdapters(Protocol):
 def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
     """Open an artifact with the backend that is named after its format.
 
-    Raises ModelError for a format that has no backend or whose packages are missing, ResourceError when it does not fit.
+    Raises ModelError for a format that has no backend or whose packages are missing, InputError for options that it does
+    not take, ResourceError when it does not fit.
     """
     try:
         module = importlib.import_module(f"{__name__}.{artifact.format}")
@@ -112,5 +115,12 @@ def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
             f"The {artifact.format} backend needs the package {error.name!r}. "
             f"Type: pip install 'gramlite[{artifact.format}]'"
         ) from error
+    if not hasattr(module, "open_artifact"):
+        raise ModelError(f"No backend runs the format {artifact.format!r} of {artifact.path}.")
+    if options.load_in and not getattr(module, "LOADS_IN", ()):
+        raise InputError(
+            f"--load-in {options.load_in} quantizes a Hugging Face checkpoint while it is loaded; {artifact.path} is a "
+            f"{artifact.format} artifact, which stays what it is. Drop --load-in."
+        )
     backend: Backend = module.open_artifact(artifact, options)
     return backend

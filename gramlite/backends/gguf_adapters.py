@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResourceError
+from ..errors import OutOfMemory, ResourceError
 from ..gguf_header import Header, check_adapter_fits, read_header
 from .gguf_context import LlamaContext, Saved
 
@@ -67,7 +67,10 @@ class Adapters:
         needed, free = sum(tensor.bytes for tensor in header.tensors), self._room()
         if needed > free:
             raise ResourceError(f"The adapter {path} needs {needed:,} bytes and {free:,} are free. Free some memory.")
-        self._opened[path] = self._context.open_adapter(path)
+        try:
+            self._opened[path] = self._context.open_adapter(path)
+        except OutOfMemory as error:
+            raise ResourceError(f"The adapter {path} does not fit the GPU: {error}. Free some of its memory.") from error
 
     def _apply(self, paths: tuple[str, ...]) -> None:
         self._context.set_adapters([self._opened[path] for path in paths])

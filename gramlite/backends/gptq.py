@@ -62,12 +62,13 @@ def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
     """The folder itself, on the GPU with the most free memory."""
     import torch
 
+    from ..folder_memory import footprint, stored_bytes
     from ..model_folder import read_model_folder
     from ..placement import Placement, place
     from . import hf, torch_devices
 
     folder = read_model_folder(artifact.path)
-    size = hf.footprint(folder, hf.stored_bytes(artifact.path), torch.float16)
+    size = footprint(folder, stored_bytes(artifact.path), 2)
     asked = replace(options, device="cuda")
     placement = place(folder.path.name, folder.context, asked, torch_devices.machine(), cpu=size, gpu=size)
 
@@ -75,7 +76,9 @@ def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
         return hf.load_model(folder, placement, torch.float16), torch.float16
 
     def below(placement: Placement, context: int | None) -> Placement | None:
-        if options.device == "auto" and context:  # while it is loaded, open_artifact packs it instead
+        if options.device == "auto" and not context:  # open_artifact hears it, and packs
+            raise ResourceError(f"memory ran out on {placement.device}")
+        if options.device == "auto":
             raise ResourceError(
                 f"Out of memory on {placement.device}. The folder runs packed on the CPU, too: type --device cpu, "
                 "or a smaller --context."

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +19,19 @@ from ..artifact import Artifact
 from ..decoding import Generation, Logits
 from ..device import thread_count
 from ..errors import InputError, ModelError, OutOfMemory
+from ..folder_memory import ITEM_BYTES, bytes_when_quantized, footprint, quantization_of, stored_bytes, stored_type
 from ..model_folder import ModelFolder, read_model_folder
-from ..one_sequence import PIECE, OneSequence
-from ..placement import Footprint, Placement, place, placement_below
+from ..one_sequence import OneSequence
+from ..placement import Placement, place, placement_below
 from ..stepping_down import Steps
 from ..tokenizer_json import read_vocabulary
-from . import Request, RuntimeOptions
+from . import LoadIn, Request, RuntimeOptions
 from .torch_devices import machine
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LOADS_IN = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
 Load = Callable[[Placement], tuple[Any, Any]]  # the model and its dtype
 Below = Callable[[Placement, int | None], Placement | None]
-
-ITEM_BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
 class HfBackend:
@@ -125,12 +124,20 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> HfBackend:
     if not artifact.path.is_dir():
         raise ModelError(f"{artifact.path} is no checkpoint's folder.")
     folder = read_model_folder(artifact.path)
-    sizes = stored_bytes(artifact.path)
-    stored = stored_dtype(folder, sizes)
     method = quantization_method(folder)
+    if options.load_in:
+        if method:
+            raise InputError(f"{folder.path} is quantized already ({method}). Drop --load-in.")
+        need_bitsandbytes(f"--load-in {options.load_in} needs")
+        method = options.load_in.upper()
+        sizes = bytes_when_quantized(artifact.path, LOADS_IN[options.load_in])
+    else:
+        sizes = stored_bytes(artifact.path)
+    kind = stored_type(folder.path, sizes)
+    stored = DTYPES[kind]
     found = machine()
-    wide = footprint(folder, sizes, torch.float32)
-    own = footprint(folder, sizes, stored)
+    wide = footprint(folder, sizes, 4)
+    own = footprint(folder, sizes, ITEM_BYTES[kind])
     fits = wide.total(options.context or 1) <= found.free_memory
     size = wide if fits else own
     name, trained = folder.path.name, folder.context
@@ -139,63 +146,31 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> HfBackend:
 
     def load(placement: Placement) -> tuple[Any, Any]:
         dtype = stored if placement.gpu or not fits else torch.float32
-        return load_model(folder, placement, dtype), dtype
+        return load_model(folder, placement, dtype, load_in=options.load_in), dtype
 
     def below(placement: Placement, context: int | None) -> Placement | None:
         asked = replace(options, context=context or options.context)
         return placement_below(placement, name, trained, asked, machine(), cpu=size)
 
-    quantization = method or next(kind for kind, dtype in DTYPES.items() if dtype == stored)
-    return HfBackend(folder, placement, quantization, load=load, below=below)
-
-
-def stored_bytes(path: Path) -> dict[str, int]:
-    """The bytes of a folder's tensors by their type, every file's header checked; ModelError for what is refused."""
-    from gramlite.export.checkpoint import read_safetensors_header, weight_files
-
-    sizes: dict[str, int] = {}
-    for file in weight_files(path):
-        for tensor in read_safetensors_header(file).values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
-    return sizes
-
-
-def stored_dtype(folder: ModelFolder, sizes: Mapping[str, int]) -> Any:
-    """The floating point type that most bytes have; raises ModelError where there is none that is known."""
-    known = {dtype: size for dtype, size in sizes.items() if dtype in DTYPES}
-    if not known:
-        raise ModelError(f"{folder.path} holds no F32, F16 or BF16 tensor, only {', '.join(sizes) or 'nothing'}.")
-    return DTYPES[max(known, key=lambda dtype: known[dtype])]
+    return HfBackend(folder, placement, method or kind, load=load, below=below)
 
 
 def quantization_method(folder: ModelFolder) -> str | None:
     """NF4, FP4 or INT8 for a bitsandbytes folder, None for full precision; raises ModelError for anything else."""
-    settings = folder.config.get("quantization_config")
-    if not settings:
-        return None
-    if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes":
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ModelError(f"{folder.path} is quantized with {method!r}, which no backend here runs.")
+    method = quantization_of(folder)
+    if method and method.startswith("GPTQ"):
+        raise ModelError(f"{folder.path} is quantized with 'gptq', which the hf backend does not run.")
+    if method:
+        need_bitsandbytes(f"{folder.path} needs")
+    return method
+
+
+def need_bitsandbytes(what: str) -> None:
+    """Raise ModelError where bitsandbytes is missing."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"{folder.path} needs bitsandbytes. Type: pip install 'gramlite[bnb]'") from error
-    return "INT8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "nf4")).upper()
-
-
-def footprint(folder: ModelFolder, sizes: Mapping[str, int], dtype: Any) -> Footprint:
-    """What the model takes with its floating point tensors in `dtype`; quantized bytes stay as they are.
-
-    Computing needs the attention scores and the feed-forward layer of one piece and one row of logits, roughly.
-    """
-    item = ITEM_BYTES[dtype]
-    weights = sum(size // ITEM_BYTES[DTYPES[kind]] * item if kind in DTYPES else size for kind, size in sizes.items())
-    heads = folder.count("num_attention_heads")
-    head_size = folder.count("head_dim", folder.count("hidden_size") // heads)
-    key_values = folder.count("num_key_value_heads", heads) * head_size
-    wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
-    compute = PIECE * (wide + heads * min(folder.context, 8192)) * 4 + folder.count("vocab_size") * 8
-    return Footprint(weights=weights, token=2 * folder.count("num_hidden_layers") * key_values * item, compute=compute)
+        raise ModelError(f"{what} bitsandbytes. Type: pip install 'gramlite[bnb]'") from error
 
 
 def compute_in(model: Any, dtype: Any) -> None:
@@ -213,18 +188,34 @@ def compute_in(model: Any, dtype: Any) -> None:
             module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and dtype is torch.bfloat16
 
 
-def load_model(folder: ModelFolder, placement: Placement, dtype: Any) -> Any:
-    """The model in evaluation mode, on its device; raises ModelError for what transformers refuses."""
+def settings_of(load_in: LoadIn, dtype: Any) -> Any:
+    """The settings of bitsandbytes that `gramlite quantize bnb` has, too."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=load_in == "nf4",
+        load_in_8bit=load_in == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_model(folder: ModelFolder, placement: Placement, dtype: Any, *, load_in: LoadIn | None = None) -> Any:
+    """The model in evaluation mode, on its device; raises ModelError for what transformers refuses.
+
+    `load_in` quantizes its linear layers, from the type that they are stored in.
+    """
     where = f"cuda:{placement.gpu.index}" if placement.gpu else "cpu"
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
             quantization = getattr(config, "quantization_config", None)
             bitsandbytes = isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"
+            if load_in:
+                quantization, bitsandbytes = settings_of(load_in, dtype), True
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 config=config,
-                dtype=dtype,
+                dtype="auto" if load_in else dtype,
+                quantization_config=quantization if load_in else None,
                 device_map={"": where} if quantization else None,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -20,10 +20,11 @@ from ..artifact import Artifact
 from ..decoding import Generation, Logits
 from ..device import Machine, free_memory, has_driver, has_mps, thread_count
 from ..errors import GramliteError, InputError, ModelError, OutOfMemory, ResourceError
-from ..model_folder import ModelFolder, read_json_object, read_model_folder
-from ..one_sequence import PIECE, OneSequence
+from ..model_folder import ModelFolder, read_model_folder
+from ..one_sequence import OneSequence
+from ..onnx_folder import GENAI, footprint, graph_name, head_size
 from ..onnx_graph import OnnxGraph, present_name, read_graph
-from ..placement import Footprint, Placement, place, placement_below
+from ..placement import Placement, place, placement_below
 from ..stepping_down import Steps
 from ..tokenizer_json import read_vocabulary
 from . import Request, RuntimeOptions
@@ -34,7 +35,6 @@ logger = logging.getLogger("gramlite")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 CELLS = 512  # the KV buffers grow in steps of this many tokens
-GENAI = "genai_config.json"
 
 Below = Callable[[Placement, int | None], Placement | None]
 
@@ -195,37 +195,6 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> OnnxBackend:
 
     quantization = artifact.manifest.quantization if artifact.manifest else None
     return OnnxBackend(folder, graph, placement, quantization, options=options, below=below)
-
-
-def graph_name(artifact: Artifact) -> str:
-    """The decoder's file as genai_config.json names it, model.onnx without one; raises ModelError for no plain name."""
-    path = artifact.path / GENAI
-    decoder = (read_json_object(path).get("model") or {}).get("decoder") if path.is_file() else {}
-    name = decoder.get("filename", "model.onnx") if isinstance(decoder, dict) else None
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise ModelError(f"{path} names no decoder of this folder ({name!r}). Export it again.")
-    if not (artifact.path / name).is_file():
-        raise ModelError(f"{artifact.path / name} is missing. Export or download it again.")
-    return name
-
-
-def head_size(folder: ModelFolder, graph: OnnxGraph) -> int:
-    """The graph's own, else that of config.json: the model builder leaves it open."""
-    return graph.head_size or folder.count(
-        "head_dim", folder.count("hidden_size") // folder.count("num_attention_heads")
-    )
-
-
-def footprint(folder: ModelFolder, graph: OnnxGraph) -> Footprint:
-    """What the session takes: onnxruntime packs the weights anew while it loads, so they count twice."""
-    wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
-    scores = folder.count("num_attention_heads") * min(folder.context, 8192)
-    item = 2 if graph.half else 4
-    return Footprint(
-        weights=2 * graph.weights,
-        token=len(graph.past) * graph.key_value_heads * head_size(folder, graph) * item,
-        compute=PIECE * (wide + scores) * 4 + graph.vocabulary * 8,
-    )
 
 
 def open_session(graph: OnnxGraph, placement: Placement, options: RuntimeOptions) -> Any:

@@ -1,4 +1,4 @@
-"""`gramlite inspect`: what a model file is, read from its header alone, without loading it."""
+"""`gramlite inspect`: what a model file or folder is, read from its headers alone, without loading it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ModelError
+from ..errors import GramliteError, ModelError
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+    from ..placement import Footprint
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 MiB = 1 << 20
@@ -23,12 +27,9 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     from ..gguf_header import hyperparameters, read_header
     from ..memory import predict
     from ..quantization import bits_per_weight, quantization_name
-    from ..scaffold import KNOWN_TEMPLATES, template_hash
 
     header = read_header(path)
     sizes = hyperparameters(header)
-    chat_template = header.metadata.get("tokenizer.chat_template")
-    known = KNOWN_TEMPLATES.get(template_hash(chat_template)) if isinstance(chat_template, str) else None
     memory = {}
     for context in CONTEXTS:
         if context <= sizes.context:
@@ -49,17 +50,95 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         "vocabulary": sizes.vocabulary,
         "context": sizes.context,
         "template": header.metadata.get("gramlite.template.name"),
-        "chat_template": known.name if known else ("unknown" if chat_template else None),
+        "chat_template": known_chat_template(header.metadata.get("tokenizer.chat_template")),
         "memory": memory,
     }
 
 
+def inspect_folder(artifact: Artifact) -> dict[str, Any]:
+    """What an hf, gptq or onnx folder says of itself and the memory it needs, in bytes; ModelError when it is refused."""
+    from ..folder_memory import footprint, quantization_of, stored_bytes, stored_type, weight_count
+    from ..model_folder import read_model_folder
+
+    folder = read_model_folder(artifact.path)
+    weights = weight_count(folder)
+    if artifact.format == "onnx":
+        from ..onnx_folder import footprint as onnx_footprint
+        from ..onnx_folder import graph_name
+        from ..onnx_graph import read_graph
+
+        graph = read_graph(artifact.path / graph_name(artifact))
+        stored, quantization, size = graph.weights, None, onnx_footprint(folder, graph)
+        where = "onnxruntime"
+    else:
+        sizes = stored_bytes(artifact.path)
+        stored, quantization = sum(sizes.values()), quantization_of(folder) or stored_type(artifact.path, sizes)
+        on_cuda = artifact.format == "gptq"  # on the CPU it runs packed as GGUF
+        size = footprint(folder, sizes, 2 if on_cuda else 4)
+        where = "CUDA, float16" if on_cuda else "the CPU, float32"
+    manifest = artifact.manifest
+    names = folder.config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else folder.config.get("model_type")
+    heads = folder.count("num_attention_heads")
+    contexts = [context for context in CONTEXTS if context <= folder.context]
+    return {
+        "path": str(artifact.path),
+        "format": artifact.format,
+        "name": artifact.name,
+        "architecture": architecture,
+        "quantization": (manifest.quantization if manifest else None) or quantization,
+        "bits_per_weight": round(8 * stored / weights, 3) if weights else None,
+        "bytes": sum(file.stat().st_size for file in artifact.path.rglob("*") if file.is_file()),
+        "layers": folder.count("num_hidden_layers"),
+        "embedding": folder.count("hidden_size"),
+        "heads": heads,
+        "key_value_heads": folder.count("num_key_value_heads", heads),
+        "vocabulary": folder.count("vocab_size"),
+        "context": folder.context,
+        "template": template_name(artifact),
+        "chat_template": known_chat_template(folder.chat_template),
+        "source": manifest.source.get("name") if manifest else None,
+        "memory_on": where,
+        "memory": {context: of_context(size, context) for context in contexts},
+    }
+
+
+def of_context(size: Footprint, context: int) -> dict[str, int]:
+    """The bytes that a model takes with a context."""
+    kv_cache = size.token * context
+    return {"weights": size.weights, "kv_cache": kv_cache, "compute": size.compute, "total": size.total(context)}
+
+
+def template_name(artifact: Artifact) -> str | None:
+    """The judge template that the folder names or has in its model card, None where --template has to."""
+    from ..template import resolve_template
+
+    recorded = (artifact.manifest.template if artifact.manifest else None) or {}
+    try:
+        return resolve_template(None, recorded, artifact.path).name
+    except GramliteError:
+        return None
+
+
+def known_chat_template(text: object) -> str | None:
+    """The name of a chat template that is built in, `unknown` for another one."""
+    from ..scaffold import KNOWN_TEMPLATES, template_hash
+
+    known = KNOWN_TEMPLATES.get(template_hash(text)) if isinstance(text, str) else None
+    return known.name if known else "unknown" if text else None
+
+
 def inspect_model(path: Path) -> dict[str, Any]:
-    """What an artifact is: its format, its manifest and, for GGUF, its header."""
+    """What an artifact is: its format, its manifest and what its headers say."""
     from ..loading import open_artifact
 
     artifact = open_artifact(path)
-    found = inspect_gguf(path) if artifact.format == "gguf" else {"path": str(path), "format": artifact.format}
+    if artifact.format == "gguf":
+        found = inspect_gguf(path)
+    elif path.is_dir():
+        found = inspect_folder(artifact)
+    else:
+        found = {"path": str(path), "format": artifact.format}
     return {**found, "manifest": asdict(artifact.manifest) if artifact.manifest else None}
 
 
@@ -73,7 +152,7 @@ def show(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for key, value in found.items():
-        if key not in ("memory", "manifest") and value is not None:
+        if key not in ("memory", "memory_on", "manifest") and value is not None:
             shown = f"{value:,}" if isinstance(value, int) else visible(str(value))
             facts.add_row(key.replace("_", " "), shown, style=None)
     manifest = found.get("manifest")
@@ -82,7 +161,7 @@ def show(found: dict[str, Any]) -> None:
     )
     console.print(facts)
     if found.get("memory"):
-        table = Table(title="Memory needed, MiB", title_justify="left")
+        table = Table(title=f"Memory needed on {found.get('memory_on', 'the CPU')}, MiB", title_justify="left")
         for heading in ("context", "weights", "KV cache", "compute", "total"):
             table.add_column(heading, justify="right")
         for context, needed in found["memory"].items():

@@ -40,6 +40,7 @@ class JudgeOptions:
     calibrated: bool = False
     all_votes: bool = False
     confidence: float | None = None
+    load_in: str | None = None
 
     def open(self) -> Judge:
         """Open the judge that these options describe."""
@@ -65,6 +66,7 @@ class JudgeOptions:
             parallel=self.parallel or default_parallel(self.mode, self.votes),
             adapter=self.adapter,
             deterministic=self.deterministic,
+            load_in=self.load_in,  # type: ignore[arg-type]
         )
         judge = load(
             self.model, template=self.template, settings=settings, runtime=runtime, trust_template=self.trust_template
@@ -134,6 +136,8 @@ OPTIONS = (
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
                  help="Where to run; cuda never falls back."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
+    click.option("--load-in", type=click.Choice(["nf4", "int8"]),
+                 help="Quantize a Hugging Face checkpoint with bitsandbytes while it is loaded."),
     click.option("--context", type=click.IntRange(64), metavar="N",
                  help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
     click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
