@@ -20,6 +20,11 @@ CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 MiB = 1 << 20
 
 
+def contexts_up_to(trained: int) -> list[int]:
+    """The contexts whose memory is told; a model that was trained for less than all of them has its own."""
+    return [context for context in CONTEXTS if context <= trained] or [trained]
+
+
 def inspect_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself and the memory it needs, in bytes; raises ModelError when it is refused."""
     from ..backends import RuntimeOptions
@@ -31,10 +36,9 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     header = read_header(path)
     sizes = hyperparameters(header)
     memory = {}
-    for context in CONTEXTS:
-        if context <= sizes.context:
-            needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
-            memory[context] = {**asdict(needed), "total": needed.total}
+    for context in contexts_up_to(sizes.context):
+        needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
+        memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),
         "format": "gguf",
@@ -80,7 +84,7 @@ def inspect_folder(artifact: Artifact) -> dict[str, Any]:
     names = folder.config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else folder.config.get("model_type")
     heads = folder.count("num_attention_heads")
-    contexts = [context for context in CONTEXTS if context <= folder.context]
+    contexts = contexts_up_to(folder.context)
     return {
         "path": str(artifact.path),
         "format": artifact.format,

@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from broken_gguf import FLOAT32, INT32, STRING, UINT32, adapter_pieces, byte_alphabet, model_pieces
 
+from gramlite import Judge, RuntimeOptions, Settings
+from gramlite.artifact import Artifact
 from gramlite.backends import Backend, Request
+from gramlite.backends.gguf import GgufBackend, open_artifact
+from gramlite.backends.gguf_adapters import PARKED
 from gramlite.decoding import Generation
+from gramlite.scaffold import LLAMA31
+from gramlite.template import packaged_template
 
 from ..export.conftest import checkpoint_of  # noqa: F401
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 @dataclass
@@ -31,6 +40,9 @@ class Probe:
             return self.then.pop(0)
         self.finished = True
         return ()
+
+    def restart(self) -> None:
+        self.seen.clear()
 
     def result(self, *, cached: int = 0) -> Generation:
         return Generation(margin=0.0, thinking=None, forced=False, generated=0, cached=cached)
@@ -52,3 +64,50 @@ def reference_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gramlite.reference import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("backends") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two random blocks that reads bytes."""
+    pieces = model_pieces()
+    tokens: list[object] = [*SPECIAL, *byte_alphabet(), "ab"]
+    pieces.put("llama.context_length", UINT32, 4096)
+    pieces.put("tokenizer.ggml.pre", STRING, "llama-bpe")
+    pieces.put_array("tokenizer.ggml.tokens", STRING, tokens)
+    pieces.put_array("tokenizer.ggml.scores", FLOAT32, [0.0] * len(tokens))
+    pieces.put_array("tokenizer.ggml.token_type", INT32, [3] * len(SPECIAL) + [1] * 257)
+    for name in ("bos", "eos", "unknown", "padding"):
+        pieces.put(f"tokenizer.ggml.{name}_token_id", UINT32, 4)
+    embedding = pieces.tensor("token_embd.weight")
+    pieces.drop_tensor("token_embd.weight")
+    pieces.add_tensor("token_embd.weight", [embedding.shape[0], len(tokens)], embedding.kind)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    path.write_bytes(pieces.file())
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny: Path) -> list[str]:
+    """Adapters of the tiny model that differ in their strength, one more than are kept parked beside another."""
+    paths = []
+    for number in range(PARKED + 2):
+        pieces = adapter_pieces()
+        pieces.put("adapter.lora.alpha", FLOAT32, 40.0 * (number + 1))
+        path = tiny.with_name(f"adapter{number}.gguf")
+        path.write_bytes(pieces.file())
+        paths.append(str(path))
+    return paths
+
+
+def tiny_backend(tiny: Path, **options: Any) -> GgufBackend:
+    return open_artifact(
+        Artifact(tiny, "gguf", None), RuntimeOptions(**{"device": "cpu", "threads": 1, "context": 2048, **options})
+    )
+
+
+def tiny_judge(tiny: Path, **options: Any) -> Judge:
+    adapter = options.get("adapter")
+    model = {"name": "tiny", "format": "gguf", "sha256": "0" * 64} | ({"adapter": "1" * 64} if adapter else {})
+    return Judge(
+        tiny_backend(tiny, **options), packaged_template(), LLAMA31, Settings(mode="direct"), model, adapter=adapter
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import gramlite
 from gramlite.artifact import Artifact
 from gramlite.backends import RuntimeOptions
 from gramlite.backends.hf import HfBackend, machine, open_artifact
+from gramlite.device import Machine
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.one_sequence import PIECE
 
@@ -79,12 +81,10 @@ def test_what_does_not_fit_as_float32_keeps_its_type(
 
     folder = hf.read_model_folder(checkpoint_of("qwen3", dtype="bfloat16"))
     sizes = {"BF16": sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))}
-    between = (
-        hf.footprint(folder, sizes, torch.bfloat16).total(1) + hf.footprint(folder, sizes, torch.float32).total(1)
-    ) // 2
-    monkeypatch.setattr(hf, "free_memory", lambda: between)
+    between = (hf.footprint(folder, sizes, 2).total(1) + hf.footprint(folder, sizes, 4).total(1)) // 2
+    monkeypatch.setattr(hf, "machine", lambda: Machine(between))
     assert opened(folder.path, RuntimeOptions(device="cpu", context=16)).device == "cpu, bfloat16"
-    monkeypatch.setattr(hf, "free_memory", lambda: 1000)
+    monkeypatch.setattr(hf, "machine", lambda: Machine(1000))
     with pytest.raises(ResourceError, match="1,000 are free"):
         opened(folder.path)
 
@@ -173,3 +173,39 @@ def test_a_folder_without_a_manifest_opens_as_a_judge(checkpoint_of: Callable[..
     with gramlite.load(folder, template="gramlite", settings=settings, runtime=CPU) as judge:
         verdict = judge(prompt="q", response_a="x", response_b="y")
         assert verdict.winner and judge.model["format"] == "hf" and judge.model["quantization"] == "F32"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_is_quantized_while_it_is_loaded(
+    kind: Any, checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    for package in ("bitsandbytes", "accelerate"):
+        pytest.importorskip(package, reason=f"--load-in needs {package}: pip install 'gramlite[bnb]'")
+    from gramlite.quant.bnb import quantize_bnb
+
+    folder, ids = checkpoint_of("llama-tied"), tokens(60)
+    quantize_bnb(folder, tmp_path / kind, type=kind)
+    asked = replace(CPU, load_in=kind)
+    (found,), _ = logits_of(opened(folder, asked), ids)
+    (stored,), _ = logits_of(opened(tmp_path / kind), ids)
+    (full,), _ = logits_of(opened(folder), ids)
+    assert opened(folder, asked).metadata["quantization"] == kind.upper()
+    assert np.abs(found - stored).max() < 1e-3 < np.abs(found - full).max()
+    with pytest.raises(InputError, match="quantized already"):
+        opened(tmp_path / kind, asked)
+
+
+def test_other_formats_refuse_to_be_quantized_while_loading(scripted: Path) -> None:
+    with pytest.raises(InputError, match=r"scripted artifact.*Drop --load-in"):
+        gramlite.load(scripted, runtime=RuntimeOptions(load_in="nf4"))
+
+
+def test_the_record_says_what_was_loaded(tmp_path: Path) -> None:
+    from gramlite.artifact import Manifest
+    from gramlite.loading import describe_model
+
+    path = tmp_path / "m.json"
+    path.write_text("{}")
+    artifact = Artifact(path, "hf", Manifest(format="hf", name="m", quantization="BF16"))
+    for options, quantization in ((CPU, "BF16"), (replace(CPU, load_in="nf4"), "NF4")):
+        assert describe_model(artifact, {"quantization": "NF4"}, options)["quantization"] == quantization
