@@ -185,7 +185,7 @@ def ask_all(model: Any, syllabus: Syllabus, file: Path, key: str, progress: Prog
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    parts = ("margins", "tokens", "shares")
+    parts = ("margins", "tokens", "shares", "states")
     try:
         with safe_open(file, "pt") as stored:
             if stored.metadata()["key"] == key:
@@ -263,11 +263,10 @@ def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
     before, after = report.outcome.before, report.outcome.after
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("folder", str(report.output))
-    table.add_row(
-        "tuned", f"{report.scales:,} scales and norms on {report.lessons} prompts, {report.held_back} held back"
-    )
+    table.add_row("tuned", f"{report.scales:,} scales on {report.lessons} prompts, {report.held_back} held back")
     table.add_row("margin error, held back", f"{before.margin_error:.3f} → {after.margin_error:.3f} nats")
     table.add_row("rationales' divergence", f"{before.divergence:.4f} → {after.divergence:.4f} nats a token")
+    table.add_row("states' relative error", f"{before.state_error:.5f} → {after.state_error:.5f}")
     table.add_row("best epoch", f"{report.outcome.best_epoch:g} of {len(report.outcome.history) - 1}")
     table.add_row("time", f"{report.seconds:,.0f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
@@ -291,7 +290,7 @@ def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
 @click.option("--epochs", type=click.IntRange(1), default=TrainingSettings.epochs, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, 0.1, min_open=True), default=TrainingSettings.rate, show_default=True,
               help="The first step, as a share of each scale.")  # fmt: skip
-@click.option("--norms/--no-norms", default=True, show_default=True, help="Train the norms' weights too.")
+@click.option("--norms/--no-norms", default=False, show_default=True, help="Train the norms' weights too.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Draws prompts, their order, and what is held back."
 )

@@ -58,15 +58,27 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Target:
-    """What the teacher says: a margin an answer, and at each spoken position the TOP likeliest tokens.
+    """What the teacher says: a margin an answer, at each spoken position the TOP likeliest tokens, and its states.
 
     `margins` [answers]; `tokens` [positions, TOP]; `shares` [positions, TOP + 1] their log-probabilities and, last,
-    that of all others together. Nats, float32.
+    that of all others together, nats, float32; `states` [tokens - 1, width] behind the final norm, of all tokens but
+    the first, bfloat16.
     """
 
     margins: torch.Tensor
     tokens: torch.Tensor
     shares: torch.Tensor
+    states: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of one lesson: margins [answers], logits where its rationales are foretold
+    [spoken, vocabulary], and states [tokens - 1, width] behind the final norm, of all tokens but the first; float32."""
+
+    margins: torch.Tensor
+    logits: torch.Tensor
+    states: torch.Tensor
 
 
 def make_lessons(
@@ -129,15 +141,18 @@ class _Layout:
         self.positions: list[int] = []
         self.spoken: list[int] = []  # rows at which the rationales' tokens are foretold
         self.verdicts: list[int] = []  # rows at which the verdicts are
+        self.rows: list[list[int]] = []  # of each lesson's tokens
         self._stretches: list[Path] = []
         before: tuple[tuple[int, ...], Path] = ((), ())
         for lesson in lessons:
             known = _first(before[1], common_prefix(before[0], lesson.prompt_ids))
             prompt = self._add(lesson.prompt_ids[_length(known) :], known)
             before = lesson.prompt_ids, prompt
+            self.rows.append([row for stretch in prompt for row in range(*stretch)])
             for answer in lesson.answers:
                 path = self._add(answer.ids, prompt)
                 self.verdicts.append(path[-1][1] - 1)
+                self.rows[-1] += range(path[-1][1] - len(answer.ids), path[-1][1])
                 if answer.spoken:
                     self.spoken += [prompt[-1][1] - 1, *range(path[-1][0], path[-1][1] - 1)]
 
@@ -182,23 +197,25 @@ def _first(path: Path, count: int) -> Path:
     return tuple(kept)
 
 
-def read(model: Any, lessons: Sequence[Lesson], choices: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each lesson's margins [answers] and logits where its rationales are foretold [spoken, vocabulary], float32.
+def read(model: Any, lessons: Sequence[Lesson], choices: tuple[int, int]) -> list[Reading]:
+    """What a model makes of each lesson of a sheet.
 
-    The head is computed at those positions only, and at verdicts for the two choices only.
+    The head is computed only where rationales are foretold, and at verdicts for the two choices only.
     """
     layout = _Layout(lessons)
     states = model.model(**layout.inputs(model.device), use_cache=False).last_hidden_state[0]
     head = model.lm_head.weight
     margins = (states[layout.verdicts] @ (head[choices[0]] - head[choices[1]])).float()
     logits = model.lm_head(states[layout.spoken]).float()
-    return list(
-        zip(
+    return [
+        Reading(own_margins, own_logits, states[rows[1:]].float())
+        for own_margins, own_logits, rows in zip(
             margins.split([len(lesson.answers) for lesson in lessons]),
             logits.split([lesson.spoken for lesson in lessons]),
+            layout.rows,
             strict=True,
         )
-    )
+    ]
 
 
 def ask_teacher(model: Any, lessons: Sequence[Lesson], choices: tuple[int, int]) -> list[Target]:
@@ -207,10 +224,18 @@ def ask_teacher(model: Any, lessons: Sequence[Lesson], choices: tuple[int, int])
 
     targets = []
     with torch.no_grad():
-        for margins, logits in read(model, lessons, choices):
+        for reading in read(model, lessons, choices):
+            logits = reading.logits
             shares, tokens = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1] - 1))
-            targets.append(Target(margins.cpu(), tokens.int().cpu(), _with_rest(shares).cpu()))
+            states = reading.states.bfloat16().cpu()
+            targets.append(Target(reading.margins.cpu(), tokens.int().cpu(), _with_rest(shares).cpu(), states))
     return targets
+
+
+def state_error(states: torch.Tensor, target: Target) -> torch.Tensor:
+    """The mean over tokens of the squared distance of states from the teacher's, as a share of theirs."""
+    wanted = target.states.to(states.device).float()
+    return ((states - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
 
 def divergence(logits: torch.Tensor, target: Target) -> torch.Tensor:

@@ -100,7 +100,7 @@ class Student:
     Raises ModelError where the folder and the model don't fit each other.
     """
 
-    def __init__(self, model: Any, folder: GptqFolder, *, norms: bool = True, seed: int = 0) -> None:
+    def __init__(self, model: Any, folder: GptqFolder, *, norms: bool = False, seed: int = 0) -> None:
         import torch
 
         self.model, self.folder = model, folder

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gramlite.errors import IntegrityError, ModelError
 from gramlite.storage import atomic_output
 
-from .lessons import Lesson, Target, divergence, read, sheets
+from .lessons import Lesson, Target, divergence, read, sheets, state_error
 from .trainable import Student
 
 if TYPE_CHECKING:
@@ -33,16 +33,19 @@ class TrainingSettings:
     """How to train. `rate` is the first step's size, as a share of each scale; `batch` lessons make a step.
 
     A lesson's loss is its mean Huber loss of margin differences (quadratic within 1 nat), times `margin_weight`, plus
-    the mean divergence over its rationale's tokens. `held_back` is the share of pairs that is only tested on; training
-    ends when `patience` epochs in a row were no better on them than the best before.
+    the mean divergence over its rationale's tokens, plus the last states' relative error over all tokens, times
+    `state_weight`: margins are few and each a single number, states say at every token what got lost.
+    `held_back` is the share of pairs that is only tested on; training ends when `patience` epochs in a row were no
+    better on them than the best before.
     """
 
     epochs: int = 4
-    rate: float = 2e-3
-    batch: int = 4
+    rate: float = 3e-5
+    batch: int = 8
     margin_weight: float = 1.0
+    state_weight: float = 5.0
     decay: float = 0.0
-    norms: bool = True
+    norms: bool = False
     held_back: float = 0.2
     patience: int = 2
     seed: int = 0
@@ -50,11 +53,13 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over lessons: the loss, |margin - teacher's| in nats, and the divergence of rationales in nats a token."""
+    """Means over lessons: the loss, |margin - teacher's| in nats, the divergence of rationales in nats a token, and
+    the relative squared error of the last states."""
 
     loss: float
     margin_error: float
     divergence: float
+    state_error: float
 
 
 @dataclass
@@ -150,16 +155,17 @@ class Course:
         import torch
 
         total, scores = torch.zeros((), device=student.model.device), []
-        for lesson, (margins, logits) in zip(sheet, read(student.model, sheet, self.choices), strict=True):
+        for lesson, reading in zip(sheet, read(student.model, sheet, self.choices), strict=True):
             target = self.targets[lesson]
-            wanted = target.margins.to(margins.device)
-            loss = self.settings.margin_weight * torch.nn.functional.huber_loss(margins, wanted)
-            apart = divergence(logits, target) if len(logits) else torch.zeros_like(loss)
-            loss = loss + apart
+            wanted = target.margins.to(reading.margins.device)
+            verdicts = torch.nn.functional.huber_loss(reading.margins, wanted)
+            apart = divergence(reading.logits, target) if lesson.spoken else torch.zeros_like(verdicts)
+            lost = state_error(reading.states, target)
+            loss = self.settings.margin_weight * verdicts + apart + self.settings.state_weight * lost
             if not bool(loss.isfinite()):
                 raise ModelError(f"The loss of {lesson.id} is not finite. Train with a lower --lr.")
             total = total + loss
-            figures = (loss, (margins - wanted).abs().mean(), apart)
+            figures = (loss, (reading.margins - wanted).abs().mean(), apart, lost)
             scores.append(Score(*(float(figure.detach()) for figure in figures)))
         return total, scores
 

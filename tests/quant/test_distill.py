@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import distill as distill_module
 from gramlite.quant import lessons as lessons_module
+from gramlite.quant import syllabus as syllabus_module
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
 from gramlite.quant.distill import command, distill
 from gramlite.quant.gptq import quantize_gptq
@@ -80,13 +81,19 @@ def test_lessons_in_one_sequence_do_not_see_each_other(make_checkpoint: Make) ->
     prompts = [(1, 2, 3, 4, 5), (1, 2, 3, 6, 7, 8), (1, 2, 3, 6, 9), (1, 2, 3, 6, 9), (1, 2), (4, 5, 6)]
     together = [Lesson(str(number), prompt, answers) for number, prompt in enumerate(prompts)]
     with torch.no_grad():
-        for lesson, (margins, logits) in zip(together, read(model, together, CHOICES), strict=True):
+        for lesson, reading in zip(together, read(model, together, CHOICES), strict=True):
+            margins, logits, states = reading.margins, reading.logits, reading.states
+            assert len(states) == lesson.tokens - 1
+            prompt = len(lesson.prompt_ids) - 1
             for number, answer in enumerate(answers):
-                ((alone, spoken),) = read(model, [Lesson("one", lesson.prompt_ids, (answer,))], CHOICES)
-                assert torch.allclose(margins[number], alone[0], atol=1e-5)
-                assert len(spoken) == (4 if answer.spoken else 0)
+                (alone,) = read(model, [Lesson("one", lesson.prompt_ids, (answer,))], CHOICES)
+                assert torch.allclose(margins[number], alone.margins[0], atol=1e-5)
+                assert len(alone.logits) == (4 if answer.spoken else 0)
                 if answer.spoken:
-                    assert torch.allclose(logits, spoken, atol=1e-5)
+                    assert torch.allclose(logits, alone.logits, atol=1e-5)
+                start = prompt + sum(len(other.ids) for other in answers[:number])
+                own = torch.cat([states[:prompt], states[start : start + len(answer.ids)]])
+                assert torch.allclose(own, alone.states, atol=1e-5)
             full = model(torch.tensor([[*lesson.prompt_ids, *answers[1].ids]])).logits[0]
             assert torch.allclose(logits, full[-5:-1], atol=1e-5)  # the logits that foretell the answer's four tokens
             assert torch.allclose(margins[1], full[-1, 7] - full[-1, 9], atol=1e-5)
@@ -105,7 +112,7 @@ def test_divergence_is_that_of_the_whole_distribution_but_for_rare_tokens(make_c
     lesson = Lesson("one", (1, 2, 3), (Answer((20, 21, 22), spoken=True),))
     (target,) = ask_teacher(teacher, [lesson], CHOICES)
     with torch.no_grad():
-        ((_, logits),) = read(teacher, [lesson], CHOICES)
+        logits = read(teacher, [lesson], CHOICES)[0].logits
         assert float(divergence(logits, target)) == pytest.approx(0, abs=1e-6)
         other = logits + torch.linspace(0, 0.5, logits.shape[-1])
         log_p, log_q = logits.log_softmax(-1), other.log_softmax(-1)
@@ -120,12 +127,12 @@ def test_the_gradient_is_that_of_the_scales(
     """Against autograd through weights that are written as scales times codes; norms too."""
     source = make_checkpoint("qwen3")
     folder = open_gptq(quantize(source, tmp_path / "gptq", transcripts, **options))
-    student = student_of(folder.folder, source)
+    student = student_of(folder.folder, source, norms=True)
     name = "model.layers.1.mlp.down_proj"
     linear = folder.read_linear(name)
     assert np.array_equal(student.model.get_parameter(f"{name}.weight").detach().numpy(), linear.dequantize())
     lesson = make_lessons(transcripts, DIRECT)[0]
-    read(student.model, [lesson], CHOICES)[0][0].sum().backward()
+    read(student.model, [lesson], CHOICES)[0].margins.sum().backward()
     found = student.logarithms.grad
     assert found is not None
 
@@ -142,7 +149,7 @@ def test_the_gradient_is_that_of_the_scales(
             self.inner = model
 
         def forward(self) -> torch.Tensor:
-            return read(self.inner, [lesson], CHOICES)[0][0].sum()
+            return read(self.inner, [lesson], CHOICES)[0].margins.sum()
 
     torch.func.functional_call(Through(), {f"inner.{key}": value for key, value in placed.items()}).backward()
     assert scales.grad is not None
@@ -172,7 +179,7 @@ def test_computing_activations_twice_changes_nothing(pair: tuple[Path, Path], sy
         model = load_teacher(open_checkpoint(teacher), "cpu", recompute=recompute)
         student = Student(model, open_gptq(folder))
         for lesson in syllabus.lessons[:2]:
-            read(student.model, [lesson], CHOICES)[0][0].sum().backward()
+            read(student.model, [lesson], CHOICES)[0].margins.sum().backward()
         assert student.logarithms.grad is not None
         gradients.append(student.logarithms.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
@@ -392,6 +399,28 @@ def test_transcripts_are_learnt_with_direct_mode_beside_them(
     plain = load_syllabus(file, judge_checkpoint, template=None, tokens=10_000)
     assert plain.choices == CHOICES
     assert [len(lesson.answers) for lesson in plain.lessons] == [1] * 12
+
+
+def test_rationales_are_written_once(
+    judge_checkpoint: Path,
+    pairs_file: Path,
+    transcripts: list[Transcript],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def judge(calibration: Path, **options: Any) -> tuple[list[Transcript], dict[str, Any]]:
+        asked.append(options["judge"])
+        return [replace(one, generated_ids=(*one.generated_ids[:-1], 50)) for one in transcripts], {}
+
+    monkeypatch.setattr(syllabus_module, "load_calibration", judge)
+    options: dict[str, Any] = {"template": {"name": "gramlite"}, "tokens": 1000, "keep": tmp_path / "out.distill"}
+    first = load_syllabus(pairs_file, judge_checkpoint, **options)
+    assert load_syllabus(pairs_file, judge_checkpoint, **options) == first
+    assert asked == [judge_checkpoint]
+    load_syllabus(pairs_file, judge_checkpoint, **(options | {"tokens": 2000}))
+    assert len(asked) == 2
 
 
 def test_command_prints_one_object(
