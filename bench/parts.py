@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, verify_files
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import GramliteError, ModelError
 from gramlite.storage import remove_path, write_json
 
@@ -62,11 +62,17 @@ class Workshop:
                 part.note.unlink(missing_ok=True)
                 part.path.parent.mkdir(parents=True, exist_ok=True)
                 self.run(part)
-                write_json(part.note, {"recipe": part.record, "files": hash_files(part.path)})
+                write_json(part.note, {"recipe": part.record, "files": files_of(part.path)})
         except GramliteError as error:
             self.failed[part.path] = error
             raise
         return part.path
+
+
+def files_of(path: Path) -> dict[str, str]:
+    """The files of a part and their sha256: what its manifest lists, where it has one."""
+    manifest = read_manifest(path)
+    return manifest.files if manifest and manifest.files else hash_files(path)
 
 
 def is_intact(part: Part) -> bool:

@@ -233,13 +233,12 @@ def describe_run(judge: Judge, work: Work) -> dict[str, Any]:
 
 def describe_artifact(path: Path) -> dict[str, Any]:
     """What run.json says of the model's file: path, size in bytes and the manifest, where there is one."""
-    from gramlite.artifact import read_manifest
+    from gramlite.artifact import artifact_bytes, read_manifest
 
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     manifest = read_manifest(path)
     return {
         "path": str(path.resolve()),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": artifact_bytes(path, manifest),
         "manifest": asdict(manifest) if manifest else None,
     }
 

@@ -1,7 +1,10 @@
 """The types of a sweep: how each is spelled, and the parts that it is made of.
 
 F16, BF16, F32              the checkpoint exported, with nothing lost beyond the dtype
-Q4_K_M, Q4_0, IQ4_XS, ...   the F16 file quantized by llama.cpp; `+imatrix` weighs with an importance matrix
+Q4_K_M, Q4_0, IQ4_XS, ...   the F16 file quantized by llama.cpp
+Q4_K_M+imatrix, ...         each matrix with or without the importance matrix, as the calibration finds it better
+auto:4.5bpw                 the types, too, chosen by the calibration
+Q4_1+low-rank32, ...        an adapter of that rank beside it, which gives back what the rounding takes
 gptq:BITSxGROUP[:OPTION]... GPTQ, packed into GGUF; the options are `asym`, `no-focus`, `no-search`, `q8_0` (the
                             embedding's type; F16 otherwise) and PART=BITS (`v_proj=8`)
 """
@@ -11,12 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
@@ -25,7 +28,12 @@ from gramlite.storage import atomic_output, sha256_cached
 
 from .parts import Part
 
+if TYPE_CHECKING:
+    from gramlite.quant.calibration import Transcript
+
 EXPORTED = ("F16", "BF16", "F32")
+AUTO = re.compile(r"^auto:\d+(\.\d+)?bpw$", re.IGNORECASE)
+LOW_RANK = re.compile(r"^low-rank(\d+)$")
 GPTQ = re.compile(r"^gptq:(\d+)x(\d+)((?::[^:]+)*)$", re.IGNORECASE)
 SWITCHES: dict[str, dict[str, Any]] = {
     "asym": {"symmetric": False},
@@ -40,14 +48,15 @@ class Variant:
 
     name: str
     kind: str
-    imatrix: bool = False
+    calibrated: bool = False
+    rank: int | None = None
     gptq: Mapping[str, Any] = field(default_factory=dict)
     embedding: str = "f16"
     path: Path | None = None
 
     @property
     def is_calibrated(self) -> bool:
-        return self.imatrix or bool(self.gptq)
+        return self.calibrated or bool(self.gptq)
 
     @property
     def file_name(self) -> str:
@@ -75,14 +84,19 @@ def parse_variant(text: str) -> Variant:
         if not name or not Path(path).exists():
             raise InputError(f"{text!r} is to be NAME=PATH, and there is no model at {path!r}.")
         return Variant(name, "given", path=Path(path).resolve())
+    if AUTO.match(text):
+        return Variant(text.lower(), text.lower(), calibrated=True)
     kind, plus, extra = text.partition("+")
     kind, extra = kind.upper(), extra.lower()
-    if kind not in FILE_TYPES.values() or (plus and (extra != "imatrix" or kind in EXPORTED)):
+    low_rank = LOW_RANK.match(extra)
+    if kind not in FILE_TYPES.values() or (plus and (kind in EXPORTED or not (low_rank or extra == "imatrix"))):
         raise InputError(
-            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, ...), gptq:4x64, "
-            "gptq:4x32:asym, ... (bits, weights that share a scale, options), and NAME=PATH for a model that is there."
+            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, Q4_1+low-rank32, ...), "
+            "auto:4.5bpw, gptq:4x64, gptq:4x32:asym, ... (bits, weights that share a scale, options), and NAME=PATH for "
+            "a model that is there."
         )
-    return Variant(f"{kind}+{extra}" if plus else kind, kind, imatrix=bool(plus))
+    name = f"{kind}+{extra}" if plus else kind
+    return Variant(name, kind, calibrated=extra == "imatrix", rank=int(low_rank[1]) if low_rank else None)
 
 
 def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
@@ -150,16 +164,20 @@ def artifact_part(variant: Variant, source: Source, folder: Path) -> Part:
         return Part(path, {"made": "pack", "embedding": variant.embedding}, build, (gptq,))
     if variant.kind in EXPORTED:
         return _exported_part(variant.kind, source, folder)
+    if variant.calibrated:
+        return _calibrated_part(path, variant.kind, source, folder)
     exported = _exported_part("F16", source, folder)
-    matrix = _matrix_part(source, folder) if variant.imatrix else None
+    recipe = {"made": "quantize", "kind": variant.kind} | ({"rank": variant.rank} if variant.rank else {})
     build = partial(
-        build_quantized,
-        exported=exported.path,
-        kind=variant.kind,
-        matrix=matrix.path if matrix else None,
-        threads=source.threads,
+        build_quantized, exported=exported.path, kind=variant.kind, rank=variant.rank, threads=source.threads
     )
-    return Part(path, {"made": "quantize", "kind": variant.kind}, build, (exported, matrix) if matrix else (exported,))
+    return Part(path, recipe, build, (exported,))
+
+
+def _calibrated_part(path: Path, kind: str, source: Source, folder: Path) -> Part:
+    transcripts, matrix = _transcripts_part(source, folder), _matrix_part(source, folder)
+    build = partial(build_calibrated, source=source, kind=kind, transcripts=transcripts.path, matrix=matrix.path)
+    return Part(path, {"made": "quantize calibrated", "kind": kind}, build, (transcripts, matrix))
 
 
 def _exported_part(kind: str, source: Source, folder: Path) -> Part:
@@ -174,7 +192,7 @@ def _exported_part(kind: str, source: Source, folder: Path) -> Part:
 def _transcripts_part(source: Source, folder: Path) -> Part:
     if source.calibration is None:
         raise InputError(
-            "Types with +imatrix or gptq need --calibration PAIRS.jsonl, pairs or transcripts of the judge."
+            "Types with +imatrix, auto and gptq need --calibration PAIRS.jsonl, pairs or transcripts of the judge."
         )
     exported = _exported_part("F16", source, folder)
     recipe = {"made": "transcripts", **source.record()["calibration"]}
@@ -207,12 +225,37 @@ def build_exported(path: Path, *, checkpoint: Path, dtype: str, template: str | 
     return export_gguf(checkpoint, path, dtype=dtype, template=template, force=True)
 
 
-def build_quantized(path: Path, *, exported: Path, kind: str, matrix: Path | None, threads: int | None) -> Manifest:
-    from gramlite.quant.gguf import quantize_gguf
-    from gramlite.quant.imatrix import read_imatrix
+def build_quantized(path: Path, *, exported: Path, kind: str, rank: int | None, threads: int | None) -> Manifest:
+    from gramlite.quant.gguf import quantize_source
+    from gramlite.quant.low_rank import quantize_low_rank
+    from gramlite.quant.source import open_source
 
-    imatrix = read_imatrix(matrix) if matrix else None
-    return quantize_gguf(exported, path, kind=kind, imatrix=imatrix, force=True, threads=threads)
+    with open_source(exported, beside=path) as opened:
+        if rank:
+            return quantize_low_rank(opened, path, rank=rank, kind=kind, force=True, threads=threads)
+        return quantize_source(opened, path, kind=kind, force=True, threads=threads)
+
+
+def build_calibrated(path: Path, *, source: Source, kind: str, transcripts: Path, matrix: Path) -> Manifest:
+    from gramlite.quant.calibrated import quantize_calibrated
+    from gramlite.quant.calibration import read_transcripts
+    from gramlite.quant.imatrix import read_imatrix
+    from gramlite.quant.memory import pick_device
+    from gramlite.quant.source import open_source
+
+    chosen = read_transcripts(transcripts)
+    with open_source(source.checkpoint, beside=path, template=source.template) as opened:
+        return quantize_calibrated(
+            source.checkpoint,
+            opened,
+            path,
+            chosen,
+            kind=kind,
+            imatrix=read_imatrix(matrix),
+            calibration=_described(source, chosen),
+            device=pick_device("auto"),
+            force=True,
+        )
 
 
 def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
@@ -236,24 +279,29 @@ def build_matrix(path: Path, *, source: Source, transcripts: Path) -> None:
 
 
 def build_gptq(path: Path, *, source: Source, transcripts: Path, settings: Mapping[str, Any]) -> None:
-    from gramlite.quant.calibration import describe, read_transcripts
+    from gramlite.quant.calibration import read_transcripts
     from gramlite.quant.gptq import quantize_gptq
     from gramlite.quant.memory import pick_device
     from gramlite.quant.solve import GptqSettings
 
-    assert source.calibration is not None
     chosen = read_transcripts(transcripts)
-    described = describe(chosen, tokens=source.tokens, seed=source.seed, source=source.calibration.name)
     quantize_gptq(
         source.checkpoint,
         path,
         chosen,
         GptqSettings(**settings),
-        calibration=described,
+        calibration=_described(source, chosen),
         device=pick_device("auto"),
         template=source.template,
         force=True,
     )
+
+
+def _described(source: Source, chosen: Sequence[Transcript]) -> dict[str, Any]:
+    from gramlite.quant.calibration import describe
+
+    assert source.calibration is not None
+    return describe(chosen, tokens=source.tokens, seed=source.seed, source=source.calibration.name)
 
 
 def build_packed(path: Path, *, folder: Path, embedding: str) -> Manifest:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gramlite.artifact import Manifest
+from gramlite.artifact import Manifest, artifact_bytes
 
 from .smoke import summary
 
@@ -44,11 +44,7 @@ def progress_bar(total_bytes: int) -> Iterator[Advance]:
 
 def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: bool) -> None:
     """Print what was written to stdout: a table on a terminal, else one JSON object."""
-    size = (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    )
+    size = artifact_bytes(path, manifest)
     template = manifest.template or {}
     if as_json or not sys.stdout.isatty():
         row = {

@@ -103,6 +103,17 @@ def hash_files(artifact_path: Path) -> dict[str, str]:
     }
 
 
+def artifact_bytes(artifact_path: Path, manifest: Manifest | None) -> int:
+    """The size of an artifact, its companion included and its manifest not."""
+    if artifact_path.is_dir():
+        files = [path for path in artifact_path.rglob("*") if path.is_file() and path.name != FOLDER_MANIFEST]
+    else:
+        files = [artifact_path]
+        if manifest and manifest.companion:
+            files.append(artifact_path.with_name(manifest.companion))
+    return sum(path.stat().st_size for path in files)
+
+
 def verify_files(artifact_path: Path, manifest: Manifest) -> None:
     """Check every file that the manifest lists; raises ModelError that names the first one that differs."""
     root = artifact_path.parent if artifact_path.is_file() else artifact_path

@@ -28,10 +28,8 @@ LABELS: tuple[Winner, ...] = ("A", "B", "tie")
 GROUPS = {
     "Summarization": "post_summarization text_summarization note_summarization",
     "Exam Questions": "math_reasoning solving_exam_question_with_math solving_exam_question_without_math",
-    "Code": "code_simplification code_generation explaining_code code_correction_rewriting "
-    "code_to_code_translation",
-    "Rewriting": "text_simplification language_polishing instructional_rewriting text_correction "
-    "paraphrasing",
+    "Code": "code_simplification code_generation explaining_code code_correction_rewriting code_to_code_translation",
+    "Rewriting": "text_simplification language_polishing instructional_rewriting text_correction paraphrasing",
     "Creative Writing": "writing_song_lyrics writing_social_media_post writing_blog_post "
     "writing_personal_essay "
     "creative_writing writing_advertisement writing_marketing_materials writing_presentation_script "

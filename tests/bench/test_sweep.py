@@ -30,17 +30,36 @@ from .test_run import rows_without_times, wait_for_rows, write_pairs
 
 
 def test_types_are_spelled_as_llama_cpp_spells_them() -> None:
-    found = parse_types("f16, q8_0,Q4_0+IMATRIX,gptq:4x64,GPTQ:4x32:asym:q8_0,gptq:3x64:v_proj=8:no-focus")
+    found = parse_types(
+        "f16, q8_0,Q4_0+IMATRIX,Auto:4.5BPW,q4_1+low-rank32,gptq:4x64,GPTQ:4x32:asym:q8_0,gptq:3x64:v_proj=8:no-focus"
+    )
     assert [variant.name for variant in found] == [
-        "F16", "Q8_0", "Q4_0+imatrix", "gptq:4x64", "gptq:4x32:asym:q8_0", "gptq:3x64:v_proj=8:no-focus",
+        "F16", "Q8_0", "Q4_0+imatrix", "auto:4.5bpw", "Q4_1+low-rank32", "gptq:4x64", "gptq:4x32:asym:q8_0", "gptq:3x64:v_proj=8:no-focus",
     ]  # fmt: skip
-    assert [variant.is_calibrated for variant in found] == [False, False, True, True, True, True]
-    assert found[4].gptq == {"bits": 4, "group_size": 32, "symmetric": False} and found[4].embedding == "q8_0"
-    assert found[5].gptq == {"bits": 3, "group_size": 64, "focus": False, "exceptions": (("v_proj", 8),)}
+    assert [variant.is_calibrated for variant in found] == [False, False, True, True, False, True, True, True]
+    assert (
+        found[4].rank == 32
+        and found[6].gptq == {"bits": 4, "group_size": 32, "symmetric": False}
+        and found[6].embedding == "q8_0"
+    )
+    assert found[7].gptq == {"bits": 3, "group_size": 64, "focus": False, "exceptions": (("v_proj", 8),)}
 
 
 @pytest.mark.parametrize(
-    "text", ["Q9_0", "F16+imatrix", "Q4_0+", "Q4_0+hessian", "gptq:4", "gptq:4x64:fast", "gptq:4x64:v_proj=x", "onnx"]
+    "text",
+    [
+        "Q9_0",
+        "F16+imatrix",
+        "Q4_0+",
+        "F16+low-rank32",
+        "Q4_0+low-rank",
+        "auto:many",
+        "Q4_0+hessian",
+        "gptq:4",
+        "gptq:4x64:fast",
+        "gptq:4x64:v_proj=x",
+        "onnx",
+    ],
 )
 def test_unknown_types_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="There is no type|no option"):
@@ -79,13 +98,13 @@ def test_what_a_type_is_made_of(tmp_path: Path) -> None:
         return artifact_part(parse_variant(text), of, tmp_path)
 
     assert [need.path.name for need in part("Q4_K_M").needs] == ["F16.gguf"]
-    assert [need.path.name for need in part("Q4_0+imatrix").needs] == ["F16.gguf", "imatrix.gguf"]
+    assert [need.path.name for need in part("Q4_0+imatrix").needs] == ["transcripts.jsonl", "imatrix.gguf"]
     (gptq,) = part("gptq:4x64:q8_0").needs
     assert gptq == part("gptq:4x64").needs[0] or gptq.path == part("gptq:4x64").needs[0].path
     assert part("gptq:4x64:q8_0").path != part("gptq:4x64").path
     fewer = Source(checkpoint=source.checkpoint, calibration=pairs, tokens=1000)
     assert part("Q4_K_M", fewer).record == part("Q4_K_M").record  # the calibration is nothing to it
-    for text in ("gptq:4x64", "Q4_0+imatrix"):
+    for text in ("gptq:4x64", "auto:4.5bpw", "Q4_0+imatrix"):
         assert part(text, fewer).record != part(text).record
     (source.checkpoint / "model.safetensors").write_bytes(b"other weights")
     assert part("F16", Source(checkpoint=source.checkpoint)).record != {}
