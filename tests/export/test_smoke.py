@@ -1,0 +1,93 @@
+"""New artifacts judge a dozen pairs: figures in the manifest, and no broken file is left."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from gramlite.export import smoke
+from gramlite.export.smoke import Smoke, recorded_margins, smoke_judge, summary
+
+from gramlite.artifact import Manifest, manifest_path, read_manifest, write_manifest
+from gramlite.errors import ModelError, ResourceError
+
+EXPECTED = [1.0, -2.0, 0.5, -0.01, 3.0, -1.5, 0.8, -0.9]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Manifest]:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"weights")
+    (tmp_path / "model.low-rank.gguf").write_bytes(b"more weights")
+    template = {"name": "gramlite", "sha256": "…"}
+    manifest = Manifest(format="gguf", name="model", template=template, companion="model.low-rank.gguf")
+    write_manifest(path, manifest)
+    return path, manifest
+
+
+def judging(monkeypatch: pytest.MonkeyPatch, found: list[float] | Exception) -> None:
+    def margins(model: Path, template: str | None = None) -> list[float]:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(smoke, "judge_margins", margins)
+
+
+def test_the_figures_are_recorded(made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, manifest = made
+    judging(monkeypatch, [1.2, -2.0, -0.1, 0.01, 3.0, -1.0, 0.8, -0.9])
+    told = smoke_judge(path, manifest, EXPECTED).smoke
+    assert told == read_manifest(path).smoke  # type: ignore[union-attr]
+    assert told is not None
+    # the fourth is too close to be a verdict; the third is a flip
+    assert (told["pairs"], told["clear_verdicts"], told["flips"]) == (4, 7, 1)
+    assert told["agreement"] == pytest.approx(6 / 7)
+    assert told["mean_margin_difference"] == pytest.approx((0.2 + 0.6 + 0.02 + 0.5) / 8)
+    assert told["max_margin_difference"] == pytest.approx(0.6)
+    assert recorded_margins(read_manifest(path)) == EXPECTED
+    assert "1 of 7 clear verdicts flipped" in summary(told)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([1.0, -2.0, 0.5, 0.0, math.nan, -1.5, 0.8, -0.9], "1 of 8 margins are no numbers"),
+        ([-margin for margin in EXPECTED], "agrees with its source in 0%"),
+        (ModelError("no tokenizer"), "no tokenizer"),
+    ],
+)
+def test_a_broken_artifact_is_not_kept(
+    made: tuple[Path, Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: list[float] | Exception,
+    words: str,
+) -> None:
+    path, manifest = made
+    judging(monkeypatch, found)
+    kept = smoke_judge(path, manifest, EXPECTED, force=True)
+    assert path.exists() and words in kept.smoke["collapse"] and words in capsys.readouterr().err  # type: ignore[index]
+    with pytest.raises(ModelError, match="was not kept"):
+        smoke_judge(path, manifest, EXPECTED)
+    assert not list(path.parent.iterdir())
+
+
+def test_what_cannot_run_here_is_said_and_kept(made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, manifest = made
+    judging(monkeypatch, ResourceError("no CUDA device was found"))
+    assert "no CUDA device" in summary(smoke_judge(path, manifest, EXPECTED).smoke)
+    assert "source could not be judged" in summary(smoke_judge(path, manifest, Path("checkpoint")).smoke)
+    assert recorded_margins(read_manifest(path)) is None
+    assert path.exists() and manifest_path(path).exists()
+
+
+def test_a_judge_without_clear_verdicts_has_no_agreement() -> None:
+    assert Smoke((0.01,) * 24, (-0.01,) * 24).collapse is None
+    assert Smoke((), ()).describe()["mean_margin_difference"] is None
+
+
+def test_real_pairs_of_the_reference_judge(reference_q8: Path) -> None:
+    margins = smoke.judge_margins(reference_q8)
+    assert len(margins) == 24 and all(math.isfinite(margin) for margin in margins)
