@@ -12,6 +12,8 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
-from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
 from gramlite.storage import atomic_output, remove_path, sha256_cached
 
 from .calibration import DEFAULT_TOKENS
@@ -32,7 +34,7 @@ from .lessons import SHEET_TOKENS, Lesson, Target, ask_teacher, hold_back, sheet
 from .memory import PeakMemory, pick_device
 from .report import Progress, layer_bar
 from .syllabus import Syllabus, load_syllabus
-from .trainable import Student, load_teacher, predict_bytes
+from .trainable import Student, check_shapes, load_teacher, predict_bytes
 from .training import Course, Outcome, TrainingSettings, settings_key, train
 
 logger = logging.getLogger("gramlite")
@@ -96,6 +98,7 @@ def distill(
     if origin:
         verify_files(source, origin)
     folder, checkpoint = open_gptq(source), open_checkpoint(teacher)
+    check_shapes(folder, checkpoint)
     learnt, tested = hold_back(syllabus.lessons, settings.held_back, settings.seed)
     predicted, recompute = check_memory(checkpoint, folder, syllabus.lessons, device)
     described = describe_source(teacher, {file.name: sha256_cached(file) for file in checkpoint.files})
@@ -103,7 +106,11 @@ def distill(
     key = settings_key(settings, teacher=described["sha256"], folder=pieces, lessons=syllabus.described["sha256"])
     work = work_folder(output)
     room = sum(tensor.bytes for tensor in folder.tensors.values())
-    with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=room) as temporary:
+    with (
+        atomic_output(output, force=force, need_bytes=room) as temporary,
+        alone_in(work),
+        PeakMemory(device) as memory,
+    ):
         model = load_teacher(checkpoint, device, recompute=recompute)
         targets = ask_all(model, syllabus, work / "targets.safetensors", key, progress)
         student = Student(model, folder, norms=settings.norms, seed=settings.seed)
@@ -148,6 +155,19 @@ def distill(
 def work_folder(output: Path) -> Path:
     """Where a run leaves what it needs to go on."""
     return output.with_name(f"{output.name}.distill")
+
+
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """Make the folder and hold it; raises IntegrityError while another process does."""
+    from filelock import FileLock, Timeout
+
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(work / "lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise IntegrityError(f"{work} is in use by another process. Wait for it, or choose another -o.") from error
 
 
 def check_memory(

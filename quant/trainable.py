@@ -97,7 +97,7 @@ class Student:
     `logarithms` holds, in one float32 vector, those of all scales and, with `norms`, of the norms' weights; `seed`
     draws the thresholds of their rounding, at which nothing changes while the logarithms are zero. After a
     change of them `refresh` makes the model follow. `model` is changed in place; its weights become float32.
-    Raises ModelError where the folder and the model don't fit each other.
+    Their linear layers must fit (see `check_shapes`); raises ModelError where other tensors don't.
     """
 
     def __init__(self, model: Any, folder: GptqFolder, *, norms: bool = False, seed: int = 0) -> None:
@@ -110,7 +110,7 @@ class Student:
         draw = torch.Generator().manual_seed(seed)
         for name in folder.linears:
             weight = _parameter(model, f"{name}.weight", folder)
-            self._parts[name] = _scales(weight, folder.read_linear(name), name, draw)
+            self._parts[name] = _scales(weight, folder.read_linear(name), draw)
         for name in folder.tensors if norms else ():
             if name.endswith(NORM):
                 weight = _parameter(model, name, folder)
@@ -159,11 +159,9 @@ class Student:
         return collect
 
 
-def _scales(weight: torch.Tensor, linear: QuantizedLinear, name: str, draw: torch.Generator) -> _Scales:
+def _scales(weight: torch.Tensor, linear: QuantizedLinear, draw: torch.Generator) -> _Scales:
     import torch
 
-    if tuple(weight.shape) != linear.codes.shape:
-        raise ModelError(f"{name} is {linear.codes.shape} in the GPTQ folder and {tuple(weight.shape)} in its teacher.")
     offsets = linear.codes.astype(np.int16) - linear.zeros[:, linear.group_index].astype(np.int16)
     kind = np.int8 if -128 <= offsets.min() and offsets.max() <= 127 else np.int16
     on = weight.device
@@ -211,9 +209,24 @@ def _parameter(model: Any, name: str, folder: GptqFolder) -> Any:
     try:
         return model.get_parameter(name)
     except AttributeError as error:
-        raise ModelError(
-            f"{folder.folder} holds {name!r}, which its teacher does not have. Give the checkpoint that was quantized."
-        ) from error
+        raise _missing(name, folder) from error
+
+
+def _missing(name: str, folder: GptqFolder) -> ModelError:
+    return ModelError(
+        f"{folder.folder} holds {name!r}, which its teacher does not have. Give the checkpoint that was quantized."
+    )
+
+
+def check_shapes(folder: GptqFolder, checkpoint: Checkpoint) -> None:
+    """Raise ModelError where a quantized layer is not one of the checkpoint's, by the files' headers alone."""
+    for name in folder.linears:
+        if f"{name}.weight" not in checkpoint.tensors:
+            raise _missing(f"{name}.weight", folder)
+        shape, words = checkpoint.tensors[f"{name}.weight"].shape, folder.tensors[f"{name}.qweight"].shape
+        own = (int(words[1]), int(words[0]) * 32 // bits_of(folder, name))
+        if own != tuple(shape):
+            raise ModelError(f"{name} is {own} in the GPTQ folder and {tuple(shape)} in its teacher.")
 
 
 def load_teacher(checkpoint: Checkpoint, device: str, *, recompute: bool = False) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import distill as distill_module
 from gramlite.quant import lessons as lessons_module
@@ -291,6 +292,8 @@ def test_other_training_left_behind_is_refused(pair: tuple[Path, Path], syllabus
         distill(*pair, tmp_path / "out", syllabus, SETTINGS, progress=Stop("Training", 2))
     with pytest.raises(IntegrityError, match=r"other settings.*Delete .*out\.distill"):
         distill(*pair, tmp_path / "out", syllabus, replace(SETTINGS, rate=1e-3))
+    with FileLock(str(tmp_path / "out.distill/lock")), pytest.raises(IntegrityError, match="in use by another"):
+        distill(*pair, tmp_path / "out", syllabus, SETTINGS)
     state = tmp_path / "out.distill/state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="cannot be read"):
@@ -307,7 +310,7 @@ def test_a_teacher_of_another_shape_is_refused(
     shutil.rmtree(other)
     with pytest.raises(ModelError, match=r"holds 'model.layers.1"):
         distill(pair[0], make_checkpoint(num_hidden_layers=1), tmp_path / "out", syllabus, SETTINGS)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_memory_that_is_not_there_is_refused_before_anything_is_loaded(
