@@ -11,6 +11,7 @@ from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 from gramlite.errors import InputError, ModelError
 
 from .batches import Batch, Shared
+from .memory import give_back_memory
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ class Decoder:
             yield layer.requires_grad_(False)
         finally:
             layer.to("meta")
+            give_back_memory(self.device)
 
     def attend(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The input of a layer's `o_proj`, of states that enter the layer; the prefix has to come first."""

@@ -21,8 +21,9 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
 from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, sha256_file
 
@@ -240,11 +241,18 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: Path, output: Path, calibration: Path, as_json: bool, **options: Any) -> None:
+def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any) -> None:
     """Quantize the SOURCE checkpoint's linear layers with GPTQ into a folder that vLLM and transformers load."""
-    settings = GptqSettings(bits=int(options["bits"]), group_size=options["group_size"], symmetric=options["symmetric"])
+    settings = GptqSettings(
+        bits=int(options["bits"]),
+        group_size=options["group_size"],
+        symmetric=options["symmetric"],
+        focus=options["focus"],
+        exceptions=tuple(map(parse_exception, options["exceptions"])),
+    )
     device = pick_device(options["device"])
     transcripts, described = load_calibration(
         calibration,
@@ -265,4 +273,8 @@ def command(source: Path, output: Path, calibration: Path, as_json: bool, **opti
             force=options["force"],
             progress=progress,
         )
-    print_report(report, command=shlex.join(["gramlite", "pack", str(output), "--to", "gguf"]), as_json=as_json)
+    manifest = read_manifest(output)
+    if smoke and manifest:
+        manifest = smoke_judge(output, manifest, source, template=options["template"], force=options["force"])
+    then = shlex.join(["gramlite", "pack", str(output), "--to", "gguf"])
+    print_report(report, command=then, as_json=as_json, smoke=manifest.smoke if manifest else None)

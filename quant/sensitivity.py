@@ -22,7 +22,6 @@ from gramlite.errors import InputError
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
 from .decoder import STAGES, Decoder, layer_prefix, read_tensor
-from .memory import give_back_memory
 from .stream import Weigh
 
 if TYPE_CHECKING:
@@ -214,8 +213,7 @@ class _Descent:
                     for unit, kept, gradient in zip(group, states, gradients, strict=True):
                         gradient[:] = watch.backward(unit, [part[index] for part in kept], gradient)
                 self._tell(2 * (done + 1) * layers - index, total)
-            del states, gradients
-            give_back_memory(self.decoder.device)
+            del states, gradients, kept  # before the next group's are made
         return self.margins
 
     def _tell(self, done: int, total: int) -> None:

@@ -18,7 +18,6 @@ from gramlite.errors import InputError
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
 from .decoder import STAGES, Decoder, layer_prefix
-from .memory import give_back_memory
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,6 @@ def stream_decoder(
         for index in range(len(decoder)):
             with decoder.layer(index) as layer:
                 _LayerPass(decoder, layer, layer_prefix(index), visit, _Weights(batches, weigh), diagonal).run(hidden)
-            give_back_memory(device)
             if after_layer is not None:
                 after_layer(index)
     return _apart(batches, hidden)

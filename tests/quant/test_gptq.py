@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant import gptq
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
 from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import command, parse_exception, quantize_gptq
@@ -203,6 +204,31 @@ def test_command_prints_one_object(make_checkpoint: Make, transcripts: list[Tran
     assert manifest is not None
     assert manifest.calibration is not None
     assert 200 < manifest.calibration["tokens"] <= 300
+
+
+def test_command_hands_every_option_on(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[GptqSettings, dict[str, Any]]] = []
+
+    def stand_in(source: Path, output: Path, transcripts: Any, settings: GptqSettings, **options: Any) -> Any:
+        used.append((settings, options))
+        raise ModelError("enough")
+
+    monkeypatch.setattr(gptq, "quantize_gptq", stand_in)
+    file = tmp_path / "transcripts.jsonl"
+    write_transcripts(file, transcripts)
+    plain = [str(make_checkpoint()), "-o", str(tmp_path / "out"), "--calibration", str(file), "--device", "cpu"]
+    others = ["--bits", "3", "--group-size", "32", "--asymmetric", "--no-focus"]
+    exceptions = ["--bits-for", "v_proj=8", "--bits-for", "layers.0=2", "--template", "gram", "--force"]
+    for arguments in (plain, plain + others + exceptions):
+        assert isinstance(CliRunner().invoke(command, arguments).exception, ModelError)
+    assert used[0][0] == GptqSettings()
+    assert used[1][0] == GptqSettings(
+        bits=3, group_size=32, symmetric=False, focus=False, exceptions=(("v_proj", 8), ("layers.0", 2))
+    )
+    assert used[1][1]["template"] == "gram"
+    assert used[1][1]["force"]
 
 
 @pytest.mark.slow
