@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gramlite.artifact import Manifest, artifact_bytes
 
-from .smoke import summary
+from .smoke import figures_only, summary
 
 Advance = Callable[[str, int], None]
 
@@ -56,8 +56,7 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
             "sha256": manifest.files.get(path.name),
             "template": {key: template.get(key) for key in ("name", "sha256")} if template else None,
             "notes": manifest.settings.get("notes", []),
-            "smoke": {key: value for key, value in (manifest.smoke or {}).items() if not key.endswith("margins")}
-            or None,
+            "smoke": figures_only(manifest.smoke),
             "command": command,
         }
         print(json.dumps(row, ensure_ascii=False))

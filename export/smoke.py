@@ -141,6 +141,11 @@ def recorded_margins(manifest: Manifest | None) -> list[float] | None:
     return [float(value) for value in smoke["source_margins"]]
 
 
+def figures_only(smoke: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a command prints as JSON: all but the single margins."""
+    return {key: value for key, value in smoke.items() if not key.endswith("margins")} if smoke else None
+
+
 def summary(smoke: dict[str, Any] | None) -> str:
     """The figures in a line."""
     if not smoke:

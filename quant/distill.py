@@ -22,6 +22,7 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.smoke import figures_only, recorded_margins, smoke_judge, smoke_option, summary
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
@@ -272,10 +273,10 @@ def _figures(outcome: Outcome, learnt: int, tested: int) -> dict[str, Any]:
     }
 
 
-def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
+def print_report(report: DistillReport, *, command: str, as_json: bool, smoke: dict[str, Any] | None = None) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(report.to_json() | {"command": command}, ensure_ascii=False))
+        print(json.dumps(report.to_json() | {"smoke": figures_only(smoke), "command": command}, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table
@@ -290,6 +291,8 @@ def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
     table.add_row("best epoch", f"{report.outcome.best_epoch:g} of {len(report.outcome.history) - 1}")
     table.add_row("time", f"{report.seconds:,.0f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
+    if smoke:
+        table.add_row("first pairs", summary(smoke))
     table.add_row("next", command)
     Console(soft_wrap=True).print(table)
 
@@ -317,9 +320,12 @@ def print_report(report: DistillReport, *, command: str, as_json: bool) -> None:
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Halt after this time; --force goes on.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the recorded one.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(folder: Path, teacher: Path, output: Path, calibration: Path, as_json: bool, **options: Any) -> None:
+def command(
+    folder: Path, teacher: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any
+) -> None:
     """Tune the scales of a GPTQ FOLDER, codes untouched, until it judges more like the checkpoint it was made of."""
     if output.exists() and not options["force"]:
         raise InputError(f"{output} already exists. Choose another -o, or add --force to replace it.")
@@ -359,4 +365,9 @@ def command(folder: Path, teacher: Path, output: Path, calibration: Path, as_jso
         logger.warning(
             "Time ran out before the last epoch; the best so far was written. The same command with --force goes on."
         )
-    print_report(report, command=shlex.join(["gramlite", "pack", str(output), "--to", "gguf"]), as_json=as_json)
+    manifest = read_manifest(output)
+    if smoke and manifest:
+        expected = recorded_margins(read_manifest(folder)) or teacher
+        manifest = smoke_judge(output, manifest, expected, template=options["template"], force=options["force"])
+    then = shlex.join(["gramlite", "pack", str(output), "--to", "gguf"])
+    print_report(report, command=then, as_json=as_json, smoke=manifest.smoke if manifest else None)

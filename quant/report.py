@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gramlite.export.smoke import figures_only, summary
 
 Progress = Callable[[str, int, int], None]
 WORST_SHOWN = 3
@@ -83,11 +84,13 @@ def layer_bar() -> Iterator[Progress]:
         yield advance
 
 
-def print_report(report: QuantizationReport, *, command: str, as_json: bool) -> None:
+def print_report(
+    report: QuantizationReport, *, command: str, as_json: bool, smoke: dict[str, Any] | None = None
+) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
     figures = report.to_json()
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(figures | {"command": command}, ensure_ascii=False))
+        print(json.dumps(figures | {"smoke": figures_only(smoke), "command": command}, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table
@@ -100,5 +103,7 @@ def print_report(report: QuantizationReport, *, command: str, as_json: bool) -> 
         table.add_row("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}")
     table.add_row("time", f"{report.seconds:,.0f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
+    if smoke:
+        table.add_row("first pairs", summary(smoke))
     table.add_row("next", command)
     Console(soft_wrap=True).print(table)
