@@ -11,7 +11,7 @@ from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 from gramlite.errors import InputError, ModelError
 
 from .batches import Batch, Shared
-from .memory import give_back_memory
+from .memory import FreedMemory
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ class Decoder:
         self.checkpoint, self.device = checkpoint, device
         self.skeleton = _build_skeleton(checkpoint)
         self.dtype: torch.dtype = torch.float32 if device == "cpu" else self.skeleton.dtype
+        self.freed = FreedMemory(device)
         self.rotary = type(self.skeleton.model.rotary_emb)(self.skeleton.config).to(device)
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class Decoder:
             yield layer.requires_grad_(False)
         finally:
             layer.to("meta")
-            give_back_memory(self.device)
+            self.freed.give_back()
 
     def attend(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The input of a layer's `o_proj`, of states that enter the layer; the prefix has to come first."""

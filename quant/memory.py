@@ -20,7 +20,8 @@ from .gptq_folder import SHARD_BYTES
 logger = logging.getLogger("gramlite")
 
 SAMPLE_SECONDS = 0.05
-PROCESS_BYTES = 450 << 20  # Python with torch and transformers, as measured
+PROCESS_BYTES = 400 << 20  # Python with torch and transformers, as measured
+HELD_BYTES = 192 << 20  # freed memory that may lie about
 SCALE_BYTES = 3 / 64  # a scale and a zero point for 64 weights
 LINEARS = 7  # of a layer
 CUDA = "cuda"
@@ -117,20 +118,29 @@ def predict_bytes(
     states = tokens * (hidden + widest) * item + 8 * batch * widest * item
     shard = min(packed + tables, SHARD_BYTES + table)
     return Prediction(
-        process=0 if cuda else PROCESS_BYTES,
+        process=0 if cuda else PROCESS_BYTES + HELD_BYTES,
         gradients=focused + kept + max(table, backward) if focus else 0,
         quantizing=focused + weights * item + states + solver + pending * (2 if packed > SHARD_BYTES else 1),
         writing=focused + 2 * shard + 2 * table,
     )
 
 
-def give_back_memory(device: str = "cpu") -> None:
-    """Return freed memory to the system, where the C library is glibc, which else keeps it between what is in use."""
-    if device.startswith(CUDA) or not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+class FreedMemory:
+    """Freed memory that glibc keeps, given back to the system whenever the process has grown by HELD_BYTES.
+
+    Its heap cannot reuse the hole of an aligned block for another one of the same size, and so grows with every layer.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        linux = sys.platform.startswith("linux") and not device.startswith(CUDA)
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if linux else None
+        self._process = psutil.Process()
+        self._least = self._process.memory_info().rss
+
+    def give_back(self) -> None:
+        if self._trim is not None and self._process.memory_info().rss > self._least + HELD_BYTES:
+            self._trim(0)
+            self._least = self._process.memory_info().rss
 
 
 def pick_device(choice: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import batches, sensitivity
 from gramlite.quant.calibration import Transcript
+from gramlite.quant.memory import HELD_BYTES, PeakMemory
 from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +97,20 @@ def test_of_a_shared_prefix_the_mean_is_estimated(
         wanted = scale * torch.stack([row[:40] for row in expected]).sum(0)
         assert float(before.sum()) == pytest.approx(float(wanted.sum()), rel=tolerance)
         assert torch.corrcoef(torch.stack([before, wanted]))[0, 1] > 0.8
+
+
+def test_one_layer_is_in_memory_at_a_time(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    checkpoint = open_checkpoint(
+        make_checkpoint(hidden_size=512, intermediate_size=1024, num_hidden_layers=24, head_dim=128)
+    )
+    layer = (4 * 512 * 512 - 2 * 256 * 512 + 3 * 512 * 1024) * 4
+    states = 25 * sum(len(transcript.ids) for transcript in transcripts) * 512 * 4
+    verdict_weights(checkpoint, [transcripts[0], transcripts[2]])  # what torch allocates once
+    with PeakMemory() as warm:
+        pass
+    with PeakMemory() as running:
+        verdict_weights(checkpoint, transcripts)
+    assert running.peak - warm.peak < states + HELD_BYTES + 8 * layer  # of 24
 
 
 def test_both_verdicts_are_needed(transcripts: list[Transcript]) -> None:
