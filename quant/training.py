@@ -40,7 +40,7 @@ class TrainingSettings:
     """
 
     epochs: int = 4
-    rate: float = 3e-5
+    rate: float = 2e-5
     batch: int = 8
     margin_weight: float = 1.0
     state_weight: float = 5.0
