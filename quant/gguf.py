@@ -47,9 +47,10 @@ TYPICAL_BITS = re.compile(r"(\d)")
 
 @dataclass(frozen=True)
 class Refined:
-    """What was done to a file after its quantization: settings to record, and an adapter that goes with it, by sha256."""
+    """What was done to a file after its quantization: what to record, and an adapter that goes with it, by sha256."""
 
     settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     companion_bytes: int = 0
 
@@ -123,6 +124,8 @@ def quantize_source(
             bits = bits_per_weight(written) * (
                 1 + refined.companion_bytes / sum(each.bytes for each in written.tensors)
             )
+            described = describe_types(written, outcome)
+            described["notes"] = [*described.get("notes", []), *refined.notes]
             return Manifest(
                 format="gguf",
                 name=destination.stem,
@@ -130,7 +133,7 @@ def quantize_source(
                 method="llama.cpp",
                 source=source.described,
                 settings={"type": kind, "overrides": [list(pair) for pair in wanted]}
-                | describe_types(written, outcome)
+                | described
                 | (settings or {})
                 | refined.settings,
                 calibration=describe_matrix(imatrix, calibration) if imatrix else calibration,

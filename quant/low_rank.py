@@ -24,13 +24,14 @@ from gramlite.reference_weights import dequantized
 from gramlite.storage import atomic_output, sha256_file
 
 from .ggml import Floats, dequantize_rows, quantize_rows, rounded
-from .gguf import Refined, quantize_source
+from .gguf import Refined, file_type, quantize_source
 from .report import Progress, layer_bar
 from .source import EXACT, Source
 
 FACTOR_TYPE = "Q5_0"  # its rounding takes half a percent of what the adapter gives back
 RANKS = 32  # a rank is a multiple of it, so that rows of B fill the factors' blocks
 ROUNDS = 4
+MOST = 0.8  # of the rounding error; an adapter that gives back less may do harm (docs/quantization.md)
 LEAST_GAIN = 0.03  # of a matrix's error, for which another round is worth its time
 SPARE_DIRECTIONS, POWER_STEPS = 16, 3
 LAYER_MATRIX = re.compile(r"blk\.\d+\..*weight")
@@ -70,12 +71,21 @@ def quantize_low_rank(source: Source, destination: Path, *, rank: int, force: bo
             described = split_file(source.header, file, adapter, rank=rank, progress=progress)
             return Refined(
                 settings={"low_rank": described},
+                notes=() if described["given_back"] >= MOST else (_doubt(described["given_back"]),),
                 files={companion.name: sha256_file(adapter)},
                 companion_bytes=adapter.stat().st_size,
             )
 
         notes = ((COMPANION, companion.name),)
-        return quantize_source(source, destination, force=force, refine=refine, notes=notes, **options)
+        name = f"{file_type(options['kind'])}+low-rank{rank}"
+        return quantize_source(source, destination, force=force, refine=refine, notes=notes, name=name, **options)
+
+
+def _doubt(given_back: float) -> str:
+    return (
+        f"the adapter gives back {given_back:.0%} of what rounding took, which need not bring the verdicts nearer: "
+        "compare with the plain type, or try another, such as Q4_1"
+    )
 
 
 def split_file(source: Header, file: Path, adapter: Path, *, rank: int, progress: Progress) -> dict[str, Any]:
@@ -109,6 +119,7 @@ def split_file(source: Header, file: Path, adapter: Path, *, rank: int, progress
         "matrices": len(todo),
         "mean_error_without": float(plain),
         "mean_error": float(error),
+        "given_back": 1 - float(error / plain) if plain else 0.0,
     }
 
 

@@ -65,6 +65,7 @@ def test_file_and_adapter_add_up_to_what_the_manifest_says(exact: Path, made: Pa
     manifest = read_manifest(made)
     assert manifest and manifest.companion == "judge.low-rank.gguf"
     assert set(manifest.files) == {"judge.gguf", "judge.low-rank.gguf"}
+    assert manifest.quantization == "Q4_0+low-rank32"
     low_rank = manifest.settings["low_rank"]
     source, written = read_header(exact), read_header(made)
     factors = {tensor.name: tensor for tensor in gguf_package.GGUFReader(made.with_name(manifest.companion)).tensors}
@@ -79,9 +80,12 @@ def test_file_and_adapter_add_up_to_what_the_manifest_says(exact: Path, made: Pa
             for tensor in (factors[f"{old.name}.lora_a"], factors[f"{old.name}.lora_b"])
         )
         weight = dequantized(source, old)
-        shares.append(np.square(weight - dequantized(written, stored[old.name]) - b @ a).sum() / np.square(weight).sum())
+        shares.append(
+            np.square(weight - dequantized(written, stored[old.name]) - b @ a).sum() / np.square(weight).sum()
+        )
     assert np.mean(shares) == pytest.approx(low_rank["mean_error"], rel=1e-3)
     assert low_rank["mean_error"] < 0.7 * low_rank["mean_error_without"]
+    assert low_rank["given_back"] < 0.8 and "need not bring the verdicts nearer" in manifest.settings["notes"][-1]
 
 
 def test_a_judge_applies_the_adapter_and_is_refused_without(made: Path, tmp_path: Path) -> None:
