@@ -1,0 +1,153 @@
+"""What voting and ranking take beside the plain way: python -m gramlite.bench.uses voting|ranking -m MODEL PAIRS.
+
+voting    eight rationales for each order of a pair: every one (`--all-votes`), with early stop, and asked for one by
+          one with llama-cpp-python's create_chat_completion, which keeps the prompt's beginning computed by itself.
+ranking   all pairs of a prompt's responses in both orders, in direct mode: `rank --method full`, and each judged alone
+          without anything kept of what was computed before.
+
+One row of JSON a pair or prompt, with the seconds of each contender, and a last one with the ratios: median and middle
+half over the rows. Contenders take turns in one process, which of them begins changes from row to row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gramlite.backends import Request, RuntimeOptions
+from gramlite.device import thread_count
+from gramlite.judge import Judge, Settings
+from gramlite.loading import load
+from gramlite.pair import Pair
+
+from .neighbours import both_orders, question
+from .turns import Contender, ratio
+
+SPREAD = 4  # rows, under which a ratio has no middle half
+
+
+class Forgetful:
+    """A backend that computes every prompt from its first token."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Any]:
+        alone = (replace(request, reuse=0) if request else None for request in requests)
+        yield from self._backend.generate(alone)
+
+
+def voting_contest(model: Path, *, votes: int, threads: int | None, tokens: int) -> list[Contender]:
+    """The judge with and without early stop, and as many chat completions a prompt as there are votes."""
+    import llama_cpp
+
+    runtime = RuntimeOptions(device="cpu", threads=threads, parallel=min(votes, 8))
+    settings = Settings(votes=votes, budget=tokens, early_stop=False)
+    judge = load(model, settings=settings, runtime=runtime)
+    early = judge.with_settings(early_stop=True)
+    llama = llama_cpp.Llama(
+        str(model), n_ctx=4096, n_threads=thread_count(threads), n_threads_batch=thread_count(threads), verbose=False
+    )
+
+    def chat(pair: Pair, swap: bool) -> object:
+        messages = [{"role": "user", "content": question(judge, pair, swap)}]
+        return [
+            llama.create_chat_completion(messages, max_tokens=tokens, temperature=0.75, seed=seed)
+            for seed in range(votes)
+        ]
+
+    return [
+        Contender("gramlite, early stop", lambda pairs: _judge(early, pairs)),
+        Contender("gramlite, all votes", lambda pairs: _judge(judge, pairs)),
+        Contender("create_chat_completion", both_orders(chat)),
+    ]
+
+
+def ranking_contest(model: Path, *, threads: int | None) -> list[Contender]:
+    """A ranking by all pairs, and the same pairs judged alone; a `Pair` here holds responses as JSON in response_a."""
+    judge = load(model, settings=Settings(mode="direct"), runtime=RuntimeOptions(device="cpu", threads=threads))
+    alone = Judge(Forgetful(judge.backend), judge.template, judge.scaffold, judge.settings, judge.model)  # type: ignore[arg-type]
+
+    def rank(pairs: Sequence[Pair]) -> object:
+        return [judge.rank(prompt=pair.prompt, completions=_responses(pair), method="full") for pair in pairs]
+
+    def one_by_one(pairs: Sequence[Pair]) -> object:
+        return [
+            alone(prompt=pair.prompt, response_a=first, response_b=second)
+            for pair in pairs
+            for first, second in itertools.combinations(_responses(pair), 2)
+        ]
+
+    return [Contender("rank --method full", rank), Contender("one by one", one_by_one)]
+
+
+def ranking_tasks(rows: Sequence[Pair], count: int, limit: int) -> list[Pair]:
+    """`limit` prompts of middling length, each with `count` responses like its own in length, from all the rows."""
+    ordered = sorted(rows, key=lambda row: len(row.prompt))
+    middle = ordered[max(0, len(ordered) // 2 - limit) :][:limit]
+    responses = sorted((row.response_a for row in rows), key=len)
+    tasks = []
+    for row in middle:
+        start = min(sum(len(text) < len(row.response_a) for text in responses), len(responses) - count)
+        tasks.append(Pair(row.prompt, json.dumps(responses[start : start + count]), "-"))
+    return tasks
+
+
+def _responses(task: Pair) -> list[str]:
+    return [str(text) for text in json.loads(task.response_a)]
+
+
+def _judge(judge: Judge, pairs: Sequence[Pair]) -> list[object]:
+    return list(judge.many(pairs))
+
+
+def measure(contenders: Sequence[Contender], tasks: Sequence[Pair], say: Callable[[dict[str, Any]], None]) -> None:
+    """Let the contenders take turns on each task, after a warm-up on the first one, and say what each took."""
+    for contender in contenders:
+        contender.judge(tasks[:1])
+    for number, task in enumerate(tasks):
+        shift = number % len(contenders)
+        for contender in [*contenders[shift:], *contenders[:shift]]:
+            began = time.perf_counter()
+            contender.judge([task])
+            contender.seconds.append(time.perf_counter() - began)
+        say({"task": number, "seconds": {each.name: round(each.seconds[-1], 2) for each in contenders}})
+    if len(tasks) >= SPREAD:
+        say({"ratios": [asdict(ratio(contenders[-1], each)) for each in contenders[:-1]]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("use", choices=["voting", "ranking"])
+    parser.add_argument("pairs", type=Path, help="pairs, JSONL")
+    parser.add_argument("-m", "--model", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=20, help="pairs, or prompts to rank responses for")
+    parser.add_argument("--votes", type=int, default=8)
+    parser.add_argument("--responses", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="most tokens of a rationale")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    rows = [
+        Pair(row["prompt"], row["response_a"], row["response_b"])
+        for row in map(json.loads, options.pairs.read_text(encoding="utf-8").splitlines())
+    ]
+    if options.use == "voting":
+        contest = voting_contest(options.model, votes=options.votes, threads=options.threads, tokens=options.tokens)
+        tasks = rows[: options.limit]
+    else:
+        contest = ranking_contest(options.model, threads=options.threads)
+        tasks = ranking_tasks(rows, options.responses, options.limit)
+    measure(contest, tasks, lambda row: print(json.dumps(row), flush=True))
+
+
+if __name__ == "__main__":
+    main()
