@@ -75,7 +75,7 @@ def voting_contest(model: Path, *, votes: int, threads: int | None, tokens: int)
 def ranking_contest(model: Path, *, threads: int | None) -> list[Contender]:
     """A ranking by all pairs, and the same pairs judged alone; a `Pair` here holds responses as JSON in response_a."""
     judge = load(model, settings=Settings(mode="direct"), runtime=RuntimeOptions(device="cpu", threads=threads))
-    alone = Judge(Forgetful(judge.backend), judge.template, judge.scaffold, judge.settings, judge.model)  # type: ignore[arg-type]
+    alone = Judge(Forgetful(judge.backend), judge.template, judge.scaffold, judge.settings, judge.model)
 
     def rank(pairs: Sequence[Pair]) -> object:
         return [judge.rank(prompt=pair.prompt, completions=_responses(pair), method="full") for pair in pairs]
