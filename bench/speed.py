@@ -45,6 +45,7 @@ class Kernels:
 def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int, *, repetitions: int) -> Kernels:
     """Time bare calls on the judge's own context: prompts behind their `shared` first tokens, and joint steps."""
     backend: Any = judge.backend
+    llama = backend._llama
     sequences = range(1, backend._layout.parallel + 1)
     rates, steps = [], []
     for tokens in [*prompts] * repetitions:
@@ -57,12 +58,12 @@ def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int,
             if sequence == 1 and len(sequences) == 1:
                 break
         for step in range(8):
-            backend._batch.n_tokens = 0
+            llama.begin()
             for sequence in sequences:
-                backend._add([tokens[step]], [sequence], len(tokens) + step)
-                backend._batch.logits[backend._batch.n_tokens - 1] = True
+                llama.add([tokens[step]], [sequence], len(tokens) + step)
+                llama.want(llama.filled - 1)
             began = time.perf_counter()
-            backend._decode()
+            llama.decode()
             steps.append(time.perf_counter() - began)
     backend._forget()
     return Kernels(statistics.median(rates), statistics.median(steps))

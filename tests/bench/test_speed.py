@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from gramlite.bench import speed
-from gramlite.bench.speed import Kernels, SpeedReport, floor_seconds, measure_speed, read_pairs, speed_table
+from gramlite.bench.speed import (
+    Kernels,
+    SpeedReport,
+    floor_seconds,
+    measure_kernels,
+    measure_speed,
+    read_pairs,
+    speed_table,
+)
 from gramlite.bench.turns import Contender, ratio, take_turns, turns_of
 
+from gramlite import RuntimeOptions, load
 from gramlite.errors import InputError
 from gramlite.pair import Pair
 
@@ -119,6 +128,13 @@ def test_pairs_that_are_too_long_to_compare_are_left_out(tmp_path: Path) -> None
     path.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(InputError, match="fewer than two pairs"):
         read_pairs(path, 10)
+
+
+def test_kernels_are_timed_on_the_judges_own_context(reference_q8: Path) -> None:
+    with load(reference_q8, runtime=RuntimeOptions(device="cpu", parallel=2)) as judge:
+        kernels = measure_kernels(judge, [tuple(range(100, 164))], 16, repetitions=1)
+        assert kernels.prefill_rate > 0 and kernels.step_seconds > 0
+        assert judge.with_settings(mode="direct")(prompt="q", response_a="x", response_b="y").winner
 
 
 @pytest.mark.slow
