@@ -262,7 +262,9 @@ def test_the_packed_twin_is_close_to_the_same_weights_in_torch(
     for linear in folder.linears:
         weights[f"{linear}.weight"] = torch.from_numpy(folder.read_linear(linear).dequantize())
     save_file(
-        {key: value.float() for key, value in weights.items()}, twin / "model.safetensors", metadata={"format": "pt"}
+        {key: value.float().contiguous() for key, value in weights.items()},
+        twin / "model.safetensors",
+        metadata={"format": "pt"},
     )
     pairs = [pair_from_json(row) for row in read_jsonl(shared / "benchmarks/pandalm.small.jsonl", MANY)]
     with gramlite.load(twin, settings=DIRECT, runtime=CPU) as dequantized:

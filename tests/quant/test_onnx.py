@@ -130,7 +130,9 @@ def test_packed_weights_are_bit_identical_and_run(
     verify_files(output, manifest)
     wanted, original = torch_logits(source, gptq), torch_logits(source)
     found = onnx_logits(output)  # onnxruntime rounds activations to 8 bits
-    assert distance(found, wanted) < 0.1 and distance(found, wanted) < 0.7 * distance(original, wanted)
+    assert distance(found, wanted) < 0.1
+    if settings.bits < 8:  # 8-bit weights cost no more than 8-bit activations
+        assert distance(found, wanted) < 0.7 * distance(original, wanted)
 
 
 def test_what_the_operator_cannot_hold_is_refused_before_anything_is_built(
