@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from gramlite.loading import load
 from gramlite.pair import Pair
 
 from .neighbours import both_orders, question
-from .turns import Contender, ratio
+from .turns import Contender, ratio, take_turns
 
 SPREAD = 4  # rows, under which a ratio has no middle half
 
@@ -112,15 +111,13 @@ def _judge(judge: Judge, pairs: Sequence[Pair]) -> list[object]:
 
 def measure(contenders: Sequence[Contender], tasks: Sequence[Pair], say: Callable[[dict[str, Any]], None]) -> None:
     """Let the contenders take turns on each task, after a warm-up on the first one, and say what each took."""
-    for contender in contenders:
-        contender.judge(tasks[:1])
-    for number, task in enumerate(tasks):
-        shift = number % len(contenders)
-        for contender in [*contenders[shift:], *contenders[:shift]]:
-            began = time.perf_counter()
-            contender.judge([task])
-            contender.seconds.append(time.perf_counter() - began)
-        say({"task": number, "seconds": {each.name: round(each.seconds[-1], 2) for each in contenders}})
+
+    def tick() -> None:
+        done = {len(each.seconds) for each in contenders}
+        if len(done) == 1 and (rounds := done.pop()):
+            say({"task": rounds - 1, "seconds": {each.name: round(each.seconds[-1], 2) for each in contenders}})
+
+    take_turns(contenders, tasks, group=1, repetitions=1, tick=tick)
     if len(tasks) >= SPREAD:
         say({"ratios": [asdict(ratio(contenders[-1], each)) for each in contenders[:-1]]})
 

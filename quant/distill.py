@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
-from gramlite.export.smoke import figures_only, recorded_margins, smoke_judge, smoke_option, summary
+from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
@@ -33,7 +32,7 @@ from .gptq import digest
 from .gptq_folder import GptqFolder, GptqWriter, open_gptq
 from .lessons import SHEET_TOKENS, Lesson, Target, ask_teacher, hold_back, sheets
 from .memory import PeakMemory, pick_device
-from .report import Progress, layer_bar
+from .report import Progress, layer_bar, print_figures
 from .syllabus import Syllabus, load_syllabus
 from .trainable import Student, check_shapes, load_teacher, predict_bytes
 from .training import Course, Outcome, TrainingSettings, settings_key, train
@@ -275,26 +274,18 @@ def _figures(outcome: Outcome, learnt: int, tested: int) -> dict[str, Any]:
 
 def print_report(report: DistillReport, *, command: str, as_json: bool, smoke: dict[str, Any] | None = None) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
-    if as_json or not sys.stdout.isatty():
-        print(json.dumps(report.to_json() | {"smoke": figures_only(smoke), "command": command}, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
     before, after = report.outcome.before, report.outcome.after
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("folder", str(report.output))
-    table.add_row("tuned", f"{report.scales:,} scales on {report.lessons} prompts, {report.held_back} held back")
-    table.add_row("margin error, held back", f"{before.margin_error:.3f} → {after.margin_error:.3f} nats")
-    table.add_row("rationales' divergence", f"{before.divergence:.4f} → {after.divergence:.4f} nats a token")
-    table.add_row("states' relative error", f"{before.state_error:.5f} → {after.state_error:.5f}")
-    table.add_row("best epoch", f"{report.outcome.best_epoch:g} of {len(report.outcome.history) - 1}")
-    table.add_row("time", f"{report.seconds:,.0f} s")
-    table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
-    if smoke:
-        table.add_row("first pairs", summary(smoke))
-    table.add_row("next", command)
-    Console(soft_wrap=True).print(table)
+    rows = [
+        ("folder", str(report.output)),
+        ("tuned", f"{report.scales:,} scales on {report.lessons} prompts, {report.held_back} held back"),
+        ("margin error, held back", f"{before.margin_error:.3f} → {after.margin_error:.3f} nats"),
+        ("rationales' divergence", f"{before.divergence:.4f} → {after.divergence:.4f} nats a token"),
+        ("states' relative error", f"{before.state_error:.5f} → {after.state_error:.5f}"),
+        ("best epoch", f"{report.outcome.best_epoch:g} of {len(report.outcome.history) - 1}"),
+        ("time", f"{report.seconds:,.0f} s"),
+        ("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB"),
+    ]
+    print_figures(report.to_json(), rows, command=command, as_json=as_json, smoke=smoke)
 
 
 @click.command("distill", short_help="GPTQ -> GPTQ, scales tuned to the source model's verdicts")

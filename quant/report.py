@@ -89,6 +89,26 @@ def print_report(
 ) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
     figures = report.to_json()
+    rows = [
+        ("folder", str(report.output)),
+        ("size", f"{report.size_bytes / 1e6:,.1f} MB, {report.bits_per_weight:.2f} bits per weight"),
+        ("mean layer error", f"{figures['mean_error']:.5f} (plain rounding {figures['mean_plain_error']:.5f})"),
+    ]
+    for layer in sorted(report.layers, key=lambda layer: -layer.error)[:WORST_SHOWN]:
+        rows.append(("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}"))
+    rows += [("time", f"{report.seconds:,.0f} s"), ("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")]
+    print_figures(figures, rows, command=command, as_json=as_json, smoke=smoke)
+
+
+def print_figures(
+    figures: dict[str, Any],
+    rows: Sequence[tuple[str, str]],
+    *,
+    command: str,
+    as_json: bool,
+    smoke: dict[str, Any] | None,
+) -> None:
+    """Print what a quantizer did and what to type next: `rows` as a table on a terminal, else `figures` as JSON."""
     if as_json or not sys.stdout.isatty():
         print(json.dumps(figures | {"smoke": figures_only(smoke), "command": command}, ensure_ascii=False))
         return
@@ -96,14 +116,6 @@ def print_report(
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("folder", str(report.output))
-    table.add_row("size", f"{report.size_bytes / 1e6:,.1f} MB, {report.bits_per_weight:.2f} bits per weight")
-    table.add_row("mean layer error", f"{figures['mean_error']:.5f} (plain rounding {figures['mean_plain_error']:.5f})")
-    for layer in sorted(report.layers, key=lambda layer: -layer.error)[:WORST_SHOWN]:
-        table.add_row("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}")
-    table.add_row("time", f"{report.seconds:,.0f} s")
-    table.add_row("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")
-    if smoke:
-        table.add_row("first pairs", summary(smoke))
-    table.add_row("next", command)
+    for row in [*rows, *([("first pairs", summary(smoke))] if smoke else []), ("next", command)]:
+        table.add_row(*row)
     Console(soft_wrap=True).print(table)
