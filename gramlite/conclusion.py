@@ -45,7 +45,7 @@ def conclude_order(
         votes={side: winners.count(side) for side in ("A", "B")},
         tokens={
             "prompt": prompt_tokens,
-            "cached": max(generation.cached for generation in generations),
+            "cached": min(generation.cached for generation in generations),
             "generated": sum(generation.generated for generation in generations),
         },
     )

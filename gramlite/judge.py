@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .backends import Backend, Request, TakesAdapters
+from .backends import Backend, HoldsPrompts, Request, TakesAdapters
 from .conclusion import conclude, conclude_order, mean_log_odds, winner_of
 from .confidence import Calibration
 from .decoding import Decoder, choice_tokens, describe
@@ -24,7 +24,6 @@ from .settings import Settings
 from .storage import sha256_cached
 from .template import Template, presented, screen
 from .turn import Turn
-from .voting import stages
 
 if TYPE_CHECKING:
     from .ranking import KnownComparisons, Ranking
@@ -247,8 +246,10 @@ class Judge:
             current = opened[index]
             current.done[order, vote] = generation
             if current.settled():
-                for decoder in current.decoders:
-                    decoder.cancel()
+                for request in current.requests:
+                    request.decoder.cancel()
+                    if isinstance(self.backend, HoldsPrompts):
+                        self.backend.let_go(request.prompt)
                 ready[index] = self._conclude(opened.pop(index))
             while emitted in ready:
                 yield ready.pop(emitted)
@@ -281,9 +282,7 @@ class Judge:
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
         flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
-        early = self.settings.early_stop and self.settings.votes > 1
-        votes = stages(self.settings.votes, self.settings.confidence) if early else [range(self.settings.votes)]
-        return OpenPair(pair, self.settings, flags, prompts, stems, votes)
+        return OpenPair(pair, self.settings, flags, prompts, stems)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
         segments = self.template.segments(presented(pair, order))
@@ -314,7 +313,6 @@ class Judge:
             self.settings.sampling(self._seed(opened.pair, order, vote)),
             on_text=(lambda text: on_text(order, text)) if on_text and vote == 0 else None,
         )
-        opened.decoders.append(decoder)
         tokens = (*opened.prompts[order].tokens, *decoder.prefix)
         preamble = common_prefix(tokens, self._preamble)
         splits = {preamble}
@@ -322,10 +320,12 @@ class Judge:
             splits.add(common_prefix(*(prompt.tokens for prompt in opened.prompts.values())))
         splits |= opened.stems.get(order, frozenset())
         if self.settings.votes > 1:
-            splits.add(len(tokens) - 1)
-        usable = tuple(sorted(split for split in splits if 0 < split < len(tokens)))
+            splits.add(len(tokens))
+        usable = tuple(sorted(split for split in splits if split > 0))
         opens_pair = order == self.settings.presented_orders[0] and vote == 0
-        return Request(key, tokens, decoder, usable, reuse=preamble if opens_pair and not self._grouped else None)
+        reuse = preamble if opens_pair and not self._grouped else None
+        opened.requests.append(Request(key, tokens, decoder, usable, reuse))
+        return opened.requests[-1]
 
     def _seed(self, pair: Pair, order: Order, vote: int) -> int:
         """A seed of its own for every generation, the same whatever is judged beside it."""

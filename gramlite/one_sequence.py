@@ -1,7 +1,8 @@
 """Generation of one request after another over a cache that can be cut back: all that a simple backend needs.
 
 A prompt is computed in the stretches between its splits, and only whole stretches are kept for the next prompt, so
-that what is computed together, and with it every bit of a result, does not depend on what was judged before.
+that what is computed together, and with it every bit of a result, does not depend on what was judged before. The same
+prompt again, as votes ask for it, begins from the logits that it ended with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
 
 from .backends import Request
 from .decoding import Generation, Logits
@@ -30,6 +32,7 @@ class OneSequence:
         self._compute = compute
         self._held: tuple[int, ...] = ()
         self._borders: frozenset[int] = frozenset()
+        self._ending: Any = None  # the logits behind what is held
         self._stop = threading.Event()
 
     def generate(self, requests: Iterable[Request | None]) -> Generator[tuple[int, Generation], None, None]:
@@ -50,13 +53,16 @@ class OneSequence:
     def _run(self, request: Request) -> Generation:
         prompt, decoder = request.prompt, request.decoder
         common = common_prefix(self._held, prompt)
-        kept = max((end for end in request.splits if end <= common and end in self._borders), default=0)
+        most = common if prompt == self._held else min(common, len(prompt) - 1)
+        kept = max((end for end in request.splits if end <= most and end in self._borders), default=0)
         borders = {border for border in self._borders if border <= kept} | set(request.splits)
         self.forget()  # until the prompt is there, whatever happens
-        ends = [split for split in request.splits if split > kept]
-        for start, end in itertools.pairwise([kept, *ends, len(prompt)]):
+        ends = {split for split in request.splits if split > kept} | {len(prompt)}
+        logits = self._ending
+        for start, end in itertools.pairwise(sorted({kept, *ends})):
             for begin in range(start, end, PIECE):
                 logits = self._feed(prompt[begin : min(begin + PIECE, end)], begin)
+        self._ending = logits.copy() if kept < len(prompt) else logits
         self._held, self._borders = prompt, frozenset(borders)
         position = len(prompt)
         waiting = decoder.advance(logits)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .decoding import Decoder, Generation, softmax_first
+from .backends import Request
+from .decoding import Generation, softmax_first
 from .pair import Order, Pair
 from .prompt import EncodedPrompt
 from .settings import Settings
-from .voting import settled
+from .voting import first_portion, settled, wanting
 
 
 @dataclass
 class OpenPair:
-    """A pair that is being judged: its generations as they arrive, by order and vote, and the decoders that make them.
+    """A pair that is being judged: its generations as they arrive, by order and vote, and the requests that make them.
 
-    `stages` are the portions of votes still to be asked for, `asked` is how many generations were.
+    `asked` is how many generations of each order were asked for.
     """
 
     pair: Pair
@@ -24,32 +25,46 @@ class OpenPair:
     flags: tuple[str, ...]
     prompts: Mapping[Order, EncodedPrompt]
     stems: Mapping[Order, frozenset[int]]
-    stages: list[range] = field(default_factory=list)
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
-    decoders: list[Decoder] = field(default_factory=list)
-    asked: int = 0
+    requests: list[Request] = field(default_factory=list)
+    asked: dict[Order, int] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
-        return len(self.done) == self.asked
+        return len(self.done) == sum(self.asked.values())
 
-    def next_stage(self) -> Iterator[tuple[Order, int]]:
+    @property
+    def _stops_early(self) -> bool:
+        return self.settings.early_stop and self.settings.votes > 1
+
+    def next_stage(self) -> list[tuple[Order, int]]:
         """The next portion of votes to ask for, as (order, vote)."""
-        stage = self.stages.pop(0)
-        self.asked += len(stage) * len(self.prompts)
-        for order in self.settings.presented_orders:
-            for vote in stage:
-                yield order, vote
+        votes, confidence = self.settings.votes, self.settings.confidence
+        orders = self.settings.presented_orders
+        if self.asked:
+            more = {orders[index]: 1 for index in wanting(self._shares(), votes, confidence)}
+        else:
+            more = dict.fromkeys(orders, first_portion(votes, confidence) if self._stops_early else votes)
+        stage = [
+            (order, self.asked.get(order, 0) + number) for order, portion in more.items() for number in range(portion)
+        ]
+        for order, portion in more.items():
+            self.asked[order] = self.asked.get(order, 0) + portion
+        return stage
 
     def settled(self) -> bool:
-        """Whether the pair has all the generations that it needs."""
-        if self.idle and not self.stages:
+        """Whether the pair has all the generations that it needs; one that failed leaves it no verdict."""
+        votes = self.settings.votes
+        if any(generation.margin is None for generation in self.done.values()):
             return True
-        if not self.settings.early_stop or self.settings.votes == 1:
-            return False
+        if len(self.done) == votes * len(self.prompts):
+            return True
+        return self._stops_early and settled(self._shares(), votes, self.settings.confidence)
+
+    def _shares(self) -> list[list[float]]:
+        """What the votes say so far, as p_a, by order."""
         shares: dict[Order, list[float]] = {order: [] for order in self.settings.presented_orders}
         for (order, _), generation in self.done.items():
-            if generation.margin is None:
-                return False
-            shares[order].append(softmax_first(generation.margin if order == "ab" else -generation.margin))
-        return settled(list(shares.values()), self.settings.votes, self.settings.confidence)
+            if generation.margin is not None:
+                shares[order].append(softmax_first(generation.margin if order == "ab" else -generation.margin))
+        return list(shares.values())

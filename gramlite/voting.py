@@ -13,14 +13,25 @@ import math
 from collections.abc import Sequence
 
 
-def stages(votes: int, confidence: float | None) -> list[range]:
-    """The votes of an order in the portions that are worth waiting for: the first is the least that can settle it."""
+def first_portion(votes: int, confidence: float | None) -> int:
+    """How many votes of an order to ask for at once: the least that can settle it."""
     first = votes // 2 + 1
     if confidence is not None:
         while first > 1 and refutes_even_odds(first - 1, 0, confidence):
             first -= 1
-        return [range(start, min(start + first, votes)) for start in range(0, votes, first)]
-    return [range(first), range(first, votes)] if first < votes else [range(votes)]
+    return first
+
+
+def wanting(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> list[int]:
+    """The orders to ask one more vote each: those that are open themselves, else those that may still turn the pair."""
+    unfinished = [index for index, order in enumerate(orders) if len(order) < votes]
+    undecided = [
+        index
+        for index in unfinished
+        if not (majority_is_fixed(orders[index], votes) and mean_is_fixed(orders[index], votes))
+        and not (confidence is not None and refutes_even_odds(*count(orders[index]), confidence))
+    ]
+    return undecided or unfinished
 
 
 def settled(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> bool:

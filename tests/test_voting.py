@@ -15,7 +15,7 @@ from gramlite.decoding import Generation
 from gramlite.judge import Judge
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
-from gramlite.voting import count, mean_is_fixed, refutes_even_odds, settled, stages
+from gramlite.voting import count, first_portion, mean_is_fixed, refutes_even_odds, settled, wanting
 
 
 class Voting(ScriptedBackend):
@@ -117,11 +117,21 @@ def test_the_sequential_test_keeps_its_level() -> None:
     assert refutes_even_odds(40, 10, 0.95) and not refutes_even_odds(3, 0, 0.95)
 
 
-def test_stages_begin_with_the_least_that_can_settle() -> None:
-    assert stages(8, None) == [range(5), range(5, 8)]
-    assert stages(1, None) == [range(1)]
-    assert stages(64, 0.95)[0] == range(8) and stages(64, 0.95)[-1].stop == 64
+def test_the_first_portion_is_the_least_that_can_settle() -> None:
+    assert first_portion(8, None) == 5
+    assert first_portion(1, None) == 1
+    assert first_portion(64, 0.95) == 8
     assert refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95)
+
+
+def test_more_votes_are_asked_where_they_can_change_something() -> None:
+    sure, open_, full = [1.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.0] * 4
+    assert wanting([sure, open_], 8, None) == [1]
+    assert wanting([open_, [0.0] * 5], 8, None) == [0]
+    assert wanting([open_, open_], 8, None) == [0, 1]
+    assert wanting([full, sure], 8, None) == [1], "a tie stays one, and the pair may still turn"
+    assert wanting([sure, [0.0] * 5], 8, None) == [0, 1], "each is sure, the pair is not"
+    assert wanting([[1.0] * 8, [1.0] * 7 + [0.0]], 64, 0.95) == [1]
 
 
 def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:

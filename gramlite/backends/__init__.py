@@ -97,6 +97,15 @@ class TakesAdapters(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsPrompts(Protocol):
+    """A backend that keeps whole prompts computed while more generations of them may be asked for."""
+
+    def let_go(self, prompt: tuple[int, ...]) -> None:
+        """Say that a prompt is not needed any more; one that is not held is no error."""
+        ...
+
+
 def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
     """Open an artifact with the backend that is named after its format.
 

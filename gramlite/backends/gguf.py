@@ -2,8 +2,10 @@
 
 One context with a unified KV cache holds every sequence. Sequence 0 is the trunk: the computed beginning that the
 next prompt is likely to share (scaffold and instructions, then the question). A request shares the trunk's cells,
-computes its own suffix in a sequence of its own, and only its last position's logits are asked for. Sequences that
-are thinking take their steps together, each with a few tokens guessed ahead, whose logits tell how many were right.
+computes its own suffix in a sequence of its own, and only its last position's logits are asked for. Votes ask for one
+prompt again and again: it is computed once, and held with the logits that all of them begin from. Sequences that are
+thinking take their steps together, those that have said the same so far as one, and where they are few each with some
+tokens guessed ahead, whose logits tell how many were right.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import DRAFT_TOKENS, GPU_MARGIN, Offload, offload_below, plan_offload
+from ..device import DRAFT_TOKENS, GPU_MARGIN, MOST_DRAFTED, Offload, offload_below, plan_offload
 from ..drafting import CONTEXT_TOKENS, Drafter
 from ..errors import ModelError
 from ..gguf_header import COMPANION, Header, check_adapter_fits, read_header
@@ -35,11 +37,20 @@ TILE = 64  # smaller batches take another path of flash attention: a margin was 
 NO_MORE: Any = object()
 
 
+@dataclass(frozen=True, eq=False)
+class _Stem:
+    """Computed cells that several sequences may share: the beginning of a prompt, or a whole one and what follows it."""
+
+    length: int
+    logits: Logits | None = None
+
+
 @dataclass
 class _Running:
     """A request that has a sequence: `fed` tokens are in the cache, `waiting` are fed in the next step.
 
     `said` is the prompt's end and all that was generated, `guessed` what the running step has fed behind `waiting`.
+    `stem` is what it shares with the trunk that it began from.
     """
 
     request: Request
@@ -47,8 +58,9 @@ class _Running:
     fed: int
     cached: int
     waiting: Sequence[int]
-    own: int  # cells that it may come to need beyond the trunk's
+    own: int  # cells that it may come to need beyond the stem's
     said: list[int]
+    stem: _Stem
     guessed: list[int] = field(default_factory=list)
 
 
@@ -87,9 +99,11 @@ class GgufBackend:
         self._adapters = Adapters(self._llama, self._header, room)
         self._adapters.load(self._wanted)
         self._free = list(range(self._layout.parallel, 0, -1))
+        self._holders = list(range(self._layout.parallel + 1, self._layout.sequences))
         self._trunk: tuple[int, ...] = ()
         self._root = 0  # how much of the trunk all prompts share
-        self._orphans = 0  # cells of former trunks that running sequences still hold
+        self._stem = _Stem(0)  # the trunk's cells
+        self._held: dict[tuple[int, ...], tuple[int, _Stem]] = {}  # whole prompts, in sequences of their own; oldest first
         self._running: list[_Running] = []
 
     def _unload(self) -> None:
@@ -127,6 +141,8 @@ class GgufBackend:
         if wanted != self._adapters.active:
             self._trunk = self._adapters.switch(wanted, sequence=TRUNK, root=self._trunk[: self._root])
             self._root = len(self._trunk)
+            self._stem = _Stem(len(self._trunk))
+            self._let_go_of(self._held)
             self._wanted = wanted
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
@@ -163,52 +179,105 @@ class GgufBackend:
             raise
 
     def _has_room(self, request: Request) -> bool:
-        if not self._running:
-            return True
-        if not self._free:
+        """Whether a request may begin; prompts that are held make room for it where that is enough."""
+        if self._running and not self._free:
             return False
-        used = len(self._trunk) + self._orphans + sum(running.own for running in self._running)
-        return used + len(request.prompt) + request.decoder.most_tokens <= self.context
+        for count in range(len(self._held) + 1):
+            gone = [prompt for prompt in self._held if prompt != request.prompt][:count]
+            if self._fits(request, gone):
+                self._let_go_of(gone)
+                return True
+        if not self._running:
+            self._let_go_of(self._held)
+        return not self._running
+
+    def _fits(self, request: Request, gone: Sequence[tuple[int, ...]]) -> bool:
+        """Whether there are cells for a request once the prompts `gone` are held no more."""
+        held = {stem for prompt, (_, stem) in self._held.items() if prompt not in gone}
+        stems = {self._stem} | {running.stem for running in self._running} | held
+        used = sum(stem.length for stem in stems) + sum(running.own for running in self._running)
+        new = 0 if self._holds(request) else len(request.prompt)
+        return used + new + request.decoder.most_tokens <= self.context
+
+    def _holds(self, request: Request) -> bool:
+        """Whether a request begins from a prompt that is computed as a whole."""
+        length = len(request.prompt)
+        may = request.splits[-1:] == (length,) and (request.reuse is None or request.reuse >= length)
+        return may and request.prompt in self._held
+
+    def let_go(self, prompt: tuple[int, ...]) -> None:
+        """See HoldsPrompts.let_go: every cell less makes the attention of all that run a little quicker."""
+        if prompt in self._held:
+            holder, _ = self._held.pop(prompt)
+            self._llama.cut(holder, 0)
+            self._holders.append(holder)
+
+    def _let_go_of(self, prompts: Iterable[tuple[int, ...]]) -> None:
+        for prompt in list(prompts):
+            self.let_go(prompt)
 
     def _begin(self, request: Request) -> _Running:
         """Compute a request's prompt and take its first step."""
         prompt, splits = request.prompt, request.splits
-        kept = self._trim_trunk(request)
         shared = splits[-1] if splits else 0
         sequence = self._free.pop()
-        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
-            # the last stretch of the trunk goes together with what follows it
-            if end == shared and not self._separate:
-                self._llama.share(TRUNK, sequence, start)
-                logits = self._prefill(prompt[start:], [sequence], start, trunk_until=end)
-                break
-            self._prefill(prompt[start:end], [TRUNK], start)
+        if self._holds(request):
+            kept = len(prompt)
+            holder, stem = self._held[prompt] = self._held.pop(prompt)
+            self._llama.share(holder, sequence, kept)
         else:
-            start = max(0, min(shared, len(prompt) - TILE))
-            self._llama.share(TRUNK, sequence, start)
-            logits = self._prefill(prompt[start:], [sequence], start)
-        self._trunk, self._root = prompt[:shared], splits[0] if splits else 0
+            kept = self._trim_trunk(request)
+            ending = self._compute(prompt, sequence, kept, splits)
+            stem = self._stem = _Stem(shared, ending.copy())
+            self._trunk, self._root = prompt[:shared], splits[0] if splits else 0
+            if shared == len(prompt):
+                self._hold(prompt, stem)
+        assert stem.logits is not None
         running = _Running(
             request,
             sequence,
             fed=len(prompt),
             cached=kept,
-            waiting=request.decoder.advance(logits),
+            waiting=request.decoder.advance(stem.logits),
             own=len(prompt) - shared + request.decoder.most_tokens,
             said=list(prompt[-CONTEXT_TOKENS:]),
+            stem=stem,
         )
         self._hear(running)
         return running
 
+    def _hold(self, prompt: tuple[int, ...], stem: _Stem) -> None:
+        """Keep the trunk, a whole prompt, for requests to come."""
+        if prompt in self._held or not self._holders:
+            self.let_go(prompt if prompt in self._held else next(iter(self._held)))
+        holder = self._holders.pop()
+        self._llama.share(TRUNK, holder, len(prompt))
+        self._held[prompt] = holder, stem
+
+    def _compute(self, prompt: Sequence[int], sequence: int, kept: int, splits: Sequence[int]) -> Logits:
+        """Compute a prompt but its first `kept` tokens, up to the last split in the trunk, and let a sequence share it."""
+        shared = splits[-1] if splits else 0
+        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
+            # the last stretch of the trunk goes together with what follows it
+            if end == shared and not self._separate:
+                self._llama.share(TRUNK, sequence, start)
+                return self._prefill(prompt[start:], [sequence], start, trunk_until=end)
+            logits = self._prefill(prompt[start:end], [TRUNK], start)
+        if shared == len(prompt):
+            self._llama.share(TRUNK, sequence, shared)
+            return logits
+        start = max(0, min(shared, len(prompt) - TILE))
+        self._llama.share(TRUNK, sequence, start)
+        return self._prefill(prompt[start:], [sequence], start)
+
     def _trim_trunk(self, request: Request) -> int:
         """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is."""
-        common = common_prefix(self._trunk, request.prompt)
+        common = min(common_prefix(self._trunk, request.prompt), len(request.prompt) - 1)
         if request.reuse is not None:
             common = min(common, request.reuse)
         kept = max((split for split in request.splits if split <= common), default=0)
         if kept < len(self._trunk):
             self._llama.cut(TRUNK, kept)
-            self._orphans += len(self._trunk) - kept if self._running else 0
         return kept
 
     def _prefill(
@@ -229,27 +298,41 @@ class GgufBackend:
         return self._llama.logits(self._llama.filled - 1)
 
     def _step(self) -> None:
-        """Feed every running sequence's waiting tokens at once and let each go on from what it reads."""
+        """Feed every running sequence's waiting tokens at once and let each go on from what it reads.
+
+        Sequences that began from one prompt and have said the same since then share their cells and logits.
+        """
+        together: dict[tuple[int, ...], list[_Running]] = {}
+        for running in self._running:
+            whole = running.stem.length == len(running.request.prompt)
+            began = running.stem if whole else running
+            together.setdefault((id(began), running.fed, *running.said), []).append(running)
+        guesses = self._drafter is not None and len(together) <= MOST_DRAFTED
         self._llama.begin()
         first = []
-        for running in self._running:
-            self._llama.add(running.waiting, [running.sequence], running.fed)
-            running.fed += len(running.waiting)
+        for alike in together.values():
+            leader = alike[0]
+            sequences = [running.sequence for running in alike]
+            self._llama.add(leader.waiting, sequences, leader.fed)
             first.append(self._llama.filled - 1)
-            running.guessed = self._guess(running)
-            self._llama.add(running.guessed, [running.sequence], running.fed)
+            guessed = self._guess(leader) if guesses else []
+            self._llama.add(guessed, sequences, leader.fed + len(leader.waiting))
             for index in range(first[-1], self._llama.filled):
                 self._llama.want(index)
+            for running in alike:
+                running.fed += len(leader.waiting)
+                running.guessed = guessed
         self._llama.decode()
-        for running, index in zip(self._running, first, strict=True):
-            self._read(running, index)
+        for alike, index in zip(together.values(), first, strict=True):
+            for running in alike:
+                self._read(running, index)
 
     def _guess(self, running: _Running) -> list[int]:
-        """What a sequence may say next, no more than it has room for."""
+        """What a sequence may say next behind what waits, no more than it has room for."""
         decoder = running.request.decoder
         if self._drafter is None or decoder.answering:
             return []
-        room = len(running.request.prompt) + decoder.most_tokens - running.fed
+        room = len(running.request.prompt) + decoder.most_tokens - running.fed - len(running.waiting)
         return self._drafter.guess(running.said, min(DRAFT_TOKENS, room))
 
     def _read(self, running: _Running, index: int) -> None:
@@ -268,15 +351,13 @@ class GgufBackend:
             self._llama.cut(running.sequence, running.fed)
 
     def _hear(self, running: _Running) -> None:
+        running.said += running.waiting
         if self._drafter is not None:
-            running.said += running.waiting
             self._drafter.learn(running.said, len(running.waiting))
 
     def _end(self, running: _Running) -> tuple[int, Generation]:
         self._llama.cut(running.sequence, 0)
         self._free.append(running.sequence)
-        if not self._running:
-            self._orphans = 0
         return running.request.key, running.request.decoder.result(cached=running.cached)
 
     def _forget(self) -> None:
@@ -284,8 +365,9 @@ class GgufBackend:
         self._llama.clear()
         self._free = list(range(self._layout.parallel, 0, -1))
         self._running.clear()
-        self._trunk, self._root = (), 0
-        self._orphans = 0
+        self._holders = list(range(self._layout.parallel + 1, self._layout.sequences))
+        self._trunk, self._root, self._stem = (), 0, _Stem(0)
+        self._held.clear()
 
     def abort(self) -> None:
         self._steps.abort()

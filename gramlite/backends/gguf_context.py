@@ -61,11 +61,15 @@ class LlamaContext:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = plan.context
         params.n_batch = params.n_ubatch = plan.layout.micro_batch
-        params.n_seq_max = plan.layout.parallel + 1
+        params.n_seq_max = plan.layout.sequences
         params.n_outputs_max = plan.layout.outputs
         params.n_threads = params.n_threads_batch = thread_count(threads)
         params.kv_unified = True
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if plan.layout.flash_attention
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
         # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty
@@ -82,7 +86,7 @@ class LlamaContext:
                 "Try a smaller --context, or --device cpu."
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(plan.layout.micro_batch, 0, 2)
+        self._batch = llama_cpp.llama_batch_init(plan.layout.micro_batch, 0, plan.layout.parallel + 1)
 
     def begin(self) -> None:
         """Start an empty batch."""
@@ -94,7 +98,7 @@ class LlamaContext:
         return int(self._batch.n_tokens)
 
     def add(self, tokens: Sequence[int], sequences: Sequence[int], position: int) -> None:
-        """Add tokens that stand from `position` on in each of the sequences, at most two."""
+        """Add tokens that stand from `position` on in each of the sequences."""
         batch = self._batch
         base = batch.n_tokens
         for offset, token in enumerate(tokens):
