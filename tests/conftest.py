@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no benchmark data at {SHARED}")
     return SHARED
+
+
+def pytest_configure() -> None:
+    """Give each of the workers that test side by side cores of its own, which what it starts keeps to."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and count > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
