@@ -158,15 +158,15 @@ def measure_speed(
     """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
     import gramlite
     from gramlite import RuntimeOptions, Settings
-    from gramlite.commands.options import THINK_PARALLEL
     from gramlite.device import thread_count
+    from gramlite.settings import THINK_SEQUENCES
 
     tick = progress.tick if progress else lambda: None
     context, threads = 4096, thread_count(None)
     load_seconds = 0.0
     timed: dict[str, Timed] = {}
     ratios: list[Ratio] = []
-    for mode, parallel, group in (("direct", 1, 1), ("think", THINK_PARALLEL, THINK_PARALLEL)):
+    for mode, parallel, group in (("direct", 1, 1), ("think", THINK_SEQUENCES, THINK_SEQUENCES)):
         settings = Settings(mode=mode, budget=RATIONALE_TOKENS)  # type: ignore[arg-type]
         began = time.perf_counter()
         with gramlite.load(

@@ -39,13 +39,13 @@ def take_turns(
     repetitions: int,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """Let the contenders judge each group of pairs in turn, after a warm-up group that is not counted.
+    """Let the contenders judge each group of pairs in turn, after a warm-up pair that is not counted.
 
     `tick` is called after each turn, the warm-up's too; `turns_of` says how many there are.
     """
     groups = [pairs[start : start + group] for start in range(0, len(pairs), group)]
     for contender in contenders:
-        contender.judge(groups[0])
+        contender.judge(groups[0][:1])
         tick()
     for repetition in range(repetitions):
         for index, members in enumerate(groups):

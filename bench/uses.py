@@ -5,8 +5,9 @@ voting    eight rationales for each order of a pair: every one (`--all-votes`), 
 ranking   all pairs of a prompt's responses in both orders, in direct mode: `rank --method full`, and each judged alone
           without anything kept of what was computed before.
 
-One row of JSON a pair or prompt, with the seconds of each contender, and a last one with the ratios: median and middle
-half over the rows. Contenders take turns in one process, which of them begins changes from row to row.
+One row of JSON a group of pairs or prompts, with the seconds that each contender took for one of them, and a last one with
+the ratios: median and middle half over the rows. Contenders take turns in one process, which of them begins changes from row
+to row. Voting judges pairs in groups as `gramlite judge` does a file; with `--group 1` each pair is over before the next.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def voting_contest(model: Path, *, votes: int, threads: int | None, tokens: int)
     """The judge with and without early stop, and as many chat completions a prompt as there are votes."""
     import llama_cpp
 
-    runtime = RuntimeOptions(device="cpu", threads=threads, parallel=min(votes, 8))
+    runtime = RuntimeOptions(device="cpu", threads=threads)
     settings = Settings(votes=votes, budget=tokens, early_stop=False)
     judge = load(model, settings=settings, runtime=runtime)
     early = judge.with_settings(early_stop=True)
@@ -109,16 +110,18 @@ def _judge(judge: Judge, pairs: Sequence[Pair]) -> list[object]:
     return list(judge.many(pairs))
 
 
-def measure(contenders: Sequence[Contender], tasks: Sequence[Pair], say: Callable[[dict[str, Any]], None]) -> None:
-    """Let the contenders take turns on each task, after a warm-up on the first one, and say what each took."""
+def measure(
+    contenders: Sequence[Contender], tasks: Sequence[Pair], group: int, say: Callable[[dict[str, Any]], None]
+) -> None:
+    """Let the contenders take turns on each group of tasks, after a warm-up on the first one, and say what each took."""
 
     def tick() -> None:
         done = {len(each.seconds) for each in contenders}
         if len(done) == 1 and (rounds := done.pop()):
-            say({"task": rounds - 1, "seconds": {each.name: round(each.seconds[-1], 2) for each in contenders}})
+            say({"group": rounds - 1, "seconds": {each.name: round(each.seconds[-1], 2) for each in contenders}})
 
-    take_turns(contenders, tasks, group=1, repetitions=1, tick=tick)
-    if len(tasks) >= SPREAD:
+    take_turns(contenders, tasks, group=group, repetitions=1, tick=tick)
+    if len(contenders[0].seconds) >= SPREAD:
         say({"ratios": [asdict(ratio(contenders[-1], each)) for each in contenders[:-1]]})
 
 
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--votes", type=int, default=8)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="most tokens of a rationale")
+    parser.add_argument("--group", type=int, default=4, help="pairs that are voted on in one go")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     rows = [
@@ -143,7 +147,8 @@ def main() -> None:
     else:
         contest = ranking_contest(options.model, threads=options.threads)
         tasks = ranking_tasks(rows, options.responses, options.limit)
-    measure(contest, tasks, lambda row: print(json.dumps(row), flush=True))
+        options.group = 1
+    measure(contest, tasks, options.group, lambda row: print(json.dumps(row), flush=True))
 
 
 if __name__ == "__main__":

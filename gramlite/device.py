@@ -26,7 +26,6 @@ DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
 GPU_MARGIN = 0.06  # of a GPU's free memory, left for the driver's own needs
 MiB = 1 << 20
-PLAIN_ATTENTION = 4  # sequences together, from which on plain attention is faster on a CPU (see docs/devices.md)
 HELD_PROMPTS = 6  # three pairs that wait for more votes, both orders of each
 MOST_DRAFTED = 3  # sequences together, beyond which a token guessed right saves no more time than it takes
 DRAFT_TOKENS = 8  # the most tokens guessed ahead in a sequence
@@ -73,14 +72,12 @@ class Machine:
 class Layout:
     """How a context computes: `parallel` sequences beside the trunk, all in one cache, in batches of `micro_batch`.
 
-    Flash attention saves memory and reads prompts faster. On a CPU, though, it takes the tokens of a step one by one,
-    where plain attention takes the steps of many sequences in one product. Each sequence asks for its next token's
+    Flash attention passes over the cells of other sequences. Each sequence asks for its next token's
     logits, and where few run for those behind each token guessed ahead: `outputs` in all.
     """
 
     parallel: int
     micro_batch: int = 512
-    flash_attention: bool = True
 
     @property
     def sequences(self) -> int:
@@ -92,10 +89,9 @@ class Layout:
         return self.parallel + min(self.parallel, MOST_DRAFTED) * DRAFT_TOKENS + 1
 
 
-def choose_layout(options: RuntimeOptions, *, gpu: bool) -> Layout:
+def choose_layout(options: RuntimeOptions) -> Layout:
     """As many sequences together as were asked for; one where the same input must give the same bits."""
-    parallel = 1 if options.deterministic else max(1, options.parallel)
-    return Layout(parallel, flash_attention=gpu or parallel < PLAIN_ATTENTION)
+    return Layout(1 if options.deterministic else max(1, options.parallel or 1))
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def context_size(layout: Layout, context: int) -> ContextSize:
         micro_batch=layout.micro_batch,
         outputs=layout.outputs,
         sequences=layout.sequences,
-        flash_attention=layout.flash_attention,
+        flash_attention=True,
     )
 
 
@@ -141,7 +137,7 @@ def plan_offload(
         gpu = max(machine.gpus, key=lambda device: device.free)
         context = options.context or min(DEFAULT_CONTEXT, trained)
         usable = int(gpu.free * (1 - GPU_MARGIN))
-        layout = choose_layout(options, gpu=True)
+        layout = choose_layout(options)
         layers = layers_that_fit(header, context_size(layout, context), usable, adapters=adapters)
         if layers:
             return _on_gpu(header, gpu, layers, context, layout)
@@ -200,7 +196,7 @@ def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapters
 
 def _on_cpu(header: Header, options: RuntimeOptions, machine: Machine, adapters: Sequence[Header]) -> Offload:
     context = options.context or min(DEFAULT_CONTEXT, hyperparameters(header).context)
-    layout = choose_layout(options, gpu=False)
+    layout = choose_layout(options)
     size = context_size(layout, context)
     if options.context is None:
         needed = predict(header, size, adapters=adapters).total

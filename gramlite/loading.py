@@ -44,7 +44,8 @@ def load(
 
         model = cached_gguf()
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
-    runtime = runtime or RuntimeOptions()
+    settings, runtime = settings or Settings(), runtime or RuntimeOptions()
+    runtime = replace(runtime, parallel=runtime.parallel or settings.sequences)
     artifact = open_artifact(Path(model))
     if artifact.manifest and artifact.manifest.companion:
         if artifact.manifest.companion not in artifact.manifest.files:  # which are checked, and lie beside the file
@@ -54,7 +55,7 @@ def load(
         runtime = replace(runtime, companion=str(artifact.path.parent / artifact.manifest.companion))
     backend = open_backend(artifact, runtime)
     try:
-        judge = _judge(artifact, backend, template, settings or Settings(), runtime, trust_template)
+        judge = _judge(artifact, backend, template, settings, runtime, trust_template)
         if calibrated:
             judge = judge.calibrated(stored_calibration(artifact.path, judge.model, judge.settings_record))
         return judge

@@ -10,6 +10,8 @@ from .delimiters import Policy
 from .errors import InputError
 from .pair import Order
 
+THINK_SEQUENCES = 2  # both orders of a pair; more were no faster on two cores
+MOST_SEQUENCES = 10  # votes share their prompt, so that more of them pay; the first portion of eight votes an order
 SAMPLED_TEMPERATURE = 0.75  # what GRAM-R² is published with when it votes
 
 
@@ -52,6 +54,11 @@ class Settings:
     @property
     def presented_orders(self) -> tuple[Order, ...]:
         return ("ab", "ba") if self.orders == "both" else ("ab",)
+
+    @property
+    def sequences(self) -> int:
+        """How many generations to decode together where nobody says."""
+        return 1 if self.mode == "direct" else min(MOST_SEQUENCES, THINK_SEQUENCES * self.votes)
 
     def sampling(self, seed: int = 0) -> Sampling:
         temperature = self.temperature

@@ -35,7 +35,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
 
 
 def needed(header: Header, context: int, **options: object) -> int:
-    return predict(header, context_size(choose_layout(RuntimeOptions(**options), gpu=True), context)).total  # type: ignore[arg-type]
+    return predict(header, context_size(choose_layout(RuntimeOptions(**options)), context)).total  # type: ignore[arg-type]
 
 
 def gpu(free: int) -> Gpu:
@@ -60,7 +60,7 @@ def test_the_gpu_with_most_free_memory_is_taken(header: Header) -> None:
 
 
 def test_a_gpu_with_little_room_takes_some_layers(header: Header, caplog: pytest.LogCaptureFixture) -> None:
-    size = context_size(choose_layout(RuntimeOptions(), gpu=True), 8192)
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
     whole = predict(header, size)
     counts = [layers_that_fit(header, size, free) for free in range(0, whole.total + 4096, 4096)]
     assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3}
@@ -111,4 +111,4 @@ def test_deterministic_judging_keeps_to_one_sequence(header: Header) -> None:
 
 
 def test_every_sequence_asks_for_its_next_token_and_the_guesses_behind_it() -> None:
-    assert choose_layout(RuntimeOptions(parallel=3), gpu=False).outputs == 3 * (1 + DRAFT_TOKENS) + 1
+    assert choose_layout(RuntimeOptions(parallel=3)).outputs == 3 * (1 + DRAFT_TOKENS) + 1

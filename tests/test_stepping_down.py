@@ -271,7 +271,7 @@ def check_run(situation: Situation, run: Any, device: FakeDevice, caplog: pytest
 
 def free_for(header: Header, layers: int) -> int:
     """The least free memory of a GPU, in bytes, that `layers` fit."""
-    size = context_size(choose_layout(RuntimeOptions(), gpu=True), 8192)
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
     step = 4096
     enough = next(
         free for free in range(0, predict(header, size).total, step) if layers_that_fit(header, size, free) >= layers
@@ -286,7 +286,7 @@ def test_there_are_enough_situations() -> None:
 
 def test_the_context_may_shrink_while_loading_and_never_while_judging(header: Header) -> None:
     options = RuntimeOptions()
-    size = context_size(choose_layout(options, gpu=True), 2048)
+    size = context_size(choose_layout(options), 2048)
     machine = Machine(predict(header, size).total, (BIG,))
     plan = replace(plan_offload(header, options, machine), reduced=True)
     lower = offload_below(plan, header, options, machine)

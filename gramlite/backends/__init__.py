@@ -37,7 +37,8 @@ class RuntimeOptions:
     """How an artifact is opened.
 
     `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
-    short); `parallel` the most sequences decoded together; `adapter` a LoRA file, `companion` another one that belongs
+    short); `parallel` the most sequences decoded together (None: one, and `load` has more where the settings think or
+    vote); `adapter` a LoRA file, `companion` another one that belongs
     to the artifact and is always applied, too; `deterministic` keeps to one sequence at a time so that the same input
     gives the same bits; `load_in` quantizes a full-precision checkpoint's linear layers while it is loaded.
     """
@@ -45,7 +46,7 @@ class RuntimeOptions:
     device: Device = "auto"
     threads: int | None = None
     context: int | None = None
-    parallel: int = 1
+    parallel: int | None = None
     adapter: str | None = None
     companion: str | None = None
     deterministic: bool = False

@@ -34,6 +34,8 @@ from .gguf_vocabulary import LlamaVocabulary
 TRUNK = 0
 TILE = 64  # smaller batches take another path of flash attention: a margin was 0.05 nats off there, 0.01 here
 
+LIKELY_TOKENS = 256  # cells that a generation is given room for at first; few rationales are longer
+
 NO_MORE: Any = object()
 
 
@@ -58,7 +60,6 @@ class _Running:
     fed: int
     cached: int
     waiting: Sequence[int]
-    own: int  # cells that it may come to need beyond the stem's
     said: list[int]
     stem: _Stem
     guessed: list[int] = field(default_factory=list)
@@ -105,6 +106,7 @@ class GgufBackend:
         self._stem = _Stem(0)  # the trunk's cells
         self._held: dict[tuple[int, ...], tuple[int, _Stem]] = {}  # whole prompts, in sequences of their own; oldest first
         self._running: list[_Running] = []
+        self._again: list[Request] = []  # what had to make room for others and starts again
 
     def _unload(self) -> None:
         if self._opened:
@@ -154,8 +156,10 @@ class GgufBackend:
         more = True
         upcoming: Request | None = None
         try:
-            while more or self._running:
-                if more and not upcoming:
+            while more or self._again or self._running:
+                if self._again and not upcoming:
+                    upcoming = self._again.pop()
+                elif more and not upcoming:
                     upcoming = next(requests, NO_MORE)
                     more = upcoming is not NO_MORE
                     upcoming = upcoming if more else None
@@ -195,9 +199,32 @@ class GgufBackend:
         """Whether there are cells for a request once the prompts `gone` are held no more."""
         held = {stem for prompt, (_, stem) in self._held.items() if prompt not in gone}
         stems = {self._stem} | {running.stem for running in self._running} | held
-        used = sum(stem.length for stem in stems) + sum(running.own for running in self._running)
+        used = sum(stem.length for stem in stems) + sum(self._likely(running) for running in self._running)
         new = 0 if self._holds(request) else len(request.prompt)
-        return used + new + request.decoder.most_tokens <= self.context
+        return used + new + min(LIKELY_TOKENS, request.decoder.most_tokens) <= self.context
+
+    @staticmethod
+    def _likely(running: _Running) -> int:
+        """The cells beyond its stem that a sequence has or is likely to need."""
+        prompt = len(running.request.prompt)
+        likely = prompt + min(LIKELY_TOKENS, running.request.decoder.most_tokens)
+        return max(running.fed, likely) - running.stem.length
+
+    def _make_room(self) -> None:
+        """Before a step that the cells do not suffice for, let prompts go, then those that began last start again."""
+        while len(self._running) > 1:
+            stems = {self._stem} | {running.stem for running in self._running} | {stem for _, stem in self._held.values()}
+            used = sum(stem.length for stem in stems) + sum(running.fed - running.stem.length for running in self._running)
+            if used + sum(len(running.waiting) + DRAFT_TOKENS for running in self._running) <= self.context:
+                return
+            if self._held:
+                self.let_go(next(iter(self._held)))
+                continue
+            last = self._running.pop()
+            self._llama.cut(last.sequence, 0)
+            self._free.append(last.sequence)
+            last.request.decoder.restart()
+            self._again.append(last.request)
 
     def _holds(self, request: Request) -> bool:
         """Whether a request begins from a prompt that is computed as a whole."""
@@ -239,7 +266,6 @@ class GgufBackend:
             fed=len(prompt),
             cached=kept,
             waiting=request.decoder.advance(stem.logits),
-            own=len(prompt) - shared + request.decoder.most_tokens,
             said=list(prompt[-CONTEXT_TOKENS:]),
             stem=stem,
         )
@@ -302,6 +328,7 @@ class GgufBackend:
 
         Sequences that began from one prompt and have said the same since then share their cells and logits.
         """
+        self._make_room()
         together: dict[tuple[int, ...], list[_Running]] = {}
         for running in self._running:
             whole = running.stem.length == len(running.request.prompt)
@@ -365,6 +392,7 @@ class GgufBackend:
         self._llama.clear()
         self._free = list(range(self._layout.parallel, 0, -1))
         self._running.clear()
+        self._again.clear()
         self._holders = list(range(self._layout.parallel + 1, self._layout.sequences))
         self._trunk, self._root, self._stem = (), 0, _Stem(0)
         self._held.clear()

@@ -65,11 +65,7 @@ class LlamaContext:
         params.n_outputs_max = plan.layout.outputs
         params.n_threads = params.n_threads_batch = thread_count(threads)
         params.kv_unified = True
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if plan.layout.flash_attention
-            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.offload_kqv = plan.gpu_layers > 0
         params.no_perf = True
         # strlen is the abort callback: native, so that asking it costs nothing; it says yes once the text is not empty

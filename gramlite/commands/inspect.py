@@ -37,7 +37,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     sizes = hyperparameters(header)
     memory = {}
     for context in contexts_up_to(sizes.context):
-        needed = predict(header, context_size(choose_layout(RuntimeOptions(), gpu=False), context))
+        needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
         memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ..settings import MOST_SEQUENCES, THINK_SEQUENCES
+
 if TYPE_CHECKING:
     from ..judge import Judge
 
-THINK_PARALLEL = 2  # both orders of a pair; more were no faster on two cores
-MOST_PARALLEL = 8  # votes share their prompt, so that more of them pay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class JudgeOptions:
             device=self.device,  # type: ignore[arg-type]
             threads=self.threads,
             context=self.context,
-            parallel=self.parallel or default_parallel(self.mode, self.votes),
+            parallel=self.parallel,
             adapter=self.adapter,
             deterministic=self.deterministic,
             load_in=self.load_in,  # type: ignore[arg-type]
@@ -97,11 +97,6 @@ class JudgeOptions:
         from ..reference import cached_gguf
 
         return cached_gguf()
-
-
-def default_parallel(mode: str, votes: int) -> int:
-    """How many sequences are decoded together where nobody says."""
-    return 1 if mode == "direct" else min(MOST_PARALLEL, THINK_PARALLEL * votes)
 
 
 def budget(value: str | int) -> int | Literal["auto"]:
@@ -141,7 +136,7 @@ OPTIONS = (
     click.option("--context", type=click.IntRange(64), metavar="N",
                  help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
     click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
-                 help=f"Sequences decoded together.  [default: {THINK_PARALLEL}, with votes up to {MOST_PARALLEL}, in direct mode 1]"),
+                 help=f"Sequences decoded together.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"),
     click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
 )  # fmt: skip
