@@ -219,20 +219,21 @@ class Judge:
         def requests() -> Iterator[Request | None]:
             coming = enumerate(pairs)
             while True:
-                index = next((number for number, one in opened.items() if one.idle), None)
-                if index is None:
+                index, votes = next(((number, more) for number, one in opened.items() if (more := one.more())), (-1, []))
+                if not votes:
                     index, pair = next(coming, (-1, None))
                     if pair is None and not work:
                         return
                     if pair is None:
-                        yield None  # the next stage of a pair depends on votes that are still running
+                        yield None  # whether a pair takes more votes depends on those that are still running
                         continue
                     prepared = self._open(pair, strict)
                     if isinstance(prepared, Verdict):
                         ready[index] = prepared
                         continue
                     opened[index] = prepared
-                for order, vote in opened[index].next_stage():
+                    votes = prepared.more()
+                for order, vote in votes:
                     if index not in opened:
                         break
                     key = next(keys)

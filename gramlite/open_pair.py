@@ -10,7 +10,7 @@ from .decoding import Generation, softmax_first
 from .pair import Order, Pair
 from .prompt import EncodedPrompt
 from .settings import Settings
-from .voting import first_portion, settled, wanting
+from .voting import least_votes, settled, wanting
 
 
 @dataclass
@@ -37,20 +37,20 @@ class OpenPair:
     def _stops_early(self) -> bool:
         return self.settings.early_stop and self.settings.votes > 1
 
-    def next_stage(self) -> list[tuple[Order, int]]:
-        """The next portion of votes to ask for, as (order, vote)."""
+    def more(self) -> list[tuple[Order, int]]:
+        """The votes to ask for now, as (order, vote): all that it will take for certain, and where those are in, one more."""
         votes, confidence = self.settings.votes, self.settings.confidence
         orders = self.settings.presented_orders
-        if self.asked:
-            more = {orders[index]: 1 for index in wanting(self._shares(), votes, confidence)}
-        else:
-            more = dict.fromkeys(orders, first_portion(votes, confidence) if self._stops_early else votes)
-        stage = [
-            (order, self.asked.get(order, 0) + number) for order, portion in more.items() for number in range(portion)
-        ]
-        for order, portion in more.items():
-            self.asked[order] = self.asked.get(order, 0) + portion
-        return stage
+        targets = dict.fromkeys(orders, votes)
+        if self._stops_early:
+            shares = self._shares()
+            targets = {order: least_votes(share, votes, confidence) for order, share in zip(orders, shares, strict=True)}
+            if self.asked and self.idle and all(targets[order] <= self.asked[order] for order in orders):
+                targets |= {orders[index]: self.asked[orders[index]] + 1 for index in wanting(shares, votes, confidence)}
+        asked = [(order, vote) for order in orders for vote in range(self.asked.get(order, 0), targets[order])]
+        for order, vote in asked:
+            self.asked[order] = vote + 1
+        return asked
 
     def settled(self) -> bool:
         """Whether the pair has all the generations that it needs; one that failed leaves it no verdict."""

@@ -13,13 +13,14 @@ import math
 from collections.abc import Sequence
 
 
-def first_portion(votes: int, confidence: float | None) -> int:
-    """How many votes of an order to ask for at once: the least that can settle it."""
-    first = votes // 2 + 1
-    if confidence is not None:
-        while first > 1 and refutes_even_odds(first - 1, 0, confidence):
-            first -= 1
-    return first
+def least_votes(order: Sequence[float], votes: int, confidence: float | None) -> int:
+    """How many votes an order takes at the least, those of `order` among them: if all to come are with its majority."""
+    first, second = sorted(count(order), reverse=True)
+    for spent in range(len(order), votes):
+        ahead = first + spent - len(order)
+        if ahead - second > votes - spent or (confidence is not None and refutes_even_odds(ahead, second, confidence)):
+            return spent
+    return votes
 
 
 def wanting(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> list[int]:

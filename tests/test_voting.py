@@ -15,7 +15,7 @@ from gramlite.decoding import Generation
 from gramlite.judge import Judge
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
-from gramlite.voting import count, first_portion, mean_is_fixed, refutes_even_odds, settled, wanting
+from gramlite.voting import count, least_votes, mean_is_fixed, refutes_even_odds, settled, wanting
 
 
 class Voting(ScriptedBackend):
@@ -117,11 +117,15 @@ def test_the_sequential_test_keeps_its_level() -> None:
     assert refutes_even_odds(40, 10, 0.95) and not refutes_even_odds(3, 0, 0.95)
 
 
-def test_the_first_portion_is_the_least_that_can_settle() -> None:
-    assert first_portion(8, None) == 5
-    assert first_portion(1, None) == 1
-    assert first_portion(64, 0.95) == 8
+def test_no_fewer_votes_than_can_settle() -> None:
+    assert least_votes([], 8, None) == 5
+    assert least_votes([], 1, None) == 1
+    assert least_votes([], 64, 0.95) == 8
     assert refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95)
+    assert least_votes([1.0], 8, None) == 5
+    assert least_votes([1.0, 0.0], 8, None) == least_votes([1.0] * 4 + [0.0], 8, None) == 6
+    assert least_votes([0.0, 0.0, 1.0, 0.0, 1.0], 8, None) == 7
+    assert least_votes([0.0, 1.0] * 3, 8, None) == least_votes([0.0, 1.0] * 4, 8, None) == 8
 
 
 def test_more_votes_are_asked_where_they_can_change_something() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +27,14 @@ from ..quantization import quantization_name
 from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
 from .gguf_adapters import Adapters
+from .gguf_cells import TRUNK, HeldPrompts, Running, Stem, cells_of, likely_tokens
 from .gguf_context import LlamaContext
 from .gguf_library import machine
 from .gguf_vocabulary import LlamaVocabulary
 
-TRUNK = 0
 TILE = 64  # smaller batches take another path of flash attention: a margin was 0.05 nats off there, 0.01 here
 
-LIKELY_TOKENS = 256  # cells that a generation is given room for at first; few rationales are longer
-
 NO_MORE: Any = object()
-
-
-@dataclass(frozen=True, eq=False)
-class _Stem:
-    """Computed cells that several sequences may share: the beginning of a prompt, or a whole one and what follows it."""
-
-    length: int
-    logits: Logits | None = None
-
-
-@dataclass
-class _Running:
-    """A request that has a sequence: `fed` tokens are in the cache, `waiting` are fed in the next step.
-
-    `said` is the prompt's end and all that was generated, `guessed` what the running step has fed behind `waiting`.
-    `stem` is what it shares with the trunk that it began from.
-    """
-
-    request: Request
-    sequence: int
-    fed: int
-    cached: int
-    waiting: Sequence[int]
-    said: list[int]
-    stem: _Stem
-    guessed: list[int] = field(default_factory=list)
 
 
 class GgufBackend:
@@ -100,12 +72,11 @@ class GgufBackend:
         self._adapters = Adapters(self._llama, self._header, room)
         self._adapters.load(self._wanted)
         self._free = list(range(self._layout.parallel, 0, -1))
-        self._holders = list(range(self._layout.parallel + 1, self._layout.sequences))
+        self._held = HeldPrompts(self._llama, range(self._layout.parallel + 1, self._layout.sequences))
         self._trunk: tuple[int, ...] = ()
         self._root = 0  # how much of the trunk all prompts share
-        self._stem = _Stem(0)  # the trunk's cells
-        self._held: dict[tuple[int, ...], tuple[int, _Stem]] = {}  # whole prompts, in sequences of their own; oldest first
-        self._running: list[_Running] = []
+        self._stem = Stem(0)  # the trunk's cells
+        self._running: list[Running] = []
         self._again: list[Request] = []  # what had to make room for others and starts again
 
     def _unload(self) -> None:
@@ -143,8 +114,8 @@ class GgufBackend:
         if wanted != self._adapters.active:
             self._trunk = self._adapters.switch(wanted, sequence=TRUNK, root=self._trunk[: self._root])
             self._root = len(self._trunk)
-            self._stem = _Stem(len(self._trunk))
-            self._let_go_of(self._held)
+            self._stem = Stem(len(self._trunk))
+            self._held.let_go(*self._held.prompts)
             self._wanted = wanted
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
@@ -186,45 +157,47 @@ class GgufBackend:
         """Whether a request may begin; prompts that are held make room for it where that is enough."""
         if self._running and not self._free:
             return False
-        for count in range(len(self._held) + 1):
-            gone = [prompt for prompt in self._held if prompt != request.prompt][:count]
-            if self._fits(request, gone):
-                self._let_go_of(gone)
+        others = [prompt for prompt in self._held.prompts if prompt != request.prompt]
+        for count in range(len(others) + 1):
+            if self._fits(request, others[:count]):
+                self._held.let_go(*others[:count])
                 return True
         if not self._running:
-            self._let_go_of(self._held)
+            self._held.let_go(*self._held.prompts)
         return not self._running
 
     def _fits(self, request: Request, gone: Sequence[tuple[int, ...]]) -> bool:
-        """Whether there are cells for a request once the prompts `gone` are held no more."""
-        held = {stem for prompt, (_, stem) in self._held.items() if prompt not in gone}
-        stems = {self._stem} | {running.stem for running in self._running} | held
-        used = sum(stem.length for stem in stems) + sum(self._likely(running) for running in self._running)
+        """Whether there are likely to be cells for a request once the prompts `gone` are held no more."""
+        used = self._stem_cells(gone) + sum(running.likely for running in self._running)
         new = 0 if self._holds(request) else len(request.prompt)
-        return used + new + min(LIKELY_TOKENS, request.decoder.most_tokens) <= self.context
+        return used + new + likely_tokens(request) <= self.context
 
-    @staticmethod
-    def _likely(running: _Running) -> int:
-        """The cells beyond its stem that a sequence has or is likely to need."""
-        prompt = len(running.request.prompt)
-        likely = prompt + min(LIKELY_TOKENS, running.request.decoder.most_tokens)
-        return max(running.fed, likely) - running.stem.length
+    def _stem_cells(self, gone: Sequence[tuple[int, ...]] = ()) -> int:
+        return cells_of([self._stem, *(running.stem for running in self._running), *self._held.stems(without=gone)])
 
     def _make_room(self) -> None:
-        """Before a step that the cells do not suffice for, let prompts go, then those that began last start again."""
-        while len(self._running) > 1:
-            stems = {self._stem} | {running.stem for running in self._running} | {stem for _, stem in self._held.values()}
-            used = sum(stem.length for stem in stems) + sum(running.fed - running.stem.length for running in self._running)
-            if used + sum(len(running.waiting) + DRAFT_TOKENS for running in self._running) <= self.context:
+        """Before a step: while the cells may not suffice, let go what only might be used again, then what began last."""
+        while True:
+            step = sum(len(running.waiting) + DRAFT_TOKENS for running in self._running)
+            if self._stem_cells() + sum(running.own for running in self._running) + step <= self.context:
                 return
-            if self._held:
-                self.let_go(next(iter(self._held)))
-                continue
-            last = self._running.pop()
-            self._llama.cut(last.sequence, 0)
-            self._free.append(last.sequence)
-            last.request.decoder.restart()
-            self._again.append(last.request)
+            if self._held.prompts:
+                self._held.let_go(self._held.prompts[0])
+            elif self._trunk and self._stem not in (running.stem for running in self._running):
+                self._llama.cut(TRUNK, 0)
+                self._trunk, self._root, self._stem = (), 0, Stem(0)
+            elif len(self._running) > 1:
+                self._again.append(self._stop(self._running[-1]))
+            else:
+                return  # there is room for one: it was not let in without
+
+    def _stop(self, running: Running) -> Request:
+        """Give a running sequence's cells back; its request is to begin again."""
+        self._running.remove(running)
+        self._llama.cut(running.sequence, 0)
+        self._free.append(running.sequence)
+        running.request.decoder.restart()
+        return running.request
 
     def _holds(self, request: Request) -> bool:
         """Whether a request begins from a prompt that is computed as a whole."""
@@ -233,34 +206,25 @@ class GgufBackend:
         return may and request.prompt in self._held
 
     def let_go(self, prompt: tuple[int, ...]) -> None:
-        """See HoldsPrompts.let_go: every cell less makes the attention of all that run a little quicker."""
-        if prompt in self._held:
-            holder, _ = self._held.pop(prompt)
-            self._llama.cut(holder, 0)
-            self._holders.append(holder)
+        """See HoldsPrompts.let_go: its cells are needed by those that still run."""
+        self._held.let_go(prompt)
 
-    def _let_go_of(self, prompts: Iterable[tuple[int, ...]]) -> None:
-        for prompt in list(prompts):
-            self.let_go(prompt)
-
-    def _begin(self, request: Request) -> _Running:
+    def _begin(self, request: Request) -> Running:
         """Compute a request's prompt and take its first step."""
         prompt, splits = request.prompt, request.splits
         shared = splits[-1] if splits else 0
         sequence = self._free.pop()
         if self._holds(request):
-            kept = len(prompt)
-            holder, stem = self._held[prompt] = self._held.pop(prompt)
-            self._llama.share(holder, sequence, kept)
+            kept, stem = len(prompt), self._held.share(prompt, sequence)
         else:
             kept = self._trim_trunk(request)
             ending = self._compute(prompt, sequence, kept, splits)
-            stem = self._stem = _Stem(shared, ending.copy())
+            stem = self._stem = Stem(shared, ending.copy())
             self._trunk, self._root = prompt[:shared], splits[0] if splits else 0
             if shared == len(prompt):
-                self._hold(prompt, stem)
+                self._held.hold(prompt, stem)
         assert stem.logits is not None
-        running = _Running(
+        running = Running(
             request,
             sequence,
             fed=len(prompt),
@@ -271,14 +235,6 @@ class GgufBackend:
         )
         self._hear(running)
         return running
-
-    def _hold(self, prompt: tuple[int, ...], stem: _Stem) -> None:
-        """Keep the trunk, a whole prompt, for requests to come."""
-        if prompt in self._held or not self._holders:
-            self.let_go(prompt if prompt in self._held else next(iter(self._held)))
-        holder = self._holders.pop()
-        self._llama.share(TRUNK, holder, len(prompt))
-        self._held[prompt] = holder, stem
 
     def _compute(self, prompt: Sequence[int], sequence: int, kept: int, splits: Sequence[int]) -> Logits:
         """Compute a prompt but its first `kept` tokens, up to the last split in the trunk, and let a sequence share it."""
@@ -329,11 +285,9 @@ class GgufBackend:
         Sequences that began from one prompt and have said the same since then share their cells and logits.
         """
         self._make_room()
-        together: dict[tuple[int, ...], list[_Running]] = {}
+        together: dict[tuple[int, ...], list[Running]] = {}
         for running in self._running:
-            whole = running.stem.length == len(running.request.prompt)
-            began = running.stem if whole else running
-            together.setdefault((id(began), running.fed, *running.said), []).append(running)
+            together.setdefault(running.state, []).append(running)
         guesses = self._drafter is not None and len(together) <= MOST_DRAFTED
         self._llama.begin()
         first = []
@@ -354,7 +308,7 @@ class GgufBackend:
             for running in alike:
                 self._read(running, index)
 
-    def _guess(self, running: _Running) -> list[int]:
+    def _guess(self, running: Running) -> list[int]:
         """What a sequence may say next behind what waits, no more than it has room for."""
         decoder = running.request.decoder
         if self._drafter is None or decoder.answering:
@@ -362,7 +316,7 @@ class GgufBackend:
         room = len(running.request.prompt) + decoder.most_tokens - running.fed - len(running.waiting)
         return self._drafter.guess(running.said, min(DRAFT_TOKENS, room))
 
-    def _read(self, running: _Running, index: int) -> None:
+    def _read(self, running: Running, index: int) -> None:
         """Show a sequence's decoder its logits, from `index` on for as long as the guesses fed prove right."""
         guessed, right = running.guessed, 0
         while True:
@@ -377,12 +331,12 @@ class GgufBackend:
         if guessed:
             self._llama.cut(running.sequence, running.fed)
 
-    def _hear(self, running: _Running) -> None:
+    def _hear(self, running: Running) -> None:
         running.said += running.waiting
         if self._drafter is not None:
             self._drafter.learn(running.said, len(running.waiting))
 
-    def _end(self, running: _Running) -> tuple[int, Generation]:
+    def _end(self, running: Running) -> tuple[int, Generation]:
         self._llama.cut(running.sequence, 0)
         self._free.append(running.sequence)
         return running.request.key, running.request.decoder.result(cached=running.cached)
@@ -393,9 +347,8 @@ class GgufBackend:
         self._free = list(range(self._layout.parallel, 0, -1))
         self._running.clear()
         self._again.clear()
-        self._holders = list(range(self._layout.parallel + 1, self._layout.sequences))
-        self._trunk, self._root, self._stem = (), 0, _Stem(0)
-        self._held.clear()
+        self._held.let_go(*self._held.prompts)
+        self._trunk, self._root, self._stem = (), 0, Stem(0)
 
     def abort(self) -> None:
         self._steps.abort()

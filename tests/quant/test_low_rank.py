@@ -18,6 +18,7 @@ from gramlite.quant.source import open_source
 
 from gramlite import load
 from gramlite.artifact import manifest_path, read_manifest
+from gramlite.commands.inspect import inspect_gguf
 from gramlite.errors import InputError, ModelError
 from gramlite.gguf_header import read_header
 from gramlite.reference_weights import dequantized
@@ -86,6 +87,17 @@ def test_file_and_adapter_add_up_to_what_the_manifest_says(exact: Path, made: Pa
     assert np.mean(shares) == pytest.approx(low_rank["mean_error"], rel=1e-3)
     assert low_rank["mean_error"] < 0.7 * low_rank["mean_error_without"]
     assert low_rank["given_back"] < 0.8 and "need not bring the verdicts nearer" in manifest.settings["notes"][-1]
+
+
+def test_its_memory_is_foretold_with_the_adapter(made: Path, tmp_path: Path) -> None:
+    whole = inspect_gguf(made)
+    (tmp_path / "judge.gguf").write_bytes(made.read_bytes())
+    alone = inspect_gguf(tmp_path / "judge.gguf")
+    assert whole["companion"] == alone["companion"] == "judge.low-rank.gguf" and alone["companion_bytes"] is None
+    assert whole["companion_bytes"] == made.with_name("judge.low-rank.gguf").stat().st_size
+    context = next(iter(whole["memory"]))
+    more = whole["memory"][context]["total"] - alone["memory"][context]["total"]
+    assert 0.5 * whole["companion_bytes"] < more <= whole["companion_bytes"]
 
 
 def test_a_judge_applies_the_adapter_and_is_refused_without(made: Path, tmp_path: Path) -> None:
