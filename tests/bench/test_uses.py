@@ -47,9 +47,9 @@ def test_contenders_take_turns_and_ratios_come_last() -> None:
     order: list[str] = []
     contenders = [Contender(name, lambda pairs, name=name: order.append(name)) for name in "ab"]  # type: ignore[misc]
     said: list[dict[str, Any]] = []
-    uses.measure(contenders, ROWS[:4], said.append)
+    uses.measure(contenders, ROWS[:4], 1, said.append)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab" + "ba"
-    assert [row.get("task") for row in said] == [0, 1, 2, 3, None]
+    assert [row.get("group") for row in said] == [0, 1, 2, 3, None]
     (ratio,) = said[-1]["ratios"]
     assert (ratio["slower"], ratio["faster"], ratio["turns"]) == ("b", "a", 4)
 
