@@ -18,7 +18,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
-from ..device import DRAFT_TOKENS, MOST_DRAFTED, Offload, offload_below, plan_offload
+from ..device import DRAFT_TOKENS, GPU_MARGIN, MOST_DRAFTED, Offload, offload_below, plan_offload
 from ..drafting import CONTEXT_TOKENS, Drafter
 from ..errors import ModelError
 from ..gguf_header import COMPANION, Header, check_adapter_fits, read_header
@@ -26,7 +26,7 @@ from ..prompt import common_prefix
 from ..quantization import quantization_name
 from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
-from .gguf_adapters import Adapters, room_in_memory, room_on_gpu
+from .gguf_adapters import Adapters
 from .gguf_cells import TRUNK, HeldPrompts, Running, Stem, cells_of, likely_tokens
 from .gguf_context import LlamaContext
 from .gguf_library import machine
@@ -358,6 +358,16 @@ class GgufBackend:
         self._unload()
         if self._vocabulary:
             self._vocabulary.close()
+
+
+def room_in_memory() -> int:
+    """Bytes of main memory that an adapter may take."""
+    return machine().free_memory
+
+
+def room_on_gpu() -> int:
+    """Bytes of the freest GPU that an adapter may take; where layers are on it, adapters are too."""
+    return int(max((gpu.free for gpu in machine().gpus), default=0) * (1 - GPU_MARGIN))
 
 
 def _metadata(header: Header) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..device import GPU_MARGIN
 from ..errors import OutOfMemory, ResourceError
 from ..gguf_header import Header, check_adapter_fits, read_header
 from .gguf_context import LlamaContext, Saved
-from .gguf_library import machine
 
 PARKED = 4  # sets of adapters whose beginning of the prompt stays computed while another one judges
 
@@ -90,13 +88,3 @@ class Adapters:
         self._parked[paths] = root, saved
         while len(self._parked) > PARKED:
             del self._parked[next(iter(self._parked))]
-
-
-def room_in_memory() -> int:
-    """Bytes of main memory that an adapter may take."""
-    return machine().free_memory
-
-
-def room_on_gpu() -> int:
-    """Bytes of the freest GPU that an adapter may take; where layers are on it, adapters are too."""
-    return int(max((gpu.free for gpu in machine().gpus), default=0) * (1 - GPU_MARGIN))
