@@ -72,8 +72,8 @@ class Machine:
 class Layout:
     """How a context computes: `parallel` sequences beside the trunk, all in one cache, in batches of `micro_batch`.
 
-    Flash attention passes over the cells of other sequences. Each sequence asks for its next token's
-    logits, and where few run for those behind each token guessed ahead: `outputs` in all.
+    Flash attention passes over the cells of other sequences. Each sequence asks for its next token's logits, and
+    where few run for those behind each token guessed ahead: `outputs` in all.
     """
 
     parallel: int

@@ -219,26 +219,24 @@ class Judge:
         def requests() -> Iterator[Request | None]:
             coming = enumerate(pairs)
             while True:
-                index, votes = next(((number, more) for number, one in opened.items() if (more := one.more())), (-1, []))
-                if not votes:
-                    index, pair = next(coming, (-1, None))
-                    if pair is None and not work:
-                        return
-                    if pair is None:
-                        yield None  # whether a pair takes more votes depends on those that are still running
-                        continue
-                    prepared = self._open(pair, strict)
-                    if isinstance(prepared, Verdict):
-                        ready[index] = prepared
-                        continue
-                    opened[index] = prepared
-                    votes = prepared.more()
-                for order, vote in votes:
-                    if index not in opened:
-                        break
+                wanted = next(((number, found) for number, one in opened.items() if (found := one.next_vote())), None)
+                if wanted:
+                    index, (order, vote) = wanted
                     key = next(keys)
                     work[key] = (index, order, vote)
                     yield self._request(key, opened[index], order, vote, on_text)
+                    continue
+                index, pair = next(coming, (-1, None))
+                if pair is None and not work:
+                    return
+                if pair is None:
+                    yield None  # whether a pair takes more votes depends on those that are still running
+                    continue
+                prepared = self._open(pair, strict)
+                if isinstance(prepared, Verdict):
+                    ready[index] = prepared
+                else:
+                    opened[index] = prepared
 
         for key, generation in self.backend.generate(requests()):
             index, order, vote = work.pop(key)

@@ -37,20 +37,22 @@ class OpenPair:
     def _stops_early(self) -> bool:
         return self.settings.early_stop and self.settings.votes > 1
 
-    def more(self) -> list[tuple[Order, int]]:
-        """The votes to ask for now, as (order, vote): all that it will take for certain, and where those are in, one more."""
+    def next_vote(self) -> tuple[Order, int] | None:
+        """The vote to ask for now, as (order, vote): one that it will take for certain or, once those are in, one more."""
         votes, confidence = self.settings.votes, self.settings.confidence
         orders = self.settings.presented_orders
         targets = dict.fromkeys(orders, votes)
         if self._stops_early:
             shares = self._shares()
             targets = {order: least_votes(share, votes, confidence) for order, share in zip(orders, shares, strict=True)}
-            if self.asked and self.idle and all(targets[order] <= self.asked[order] for order in orders):
+            if self.idle and all(targets[order] <= self.asked.get(order, 0) for order in orders):
                 targets |= {orders[index]: self.asked[orders[index]] + 1 for index in wanting(shares, votes, confidence)}
-        asked = [(order, vote) for order in orders for vote in range(self.asked.get(order, 0), targets[order])]
-        for order, vote in asked:
-            self.asked[order] = vote + 1
-        return asked
+        for order in orders:
+            vote = self.asked.get(order, 0)
+            if vote < targets[order]:
+                self.asked[order] = vote + 1
+                return order, vote
+        return None
 
     def settled(self) -> bool:
         """Whether the pair has all the generations that it needs; one that failed leaves it no verdict."""

@@ -29,7 +29,7 @@ def wanting(orders: Sequence[Sequence[float]], votes: int, confidence: float | N
     undecided = [
         index
         for index in unfinished
-        if not (majority_is_fixed(orders[index], votes) and mean_is_fixed(orders[index], votes))
+        if not is_fixed(orders[index], votes)
         and not (confidence is not None and refutes_even_odds(*count(orders[index]), confidence))
     ]
     return undecided or unfinished
@@ -39,13 +39,17 @@ def settled(orders: Sequence[Sequence[float]], votes: int, confidence: float | N
     """Whether the votes in, as p_a by order, leave the others nothing to change; `votes` is how many an order has."""
     if confidence is not None and all(refutes_even_odds(*count(order), confidence) for order in orders):
         return True
-    fixed = all(majority_is_fixed(order, votes) and mean_is_fixed(order, votes) for order in orders)
-    return fixed and mean_is_fixed([p for order in orders for p in order], votes * len(orders))
+    return all(is_fixed(order, votes) for order in orders) and mean_is_fixed([p for order in orders for p in order], votes * len(orders))
 
 
 def count(order: Sequence[float]) -> tuple[int, int]:
     """Votes for A and for B; even odds are a vote for neither."""
     return sum(p > 0.5 for p in order), sum(p < 0.5 for p in order)
+
+
+def is_fixed(order: Sequence[float], votes: int) -> bool:
+    """Whether the votes to come leave an order's majority and its mean on their sides."""
+    return majority_is_fixed(order, votes) and mean_is_fixed(order, votes)
 
 
 def majority_is_fixed(order: Sequence[float], votes: int) -> bool:

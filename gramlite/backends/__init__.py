@@ -38,9 +38,9 @@ class RuntimeOptions:
 
     `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
     short); `parallel` the most sequences decoded together (None: one, and `load` has more where the settings think or
-    vote); `adapter` a LoRA file, `companion` another one that belongs
-    to the artifact and is always applied, too; `deterministic` keeps to one sequence at a time so that the same input
-    gives the same bits; `load_in` quantizes a full-precision checkpoint's linear layers while it is loaded.
+    vote); `adapter` a LoRA file, `companion` another one that belongs to the artifact and is always applied, too;
+    `deterministic` keeps to one sequence at a time so that the same input gives the same bits; `load_in` quantizes a
+    full-precision checkpoint's linear layers while it is loaded.
     """
 
     device: Device = "auto"

@@ -194,10 +194,13 @@ class GgufBackend:
     def _stop(self, running: Running) -> Request:
         """Give a running sequence's cells back; its request is to begin again."""
         self._running.remove(running)
-        self._llama.cut(running.sequence, 0)
-        self._free.append(running.sequence)
+        self._release(running)
         running.request.decoder.restart()
         return running.request
+
+    def _release(self, running: Running) -> None:
+        self._llama.cut(running.sequence, 0)
+        self._free.append(running.sequence)
 
     def _holds(self, request: Request) -> bool:
         """Whether a request begins from a prompt that is computed as a whole."""
@@ -337,8 +340,7 @@ class GgufBackend:
             self._drafter.learn(running.said, len(running.waiting))
 
     def _end(self, running: Running) -> tuple[int, Generation]:
-        self._llama.cut(running.sequence, 0)
-        self._free.append(running.sequence)
+        self._release(running)
         return running.request.key, running.request.decoder.result(cached=running.cached)
 
     def _forget(self) -> None:

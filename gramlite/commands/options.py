@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..judge import Judge
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     """The judging options as given on the command line."""
