@@ -29,11 +29,11 @@ NUMPY_TYPES: dict[str, numpy.dtype[Any]] = {
     "F16": numpy.dtype("<f2"),
     "BF16": numpy.dtype("<u2"),
 }
-# all exponent bits, shifted left by one so that the sign falls out: at or above it a value is infinite or no number
-NOT_FINITE: dict[str, tuple[numpy.dtype[Any], int]] = {
-    "F32": (numpy.dtype("<u4"), 0xFF000000),
-    "F16": (numpy.dtype("<u2"), 0xF800),
-    "BF16": (numpy.dtype("<u2"), 0xFF00),
+# infinity's bits as a signed integer, and minus infinity's as an unsigned one: what is as large in either is no number
+INFINITE: dict[str, tuple[tuple[numpy.dtype[Any], int], tuple[numpy.dtype[Any], int]]] = {
+    "F32": ((numpy.dtype("<i4"), 0x7F800000), (numpy.dtype("<u4"), 0xFF800000)),
+    "F16": ((numpy.dtype("<i2"), 0x7C00), (numpy.dtype("<u2"), 0xFC00)),
+    "BF16": ((numpy.dtype("<i2"), 0x7F80), (numpy.dtype("<u2"), 0xFF80)),
 }
 
 
@@ -164,10 +164,7 @@ def narrow(values: NDArray[numpy.float32]) -> NDArray[numpy.uint16]:
 
 def is_finite(values: NDArray[Any], dtype: str) -> bool:
     """Whether none of the values is infinite or no number."""
-    if not values.size:
-        return True
-    bits, limit = NOT_FINITE[dtype]
-    return int((values.view(bits) << bits.type(1)).max()) < limit
+    return not values.size or all(int(values.view(bits).max()) < limit for bits, limit in INFINITE[dtype])
 
 
 def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[Any]:

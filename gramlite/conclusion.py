@@ -16,11 +16,11 @@ DECIMALS = 6
 
 def conclude(orders: Sequence[OrderVerdict]) -> dict[str, Any]:
     """A pair's winner, margin, p_a and consistency: GRAM's convention, the mean of the orders' probabilities."""
-    margin = mean_log_odds([order.margin for order in orders if order.margin is not None])
+    margin = round(mean_log_odds([order.margin for order in orders if order.margin is not None]), DECIMALS)
     return {
         "winner": winner_of(margin),
         "p_a": round(softmax_first(margin), DECIMALS),
-        "margin": round(margin, DECIMALS),
+        "margin": margin,
         "consistent": len({order.verdict for order in orders}) == 1 if len(orders) > 1 else None,
     }
 
@@ -34,12 +34,13 @@ def conclude_order(
     margin = mean_log_odds(margins)
     if calibration:
         margin = calibration.apply(margin, order)
+    margin = round(margin, DECIMALS)
     winners = [winner_of(vote) for vote in margins]
     return OrderVerdict(
         order=order,
         verdict=winner_of(margin),
         p_a=round(softmax_first(margin), DECIMALS),
-        margin=round(margin, DECIMALS),
+        margin=margin,
         rationale=generations[0].thinking,
         forced=any(generation.forced for generation in generations),
         votes={side: winners.count(side) for side in ("A", "B")},

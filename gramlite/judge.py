@@ -20,7 +20,7 @@ from .open_pair import OpenPair
 from .pair import Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
-from .settings import Settings
+from .settings import FEW_SEQUENCES, OPEN_PAIRS, Settings
 from .storage import sha256_cached
 from .template import Template, presented, screen
 from .turn import Turn
@@ -216,27 +216,35 @@ class Judge:
         keys = itertools.count()
         emitted = 0
 
+        def next_vote(*, ahead: bool = False) -> tuple[int, Order, int] | None:
+            for number, one in opened.items():
+                if found := one.next_vote(ahead=ahead):
+                    return number, *found
+            return None
+
         def requests() -> Iterator[Request | None]:
             coming = enumerate(pairs)
             while True:
-                wanted = next(((number, found) for number, one in opened.items() if (found := one.next_vote())), None)
+                wanted = next_vote()
+                full = sum(one.may_want_more for one in opened.values()) >= OPEN_PAIRS
+                index, pair = (-1, None) if wanted or full else next(coming, (-1, None))
+                if not wanted and pair is None:
+                    if not work:
+                        return
+                    wanted = next_vote(ahead=True) if len(work) < FEW_SEQUENCES else None
                 if wanted:
-                    index, (order, vote) = wanted
+                    index, order, vote = wanted
                     key = next(keys)
-                    work[key] = (index, order, vote)
+                    work[key] = wanted
                     yield self._request(key, opened[index], order, vote, on_text)
-                    continue
-                index, pair = next(coming, (-1, None))
-                if pair is None and not work:
-                    return
-                if pair is None:
+                elif pair is None:
                     yield None  # whether a pair takes more votes depends on those that are still running
-                    continue
-                prepared = self._open(pair, strict)
-                if isinstance(prepared, Verdict):
-                    ready[index] = prepared
                 else:
-                    opened[index] = prepared
+                    prepared = self._open(pair, strict)
+                    if isinstance(prepared, Verdict):
+                        ready[index] = prepared
+                    else:
+                        opened[index] = prepared
 
         for key, generation in self.backend.generate(requests()):
             index, order, vote = work.pop(key)

@@ -37,16 +37,25 @@ class OpenPair:
     def _stops_early(self) -> bool:
         return self.settings.early_stop and self.settings.votes > 1
 
-    def next_vote(self) -> tuple[Order, int] | None:
-        """The vote to ask for now, as (order, vote): one that it will take for certain or, once those are in, one more."""
+    @property
+    def may_want_more(self) -> bool:
+        """Whether votes are left that were not asked for."""
+        return sum(self.asked.values()) < self.settings.votes * len(self.prompts)
+
+    def next_vote(self, *, ahead: bool = False) -> tuple[Order, int] | None:
+        """The vote to ask for now, as (order, vote): one that it will take for certain or, once those are in, one more.
+
+        With `ahead` that one more is asked for while those are still running.
+        """
         votes, confidence = self.settings.votes, self.settings.confidence
         orders = self.settings.presented_orders
         targets = dict.fromkeys(orders, votes)
         if self._stops_early:
             shares = self._shares()
             targets = {order: least_votes(share, votes, confidence) for order, share in zip(orders, shares, strict=True)}
-            if self.idle and all(targets[order] <= self.asked.get(order, 0) for order in orders):
-                targets |= {orders[index]: self.asked[orders[index]] + 1 for index in wanting(shares, votes, confidence)}
+            if (self.idle or ahead) and all(targets[order] <= self.asked.get(order, 0) for order in orders):
+                for index in wanting(shares, votes, confidence):
+                    targets[orders[index]] = min(votes, self.asked[orders[index]] + 1)
         for order in orders:
             vote = self.asked.get(order, 0)
             if vote < targets[order]:

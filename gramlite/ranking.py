@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .bradley_terry import MOST_CYCLES, bradley_terry, cycles
+from .conclusion import conclude
 from .decoding import softmax_first
 from .errors import InputError
 from .logistic import Floats
@@ -261,8 +262,6 @@ def compare(judge: Judge, prompt: str, texts: Sequence[str], batch: Batch) -> li
 
 def _joined(judge: Judge, forward: Verdict, backward: Verdict) -> Verdict:
     """One verdict of a pair judged as given and, by itself, swapped; as a judge of both orders would give it."""
-    from .judge import mean_log_odds, winner_of
-
     swapped = swap(backward)
     flags = tuple(dict.fromkeys([*forward.flags, *swapped.flags]))
     both = replace(forward, flags=flags, settings=judge.settings_hash)
@@ -270,11 +269,7 @@ def _joined(judge: Judge, forward: Verdict, backward: Verdict) -> Verdict:
         reason = forward.reason or swapped.reason
         return replace(both, winner=None, p_a=None, margin=None, consistent=None, reason=reason, orders=())
     orders = (*forward.orders, *swapped.orders)
-    margin = mean_log_odds([order.margin for order in orders if order.margin is not None])
-    return replace(
-        both, winner=winner_of(margin), p_a=round(softmax_first(margin), DECIMALS), margin=round(margin, DECIMALS),
-        consistent=len({order.verdict for order in orders}) == 1, orders=orders,
-    )  # fmt: skip
+    return replace(both, orders=orders, **conclude(orders))
 
 
 def swap(verdict: Verdict) -> Verdict:

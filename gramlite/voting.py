@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+EVEN = 1e-5  # a mean p_a so near to 0.5 may be rounded to it
+
 
 def least_votes(order: Sequence[float], votes: int, confidence: float | None) -> int:
     """How many votes an order takes at the least, those of `order` among them: if all to come are with its majority."""
@@ -58,9 +60,13 @@ def majority_is_fixed(order: Sequence[float], votes: int) -> bool:
 
 
 def mean_is_fixed(order: Sequence[float], votes: int) -> bool:
-    """Whether the mean p_a stays on its side of 0.5 even if every vote to come were certain of the other."""
+    """Whether the mean p_a stays on its side of 0.5 even if every vote to come were certain of the other.
+
+    A mean within the rounding of even odds is on neither side: as many sure votes for A as for B are a tie.
+    """
     total = math.fsum(order)
-    return len(order) == votes or total > votes / 2 or total + votes - len(order) < votes / 2
+    even = votes * EVEN
+    return len(order) == votes or total - votes / 2 > even or votes / 2 - total - (votes - len(order)) > even
 
 
 def refutes_even_odds(first: int, second: int, confidence: float) -> bool:

@@ -18,7 +18,7 @@ from gramlite.rows import pair_from_json
 
 DIRECT = Settings(mode="direct")
 CPU = RuntimeOptions(device="cpu", context=4096)
-FEW, MANY = 3, 20
+FEW, MANY, HUNDRED = 3, 20, 100
 QUESTION = {"prompt": "Name a colour of the sky.", "response_a": "Blue, on a clear day.", "response_b": "Seven."}
 
 
@@ -244,32 +244,46 @@ def test_a_stop_from_another_thread_is_heard_and_survived(judge: Judge) -> None:
 
 
 @pytest.mark.slow
-def test_the_packed_twin_is_close_to_the_same_weights_in_torch(
+def test_the_packed_file_and_its_dequantized_twins(
     name: str, judge: Judge, artifact: Path, checkpoint: Path, shared: Path, tmp_path: Path
 ) -> None:
-    """Only llama.cpp's rounding of activations lies between them."""
+    """The same weights in torch, in an F16 GGUF and packed: only rounding to float16, or of activations, is between."""
     if name != "gptq-packed":
         pytest.skip("about the packed GPTQ folder alone")
+    from gramlite.export.gguf import export_gguf
+
+    twin = dequantized_twin(artifact, checkpoint, tmp_path / "twin")
+    half = tmp_path / "twin.gguf"
+    export_gguf(twin, half, dtype="f16", template="gramlite")
+    pairs = [pair_from_json(row) for row in read_jsonl(shared / "benchmarks/pandalm.jsonl", HUNDRED)]
+    with gramlite.load(twin, settings=DIRECT, runtime=CPU) as in_torch:
+        exact = margins(in_torch, pairs)
+    with gramlite.load(half, settings=DIRECT, runtime=CPU) as in_half:
+        of_half = np.abs(np.subtract(margins(in_half, pairs), exact))
+    of_packed = np.abs(np.subtract(margins(judge, pairs), exact))
+    for kind, difference in (("F16 twin", of_half), ("packed", of_packed)):
+        print(f"|{kind} - torch|, {difference.size} orders: mean {difference.mean():.4f}, most {difference.max():.4f}")
+    assert of_half.size == of_packed.size == 2 * HUNDRED
+    assert of_half.max() <= 0.05
+    assert of_packed.mean() <= 0.2
+
+
+def dequantized_twin(folder: Path, checkpoint: Path, twin: Path) -> Path:
+    """The checkpoint with the GPTQ folder's weights in its linear layers, in float32."""
     import shutil
 
     import torch
     from gramlite.quant.gptq_folder import open_gptq
     from safetensors.torch import load_file, save_file
 
-    twin = Path(shutil.copytree(checkpoint, tmp_path / "twin"))
+    shutil.copytree(checkpoint, twin)
     (twin / "gramlite.json").unlink()
-    weights, folder = load_file(twin / "model.safetensors"), open_gptq(artifact)
-    for linear in folder.linears:
-        weights[f"{linear}.weight"] = torch.from_numpy(folder.read_linear(linear).dequantize())
+    weights, gptq = load_file(twin / "model.safetensors"), open_gptq(folder)
+    for linear in gptq.linears:
+        weights[f"{linear}.weight"] = torch.from_numpy(gptq.read_linear(linear).dequantize())
     save_file(
         {key: value.float().contiguous() for key, value in weights.items()},
         twin / "model.safetensors",
         metadata={"format": "pt"},
     )
-    pairs = [pair_from_json(row) for row in read_jsonl(shared / "benchmarks/pandalm.small.jsonl", MANY)]
-    with gramlite.load(twin, settings=DIRECT, runtime=CPU) as dequantized:
-        difference = np.abs(np.subtract(margins(judge, pairs), margins(dequantized, pairs)))
-    print(
-        f"|packed - dequantized| of {len(difference)} orders: mean {difference.mean():.4f}, largest {difference.max():.4f}"
-    )
-    assert difference.mean() <= 0.2
+    return twin

@@ -13,6 +13,7 @@ from gramlite.backends import Request
 from gramlite.backends.scripted import ScriptedBackend
 from gramlite.decoding import Generation
 from gramlite.judge import Judge
+from gramlite.open_pair import OpenPair
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
 from gramlite.voting import count, least_votes, mean_is_fixed, refutes_even_odds, settled, wanting
@@ -21,9 +22,9 @@ from gramlite.voting import count, least_votes, mean_is_fixed, refutes_even_odds
 class Voting(ScriptedBackend):
     """Runs up to `width` requests at a time; margins are drawn by the decoder's seed and lean towards the text x."""
 
-    def __init__(self, width: int, lean: float) -> None:
+    def __init__(self, width: int, lean: float, scale: float = 1.0) -> None:
         super().__init__({})
-        self.width, self.lean = width, lean
+        self.width, self.lean, self.scale = width, lean, scale
         self.ran = 0
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
@@ -48,7 +49,7 @@ class Voting(ScriptedBackend):
         self.ran += 1
         text = bytes(token for token in request.prompt if token < 256)
         sign = 1 if text.index(b"\nx\n") < text.index(b"\ny\n") else -1
-        margin = random.Random(request.decoder.sampling.seed).gauss(sign * self.lean, 2)
+        margin = self.scale * random.Random(request.decoder.sampling.seed).gauss(sign * self.lean, 2)
         return Generation(margin=margin, thinking="because", forced=False, generated=1)
 
 
@@ -56,13 +57,14 @@ def judge_on(backend: ScriptedBackend, **settings: object) -> Judge:
     return Judge(backend, packaged_template(), SMOLLM2, Settings(**settings), {"name": "fake"})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scale", [1.0, 12.0], ids=["unsure", "sure"])
 @pytest.mark.parametrize("width", [1, 3, 8])
 @pytest.mark.parametrize("votes", [2, 3, 8])
-def test_stopping_early_changes_no_verdict(votes: int, width: int) -> None:
+def test_stopping_early_changes_no_verdict(votes: int, width: int, scale: float) -> None:
     pairs = [Pair(f"question {number}", "x", "y") for number in range(60)]
     spent = []
     for lean in (0.0, 1.5, 4.0):
-        every, some = Voting(width, lean), Voting(width, lean)
+        every, some = Voting(width, lean, scale), Voting(width, lean, scale)
         whole = judge_on(every, votes=votes, early_stop=False).many(pairs)
         early = judge_on(some, votes=votes).many(pairs)
         for full, short in zip(whole, early, strict=True):
@@ -84,6 +86,14 @@ def test_unanimous_votes_take_the_first_stage_alone() -> None:
     )
     verdict = judge_on(backend, votes=8)(prompt="q", response_a="x", response_b="y")
     assert [sum(order.votes.values()) for order in verdict.orders] == [5, 5] and verdict.winner == "A"
+
+
+def test_ahead_of_those_that_run_every_vote_is_asked_for_once() -> None:
+    one = OpenPair(Pair("q", "x", "y"), Settings(votes=8), (), {}, {})
+    certain = list(iter(one.next_vote, None))
+    ahead = list(iter(lambda: one.next_vote(ahead=True), None))
+    assert sorted(certain) == [(order, vote) for order in ("ab", "ba") for vote in range(5)]
+    assert sorted(ahead) == [(order, vote) for order in ("ab", "ba") for vote in range(5, 8)]
 
 
 def test_the_mean_is_fixed_exactly_when_no_completion_can_move_it() -> None:

@@ -23,14 +23,13 @@ from ..drafting import CONTEXT_TOKENS, Drafter
 from ..errors import ModelError
 from ..gguf_header import COMPANION, Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
-from ..quantization import quantization_name
 from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
 from .gguf_adapters import Adapters
 from .gguf_cells import TRUNK, HeldPrompts, Running, Stem, cells_of, likely_tokens
 from .gguf_context import LlamaContext
 from .gguf_library import machine
-from .gguf_vocabulary import LlamaVocabulary
+from .gguf_vocabulary import LlamaVocabulary, judging_metadata
 
 TILE = 64  # smaller batches take another path of flash attention: a margin was 0.05 nats off there, 0.01 here
 
@@ -44,7 +43,7 @@ class GgufBackend:
     _opened: LlamaContext | None = None
 
     def __init__(self, header: Header, options: RuntimeOptions, adapters: Sequence[Header]) -> None:
-        self.metadata = _metadata(header)
+        self.metadata = judging_metadata(header)
         self._header = header
         self._options = options
         self._separate = options.deterministic
@@ -370,25 +369,6 @@ def room_in_memory() -> int:
 def room_on_gpu() -> int:
     """Bytes of the freest GPU that an adapter may take; where layers are on it, adapters are too."""
     return int(max((gpu.free for gpu in machine().gpus), default=0) * (1 - GPU_MARGIN))
-
-
-def _metadata(header: Header) -> dict[str, Any]:
-    """What judging wants to know of a GGUF file."""
-    values = header.metadata
-    tokens = values.get("tokenizer.ggml.tokens")
-
-    def literal(kind: str) -> str:
-        index = values.get(f"tokenizer.ggml.{kind}_token_id")
-        return tokens[index] if isinstance(index, int) and isinstance(tokens, tuple) else ""
-
-    template = {key: values.get(f"gramlite.template.{key}") for key in ("name", "sha256", "text")}
-    return {
-        "quantization": quantization_name(header),
-        "chat_template": values.get("tokenizer.chat_template"),
-        "template": template if any(template.values()) else None,
-        "bos": literal("bos"),
-        "eos": literal("eos"),
-    }
 
 
 def open_artifact(artifact: Artifact, options: RuntimeOptions) -> GgufBackend:

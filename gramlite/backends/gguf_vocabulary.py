@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer of one model."""
+"""llama.cpp's tokenizer of one model, and what else judging reads in its file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import llama_cpp
 
 from ..errors import GramliteError, ModelError
+from ..gguf_header import Header
+from ..quantization import quantization_name
 from .gguf_library import last_words, start_library
 
 SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -69,3 +71,22 @@ class LlamaVocabulary:
             length = llama_cpp.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
             known = self._pieces[token] = self._buffer.raw[: max(length, 0)]
         return known
+
+
+def judging_metadata(header: Header) -> dict[str, Any]:
+    """What judging wants to know of a GGUF file: its quantization, templates, and the two tokens templates may name."""
+    values = header.metadata
+    tokens = values.get("tokenizer.ggml.tokens")
+
+    def literal(kind: str) -> str:
+        index = values.get(f"tokenizer.ggml.{kind}_token_id")
+        return tokens[index] if isinstance(index, int) and isinstance(tokens, tuple) else ""
+
+    template = {key: values.get(f"gramlite.template.{key}") for key in ("name", "sha256", "text")}
+    return {
+        "quantization": quantization_name(header),
+        "chat_template": values.get("tokenizer.chat_template"),
+        "template": template if any(template.values()) else None,
+        "bos": literal("bos"),
+        "eos": literal("eos"),
+    }
