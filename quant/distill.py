@@ -31,7 +31,7 @@ from .calibration import DEFAULT_TOKENS
 from .gptq import digest
 from .gptq_folder import GptqFolder, GptqWriter, open_gptq
 from .lessons import SHEET_TOKENS, Lesson, Target, ask_teacher, hold_back, sheets
-from .memory import PeakMemory, pick_device
+from .memory import PROCESS_BYTES, PeakMemory, free_bytes, pick_device
 from .report import Progress, layer_bar, print_figures
 from .syllabus import Syllabus, load_syllabus
 from .trainable import Student, check_shapes, load_teacher, predict_bytes
@@ -177,27 +177,18 @@ def check_memory(
 
     Raises ResourceError where not even that is enough.
     """
-    free = _free_bytes(device)
+    free = free_bytes(device)
     longest = max(SHEET_TOKENS, *(lesson.tokens for lesson in lessons))
     spoken = max(lesson.spoken for lesson in lessons)
+    process = PROCESS_BYTES if device == "cpu" else 0
     for recompute in (False, True):
-        needed = predict_bytes(checkpoint.config, folder, longest, spoken, recompute=recompute)
+        needed = process + predict_bytes(checkpoint.config, folder, longest, spoken, recompute=recompute)
         if needed <= free:
             return needed, recompute
     raise ResourceError(
         f"Training takes {needed / 1e9:,.1f} GB for prompts of up to {longest:,} tokens, and {free / 1e9:,.1f} GB are "
         "free. Give shorter pairs, or another --device."
     )
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cpu":
-        from gramlite.device import free_memory
-
-        return free_memory()
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def ask_all(model: Any, syllabus: Syllabus, file: Path, key: str, progress: Progress) -> dict[Lesson, Target]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from gramlite.device import free_memory
 from gramlite.errors import InputError, ResourceError
 
 from .batches import BATCH_TOKENS
@@ -123,6 +124,15 @@ def predict_bytes(
         quantizing=focused + weights * item + states + solver + pending * (2 if packed > SHARD_BYTES else 1),
         writing=focused + 2 * shard + 2 * table,
     )
+
+
+def free_bytes(device: str) -> int:
+    """Memory that nobody uses: the machine's for "cpu", else that of the CUDA device."""
+    if device == "cpu":
+        return free_memory()
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 class FreedMemory:

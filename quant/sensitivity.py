@@ -22,12 +22,13 @@ from gramlite.errors import InputError
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
 from .decoder import STAGES, Decoder, layer_prefix, read_tensor
+from .memory import free_bytes
 from .stream import Weigh
 
 if TYPE_CHECKING:
     import torch
 
-STATE_BYTES = 512 << 20  # layer inputs kept at a time
+STATE_BYTES = 512 << 20  # layer inputs kept at a time at the least; up to a quarter of what is free
 FLOOR = 0.3  # the least weight of a token, where the mean is 1 + this
 
 # hears of a linear layer's inputs and the gradients at its outputs, both [sequences, longest, width], in one batch
@@ -55,7 +56,7 @@ def read_gradients(
     """Show `visit` every linear layer of every transcript; return the margins, log-odds of the first verdict token.
 
     Transcripts end with their verdict token; the two that occur are the choices, the lower id first. They are taken
-    some at a time, so that the layers' inputs that are kept stay within 512 MiB (or one batch's).
+    some at a time, so that the layers' inputs that are kept stay within a quarter of the free memory, or 512 MiB.
     Raises InputError where the transcripts' last tokens are not of two kinds.
     """
 
@@ -67,7 +68,8 @@ def read_gradients(
     choices = verdict_tokens(transcripts)
     decoder = Decoder(checkpoint, device)
     batches = lay_out(transcripts, share=False, verdicts=False)
-    groups = [[[batch] for batch in group] for group in _within(decoder, batches, STATE_BYTES)]
+    room = max(STATE_BYTES, free_bytes(device) // 4)
+    groups = [[[batch] for batch in group] for group in _within(decoder, batches, room)]
     found = _Descent(decoder, choices, hear, after_layer).run(groups)
     return [found[number] for number in range(len(transcripts))]
 

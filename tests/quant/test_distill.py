@@ -319,11 +319,11 @@ def test_memory_that_is_not_there_is_refused_before_anything_is_loaded(
     folder, checkpoint = open_gptq(pair[0]), open_checkpoint(pair[1])
     plenty, recompute = distill_module.check_memory(checkpoint, folder, syllabus.lessons, "cpu")
     assert not recompute
-    monkeypatch.setattr(distill_module, "_free_bytes", lambda device: plenty - 1)
+    monkeypatch.setattr(distill_module, "free_bytes", lambda device: plenty - 1)
     less, recompute = distill_module.check_memory(checkpoint, folder, syllabus.lessons, "cpu")
     assert recompute
     assert less < plenty
-    monkeypatch.setattr(distill_module, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(distill_module, "free_bytes", lambda device: 1000)
     with pytest.raises(ResourceError, match="are free"):
         distill(*pair, tmp_path / "out", syllabus, SETTINGS)
 
