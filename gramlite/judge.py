@@ -289,7 +289,7 @@ class Judge:
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
         flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
-        return OpenPair(pair, self.settings, flags, prompts, stems)
+        return OpenPair(pair, self.settings, flags, prompts, stems, self.calibration)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
         segments = self.template.segments(presented(pair, order))

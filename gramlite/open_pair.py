@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from .backends import Request
-from .decoding import Generation, softmax_first
+from .confidence import Calibration
+from .decoding import Generation
 from .pair import Order, Pair
 from .prompt import EncodedPrompt
 from .settings import Settings
-from .voting import least_votes, settled, wanting
+from .voting import Rescale, least_votes, settled, wanting
 
 
 @dataclass
@@ -25,6 +27,7 @@ class OpenPair:
     flags: tuple[str, ...]
     prompts: Mapping[Order, EncodedPrompt]
     stems: Mapping[Order, frozenset[int]]
+    calibration: Calibration | None = None
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     asked: dict[Order, int] = field(default_factory=dict)
@@ -51,10 +54,12 @@ class OpenPair:
         orders = self.settings.presented_orders
         targets = dict.fromkeys(orders, votes)
         if self._stops_early:
-            shares = self._shares()
-            targets = {order: least_votes(share, votes, confidence) for order, share in zip(orders, shares, strict=True)}
+            cast = self._cast()
+            targets = {
+                order: least_votes(margins, votes, confidence) for order, margins in zip(orders, cast, strict=True)
+            }
             if (self.idle or ahead) and all(targets[order] <= self.asked.get(order, 0) for order in orders):
-                for index in wanting(shares, votes, confidence):
+                for index in wanting(cast, votes, confidence, self._rescales):
                     targets[orders[index]] = min(votes, self.asked[orders[index]] + 1)
         for order in orders:
             vote = self.asked.get(order, 0)
@@ -70,12 +75,18 @@ class OpenPair:
             return True
         if len(self.done) == votes * len(self.prompts):
             return True
-        return self._stops_early and settled(self._shares(), votes, self.settings.confidence)
+        return self._stops_early and settled(self._cast(), votes, self.settings.confidence, self._rescales)
 
-    def _shares(self) -> list[list[float]]:
-        """What the votes say so far, as p_a, by order."""
-        shares: dict[Order, list[float]] = {order: [] for order in self.settings.presented_orders}
+    def _cast(self) -> list[list[float]]:
+        """The margins of the votes so far, un-swapped, by order."""
+        cast: dict[Order, list[float]] = {order: [] for order in self.settings.presented_orders}
         for (order, _), generation in self.done.items():
             if generation.margin is not None:
-                shares[order].append(softmax_first(generation.margin if order == "ab" else -generation.margin))
-        return list(shares.values())
+                cast[order].append(generation.margin if order == "ab" else -generation.margin)
+        return list(cast.values())
+
+    @property
+    def _rescales(self) -> list[Rescale] | None:
+        if self.calibration is None:
+            return None
+        return [partial(self.calibration.apply, order=order) for order in self.settings.presented_orders]

@@ -1,18 +1,23 @@
 """When enough votes are in: k sampled rationales an order, stopped as soon as the rest cannot change what they say.
 
-The exact rule stops a pair once, whatever the votes still to come, the majority and the mean p_a of every order stay
-on their side and so does the pair's. With a confidence it stops earlier: once a sequential test of "both answers are
-equally likely" rejects it for every order. The test's statistic, for a votes against b, is the likelihood ratio of a
-uniform mixture of coins to a fair one, 2^(a+b) a! b! / (a+b+1)!, which under a fair coin exceeds 1/alpha at any time
-with probability at most alpha (Ville's inequality; Robbins, 1970).
+Votes are margins, un-swapped, in nats. The exact rule stops a pair once, whatever the votes still to come, the majority
+and the mean p_a of every order stay on their side and so does the pair's; a calibrated judge's means are rescaled as its
+verdicts are. With a confidence it stops earlier: once a sequential test of "both answers are equally likely" rejects it
+for every order. The test's statistic, for a votes against b, is the likelihood ratio of a uniform mixture of coins to a
+fair one, 2^(a+b) a! b! / (a+b+1)!, which under a fair coin exceeds 1/alpha at any time with probability at most alpha
+(Ville's inequality; Robbins, 1970).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-EVEN = 1e-5  # a mean p_a so near to 0.5 may be rounded to it
+from .conclusion import mean_log_odds
+
+EVEN = 1e-5  # nats: a margin so small may be rounded to a tie
+
+Rescale = Callable[[float], float]
 
 
 def least_votes(order: Sequence[float], votes: int, confidence: float | None) -> int:
@@ -25,33 +30,42 @@ def least_votes(order: Sequence[float], votes: int, confidence: float | None) ->
     return votes
 
 
-def wanting(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> list[int]:
+def wanting(
+    orders: Sequence[Sequence[float]], votes: int, confidence: float | None, rescales: Sequence[Rescale] | None = None
+) -> list[int]:
     """The orders to ask one more vote each: those that are open themselves, else those that may still turn the pair."""
     unfinished = [index for index, order in enumerate(orders) if len(order) < votes]
     undecided = [
         index
         for index in unfinished
-        if not is_fixed(orders[index], votes)
+        if not is_fixed(orders[index], votes, rescales[index] if rescales else float)
         and not (confidence is not None and refutes_even_odds(*count(orders[index]), confidence))
     ]
     return undecided or unfinished
 
 
-def settled(orders: Sequence[Sequence[float]], votes: int, confidence: float | None) -> bool:
-    """Whether the votes in, as p_a by order, leave the others nothing to change; `votes` is how many an order has."""
+def settled(
+    orders: Sequence[Sequence[float]], votes: int, confidence: float | None, rescales: Sequence[Rescale] | None = None
+) -> bool:
+    """Whether the votes in, by order, leave the others nothing to change; `votes` is how many an order has.
+
+    `rescales` are the orders' increasing maps from the margin of the votes to the one that the verdict is read from.
+    """
     if confidence is not None and all(refutes_even_odds(*count(order), confidence) for order in orders):
         return True
-    return all(is_fixed(order, votes) for order in orders) and mean_is_fixed([p for order in orders for p in order], votes * len(orders))
+    rescales = rescales or [float] * len(orders)
+    fixed = all(is_fixed(order, votes, rescale) for order, rescale in zip(orders, rescales, strict=True))
+    return fixed and means_are_fixed(orders, votes, rescales)
 
 
 def count(order: Sequence[float]) -> tuple[int, int]:
     """Votes for A and for B; even odds are a vote for neither."""
-    return sum(p > 0.5 for p in order), sum(p < 0.5 for p in order)
+    return sum(margin > 0 for margin in order), sum(margin < 0 for margin in order)
 
 
-def is_fixed(order: Sequence[float], votes: int) -> bool:
+def is_fixed(order: Sequence[float], votes: int, rescale: Rescale) -> bool:
     """Whether the votes to come leave an order's majority and its mean on their sides."""
-    return majority_is_fixed(order, votes) and mean_is_fixed(order, votes)
+    return majority_is_fixed(order, votes) and means_are_fixed([order], votes, [rescale])
 
 
 def majority_is_fixed(order: Sequence[float], votes: int) -> bool:
@@ -59,14 +73,23 @@ def majority_is_fixed(order: Sequence[float], votes: int) -> bool:
     return abs(first - second) > votes - len(order)
 
 
-def mean_is_fixed(order: Sequence[float], votes: int) -> bool:
-    """Whether the mean p_a stays on its side of 0.5 even if every vote to come were certain of the other.
+def means_are_fixed(orders: Sequence[Sequence[float]], votes: int, rescales: Sequence[Rescale]) -> bool:
+    """Whether the orders' mean stays on its side even if every vote to come were certain of the other.
 
     A mean within the rounding of even odds is on neither side: as many sure votes for A as for B are a tie.
     """
-    total = math.fsum(order)
-    even = votes * EVEN
-    return len(order) == votes or total - votes / 2 > even or votes / 2 - total - (votes - len(order)) > even
+    if all(len(order) == votes for order in orders):
+        return True
+    low, high = (
+        mean_log_odds(
+            [
+                rescale(mean_log_odds([*order, *[certain] * (votes - len(order))]))
+                for order, rescale in zip(orders, rescales, strict=True)
+            ]
+        )
+        for certain in (-math.inf, math.inf)
+    )
+    return low > EVEN or high < -EVEN
 
 
 def refutes_even_odds(first: int, second: int, confidence: float) -> bool:

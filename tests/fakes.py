@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gramlite.confidence import Calibration, order_settings
 from gramlite.decoding import Decoder, Generation
+from gramlite.judge import Judge
 
 END = 256
 
@@ -59,3 +61,10 @@ def run_script(decoder: Decoder, script: Sequence[int], *, a: float = 2.0, b: fl
             logits = logits_for(wanted.pop(0) if wanted else END)
         fed += decoder.advance(logits)
     return decoder.result(), fed
+
+
+def calibration_for(judge: Judge, temperature: float = 2.0, bias: float = 0.5) -> Calibration:
+    return Calibration(
+        temperature=temperature, bias=bias, model=judge.model.get("sha256"), adapter=None,
+        settings=order_settings(judge.settings_record), report={},
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_jsonl
+from fakes import calibration_for
 from gramlite.bench.statistics import wilson
 from test_judge import Recording
 from test_ranking import Strengths, judge_on
@@ -21,7 +22,6 @@ from gramlite.backends.scripted import ScriptedBackend
 from gramlite.budget import choose, measure
 from gramlite.cli import run
 from gramlite.confidence import (
-    Calibration,
     Labelled,
     assess,
     calibrate,
@@ -29,7 +29,6 @@ from gramlite.confidence import (
     fit,
     held_out,
     labelled,
-    order_settings,
     probabilities,
 )
 from gramlite.decoding import Generation, softmax_first
@@ -133,13 +132,6 @@ def test_the_error_falls_on_held_out_auto_j(auto_j: Callable[[bool], Labelled], 
     assert value >= 0.4 and 0 < low <= value <= high, report
     assert report["accuracy_after"] == pytest.approx(report["accuracy_before"], abs=0.01)
     assert calibrate(data, {}, {}).report["fall"][0] >= 0.4
-
-
-def calibration_for(judge: Judge, temperature: float = 2.0, bias: float = 0.5) -> Calibration:
-    return Calibration(
-        temperature=temperature, bias=bias, model=judge.model.get("sha256"), adapter=None,
-        settings=order_settings(judge.settings_record), report={},
-    )  # fmt: skip
 
 
 def test_a_calibrated_judge_rescales_each_order() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
+from fakes import calibration_for
 
 from gramlite import InputError, Pair, Settings
 from gramlite.backends import Request
@@ -16,7 +18,7 @@ from gramlite.judge import Judge
 from gramlite.open_pair import OpenPair
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
-from gramlite.voting import count, least_votes, mean_is_fixed, refutes_even_odds, settled, wanting
+from gramlite.voting import count, least_votes, means_are_fixed, refutes_even_odds, settled, wanting
 
 
 class Voting(ScriptedBackend):
@@ -61,22 +63,38 @@ def judge_on(backend: ScriptedBackend, **settings: object) -> Judge:
 @pytest.mark.parametrize("width", [1, 3, 8])
 @pytest.mark.parametrize("votes", [2, 3, 8])
 def test_stopping_early_changes_no_verdict(votes: int, width: int, scale: float) -> None:
+    spent = [
+        compare_early_with_all(Voting(width, lean, scale), Voting(width, lean, scale), votes)
+        for lean in (0.0, 1.5, 4.0)
+    ]
+    assert spent[2] < 0.9 * spent[0] if votes == 8 else spent[2] <= spent[0] + 60
+
+
+@pytest.mark.parametrize("temperature", [0.4, 5.0])
+@pytest.mark.parametrize("bias", [-3.0, 1.0])
+def test_stopping_early_changes_no_calibrated_verdict(bias: float, temperature: float) -> None:
+    for scale in (1.0, 12.0):
+        compare_early_with_all(Voting(3, 1.5, scale), Voting(3, 1.5, scale), votes=5, calibration=(temperature, bias))
+
+
+def compare_early_with_all(
+    every: Voting, some: Voting, votes: int, calibration: tuple[float, float] | None = None
+) -> int:
+    """Judge 60 pairs on either backend, with all votes and stopped early; how many votes the latter took."""
     pairs = [Pair(f"question {number}", "x", "y") for number in range(60)]
-    spent = []
-    for lean in (0.0, 1.5, 4.0):
-        every, some = Voting(width, lean, scale), Voting(width, lean, scale)
-        whole = judge_on(every, votes=votes, early_stop=False).many(pairs)
-        early = judge_on(some, votes=votes).many(pairs)
-        for full, short in zip(whole, early, strict=True):
-            assert full.winner == short.winner and full.consistent == short.consistent
-            for before, after in zip(full.orders, short.orders, strict=True):
-                assert before.verdict == after.verdict
-                majorities = [order.votes["A"] - order.votes["B"] for order in (before, after)]
-                assert majorities[0] * majorities[1] > 0 or majorities[0] == majorities[1] == 0
-                assert sum(after.votes.values()) <= sum(before.votes.values()) == votes
-        assert every.ran == 2 * votes * len(pairs)
-        spent.append(some.ran)
-    assert spent[2] < 0.9 * spent[0] if votes == 8 else spent[2] <= spent[0] + len(pairs)
+    judges = [judge_on(every, votes=votes, early_stop=False), judge_on(some, votes=votes)]
+    if calibration:
+        judges = [judge.calibrated(calibration_for(judge, *calibration)) for judge in judges]
+    whole, early = (judge.many(pairs) for judge in judges)
+    for full, short in zip(whole, early, strict=True):
+        assert full.winner == short.winner and full.consistent == short.consistent
+        for before, after in zip(full.orders, short.orders, strict=True):
+            assert before.verdict == after.verdict
+            majorities = [order.votes["A"] - order.votes["B"] for order in (before, after)]
+            assert majorities[0] * majorities[1] > 0 or majorities[0] == majorities[1] == 0
+            assert sum(after.votes.values()) <= sum(before.votes.values()) == votes
+    assert every.ran == 2 * votes * len(pairs)
+    return some.ran
 
 
 def test_unanimous_votes_take_the_first_stage_alone() -> None:
@@ -96,6 +114,13 @@ def test_ahead_of_those_that_run_every_vote_is_asked_for_once() -> None:
     assert sorted(ahead) == [(order, vote) for order in ("ab", "ba") for vote in range(5, 8)]
 
 
+def odds(shares: Sequence[float]) -> list[float]:
+    """The margins in nats of votes that are given as p_a."""
+    return [
+        math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(math.inf, share - 0.5) for share in shares
+    ]
+
+
 def test_the_mean_is_fixed_exactly_when_no_completion_can_move_it() -> None:
     steps = [0.0, 0.3, 0.5, 0.9, 1.0]
     for spent, votes in ((1, 2), (2, 3), (3, 4), (2, 4)):
@@ -105,12 +130,12 @@ def test_the_mean_is_fixed_exactly_when_no_completion_can_move_it() -> None:
                 for rest in itertools.product([0.0, 1.0], repeat=votes - spent)
                 for total in [round(sum(order) + sum(rest), 9)]
             }
-            assert mean_is_fixed(order, votes) == (len(ends) == 1 and ends != {0}), (order, votes)
+            assert means_are_fixed([odds(order)], votes, [float]) == (len(ends) == 1 and ends != {0}), (order, votes)
 
 
 def test_a_tie_is_not_settled_before_its_end() -> None:
-    assert not settled([[1.0, 1.0], [0.0]], 2, None)
-    assert count([0.9, 0.1, 0.5]) == (1, 1)
+    assert not settled([odds([1.0, 1.0]), odds([0.0])], 2, None)
+    assert count(odds([0.9, 0.1, 0.5])) == (1, 1)
 
 
 def test_the_sequential_test_keeps_its_level() -> None:
@@ -132,20 +157,20 @@ def test_no_fewer_votes_than_can_settle() -> None:
     assert least_votes([], 1, None) == 1
     assert least_votes([], 64, 0.95) == 8
     assert refutes_even_odds(8, 0, 0.95) and not refutes_even_odds(7, 0, 0.95)
-    assert least_votes([1.0], 8, None) == 5
-    assert least_votes([1.0, 0.0], 8, None) == least_votes([1.0] * 4 + [0.0], 8, None) == 6
-    assert least_votes([0.0, 0.0, 1.0, 0.0, 1.0], 8, None) == 7
-    assert least_votes([0.0, 1.0] * 3, 8, None) == least_votes([0.0, 1.0] * 4, 8, None) == 8
+    assert least_votes(odds([1.0]), 8, None) == 5
+    assert least_votes(odds([1.0, 0.0]), 8, None) == least_votes(odds([1.0] * 4 + [0.0]), 8, None) == 6
+    assert least_votes(odds([0.0, 0.0, 1.0, 0.0, 1.0]), 8, None) == 7
+    assert least_votes(odds([0.0, 1.0] * 3), 8, None) == least_votes(odds([0.0, 1.0] * 4), 8, None) == 8
 
 
 def test_more_votes_are_asked_where_they_can_change_something() -> None:
-    sure, open_, full = [1.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.0] * 4
+    sure, open_, full = odds([1.0] * 5), odds([1.0, 1.0, 1.0, 1.0, 0.0]), odds([1.0, 0.0] * 4)
     assert wanting([sure, open_], 8, None) == [1]
-    assert wanting([open_, [0.0] * 5], 8, None) == [0]
+    assert wanting([open_, odds([0.0] * 5)], 8, None) == [0]
     assert wanting([open_, open_], 8, None) == [0, 1]
     assert wanting([full, sure], 8, None) == [1], "a tie stays one, and the pair may still turn"
-    assert wanting([sure, [0.0] * 5], 8, None) == [0, 1], "each is sure, the pair is not"
-    assert wanting([[1.0] * 8, [1.0] * 7 + [0.0]], 64, 0.95) == [1]
+    assert wanting([sure, odds([0.0] * 5)], 8, None) == [0, 1], "each is sure, the pair is not"
+    assert wanting([odds([1.0] * 8), odds([1.0] * 7 + [0.0])], 64, 0.95) == [1]
 
 
 def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:
