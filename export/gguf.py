@@ -29,6 +29,7 @@ from .stream import (
     PIECE_BYTES,
     BackgroundHash,
     BackgroundSync,
+    SourceHash,
     convert_checked,
     permute_heads,
     read_ahead,
@@ -174,19 +175,20 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
             put(output, digest, factors.tobytes())
             pad(output, digest)
         for file in plan.checkpoint.files:
-            with BackgroundHash() as source_digest, file.open("rb", buffering=0) as source:
+            with file.open("rb", buffering=0) as source:
+                source_hash = SourceHash(file)
                 tensors = [tensor for tensor in plan.checkpoint.tensors.values() if tensor.file == file]
-                source_digest.update(source.read(tensors[0].start if tensors else file.stat().st_size))
+                source_hash.update(source.read(tensors[0].start if tensors else file.stat().st_size))
                 for tensor in tensors:
                     heads = expected[tensor.name].heads if tensor.name in expected else 0
-                    for piece in read_ahead(read_pieces(source, tensor, heads=heads), reader):
-                        source_digest.update(piece)
+                    pieces = source_hash.over(read_pieces(source, tensor, heads=heads))
+                    for piece in read_ahead(pieces, reader):
                         if tensor.name in expected:
                             put(output, digest, convert_piece(piece, tensor, expected[tensor.name], plan))
                             advance(expected[tensor.name].target, len(piece))
                     pad(output, digest)
                     sync.written(output.tell())
-                hashes[file.name] = source_digest.hexdigest()
+                hashes[file.name] = source_hash.hexdigest()
         return hashes, digest.hexdigest()
 
 

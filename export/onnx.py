@@ -13,7 +13,7 @@ import numpy as np
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.storage import atomic_output, sha256_cached
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
@@ -83,7 +83,7 @@ def publish(
             name=destination.name,
             quantization=quantization,
             method=method,
-            source=describe_source(source, {file.name: sha256_file(file) for file in checkpoint.files}),
+            source=describe_source(source, {file.name: sha256_cached(file) for file in checkpoint.files}),
             settings={"precision": precision, "target": target, **settings},
             tools=tool_versions(*TOOLS),
             template=judge,

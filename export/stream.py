@@ -10,8 +10,9 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gramlite.errors import ModelError
+from gramlite.storage import file_identity, remember_sha256, remembered_sha256
 
 from .checkpoint import StoredTensor, damaged
 
@@ -62,6 +64,34 @@ class BackgroundHash:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class SourceHash:
+    """The sha256 of a file that is read from its beginning to its end, piece by piece, and is remembered for later.
+
+    Where it is remembered already, and the file has not changed since, nothing is computed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._identity = file_identity(file)
+        self._known = remembered_sha256(self._identity)
+        self._digest = hashlib.sha256()
+
+    def update(self, piece: bytes) -> None:
+        if self._known is None:
+            self._digest.update(piece)
+
+    def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The same pieces, each hashed by whoever asks for it."""
+        for piece in pieces:
+            self.update(piece)
+            yield piece
+
+    def hexdigest(self) -> str:
+        if self._known is None:
+            self._known = self._digest.hexdigest()
+            remember_sha256(self._identity, self._known)
+        return self._known
 
 
 class BackgroundSync:

@@ -90,8 +90,8 @@ class OrderVerdict:
 class Verdict:
     """A judged pair. `winner` is None where there is no verdict, and then `reason` says why.
 
-    `p_a` is the mean of the orders' p_a, `margin` the mean of their log-odds in nats (positive favours response_a),
-    `consistent` whether the orders agree (None with one order), `flags` what was noticed in the input.
+    `p_a` is the mean of the orders' p_a, `margin` its log-odds in nats (positive favours response_a), `consistent`
+    whether the orders agree (None with one order), `flags` what was noticed in the input.
     """
 
     id: str | None

@@ -132,20 +132,39 @@ def sha256_file(path: Path) -> str:
 
 def sha256_cached(path: Path) -> str:
     """The sha256 of a file, remembered in the cache folder by size, modification time and inode."""
+    identity = file_identity(path)
+    known = remembered_sha256(identity)
+    if known is None:
+        known = sha256_file(path)
+        remember_sha256(identity, known)
+    return known
+
+
+def file_identity(path: Path) -> str:
+    """What a file's remembered sha256 is kept under: place, size, modification time and inode."""
     status = path.stat()
-    identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    note = cache_folder() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def remembered_sha256(identity: str) -> str | None:
+    """The sha256 that was remembered for a file's identity, if any."""
     try:
-        known = note.read_text(encoding="ascii").strip()
-        if len(known) == 64:
-            return known
+        known = sha256_note(identity).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
-        pass
-    digest = sha256_file(path)
+        return None
+    return known if len(known) == 64 else None
+
+
+def remember_sha256(identity: str, digest: str) -> None:
+    """Keep a sha256 for later; `identity` is the file's from before it was read."""
+    note = sha256_note(identity)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(note, force=True) as temporary:
             temporary.write_text(digest, encoding="ascii")
     except (OSError, GramliteError):
         pass  # a read-only cache costs time, not correctness
-    return digest
+
+
+def sha256_note(identity: str) -> Path:
+    return cache_folder() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()[:32]

@@ -24,7 +24,7 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.storage import atomic_output, sha256_cached
 
 from .gptq_folder import CARRIED_FILES
 
@@ -71,7 +71,7 @@ def quantize_bnb(
             name=destination.name,
             quantization=type.upper(),
             method="bitsandbytes",
-            source=describe_source(source, {file.name: sha256_file(file) for file in checkpoint.files}),
+            source=describe_source(source, {file.name: sha256_cached(file) for file in checkpoint.files}),
             settings={"type": type, "reload_difference": difference},
             tools=tool_versions("bitsandbytes", "torch", "transformers"),
             template=judge_template(source, template),

@@ -25,7 +25,7 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.storage import atomic_output, sha256_cached
 
 from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
@@ -98,7 +98,7 @@ def quantize_gptq(
             name=output.name,
             quantization=f"gptq:{settings.bits}x{settings.group_size}",
             method="gptq",
-            source=describe_source(source, {file.name: sha256_file(file) for file in checkpoint.files}),
+            source=describe_source(source, {file.name: sha256_cached(file) for file in checkpoint.files}),
             settings=asdict(settings) | {"layer_errors": {report.name: report.error for report in reports}},
             calibration=calibration,
             tools=tool_versions("torch", "transformers", "safetensors"),

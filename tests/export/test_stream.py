@@ -9,7 +9,17 @@ from typing import Any
 import numpy
 import pytest
 from gramlite.export.checkpoint import StoredTensor
-from gramlite.export.stream import PIECE_BYTES, BackgroundHash, convert, is_finite, permute_heads, read_pieces
+from gramlite.export.stream import (
+    PIECE_BYTES,
+    BackgroundHash,
+    SourceHash,
+    convert,
+    is_finite,
+    permute_heads,
+    read_pieces,
+)
+
+from gramlite.storage import sha256_cached
 
 ALL_BFLOAT16 = numpy.arange(1 << 16, dtype=numpy.uint16)
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -78,3 +88,31 @@ def test_background_hash_is_sha256() -> None:
         for index in range(50):
             digest.update(bytes([index]) * 1000)
         assert digest.hexdigest() == hashlib.sha256(b"".join(bytes([index]) * 1000 for index in range(50))).hexdigest()
+
+
+def test_a_source_is_hashed_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "weights"
+
+    def read(wanted: bytes) -> str:
+        source = SourceHash(file)
+        source.update(wanted[:1])
+        assert list(source.over([wanted[1:3], wanted[3:]])) == [wanted[1:3], wanted[3:]]
+        return source.hexdigest()
+
+    file.write_bytes(b"abcdef")
+    first = hashlib.sha256(b"abcdef").hexdigest()
+    assert read(b"abcdef") == first == sha256_cached(file)
+    assert read(b"------") == first, "remembered: nothing was computed"
+    file.write_bytes(b"another")
+    assert read(b"another") == hashlib.sha256(b"another").hexdigest()
+
+
+def test_a_hash_that_cannot_be_kept_is_computed_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "weights").write_bytes(b"abc")
+    for _ in range(2):
+        source = SourceHash(tmp_path / "weights")
+        source.update(b"abc")
+        assert source.hexdigest() == hashlib.sha256(b"abc").hexdigest()
