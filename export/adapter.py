@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gramlite.artifact import Manifest
 from gramlite.errors import ModelError
+from gramlite.storage import check_output
 
 from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
 from .checkpoint import read_config
@@ -42,6 +43,7 @@ def export_adapter(
     is refused, InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, base, destination = Path(folder), Path(base), Path(destination)
+    check_output(destination, [folder, base], force=force, file=True)
     adapter, architecture = open_adapter(folder), read_architecture(read_config(base))
     expected = expected_tensors(architecture)
     match_modules(adapter, expected)

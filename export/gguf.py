@@ -18,6 +18,7 @@ import click
 import numpy
 
 from gramlite.artifact import Manifest
+from gramlite.storage import check_output
 
 from .architecture import Architecture, ExpectedTensor, rope_factors
 from .checkpoint import StoredTensor, open_checkpoint
@@ -52,6 +53,7 @@ def export_gguf(
     InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, destination = Path(folder), Path(destination)
+    check_output(destination, [folder], force=force, file=True)
     plan = plan_export(open_checkpoint(folder), dtype)
     judge = judge_template(folder, template)
     with progress_bar(plan.payload) as advance:

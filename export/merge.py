@@ -15,8 +15,8 @@ import numpy
 from numpy.typing import NDArray
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest
-from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.errors import ModelError
+from gramlite.storage import atomic_output, check_output, sha256_file
 
 from .architecture import expected_tensors, read_architecture
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
@@ -39,13 +39,13 @@ def merge_adapter(
     Raises ModelError, which names it, for a checkpoint or adapter that is refused, InputError when `destination`
     exists and `force` is not set or lies in the checkpoint, ResourceError when the disk is full.
     """
-    folder, destination = Path(folder), Path(destination)
+    folder, peft_folder, destination = Path(folder), Path(peft_folder), Path(destination)
+    check_output(destination, [folder, peft_folder], force=force)
     checkpoint, adapter = open_checkpoint(folder), open_adapter(peft_folder)
     architecture = read_architecture(checkpoint.config)
     match_tensors(checkpoint, architecture)
     match_modules(adapter, expected_tensors(architecture))
-    refuse_overwriting(destination, folder, force)
-    judge = judge_template(folder, template) or judge_template(Path(peft_folder), None)
+    judge = judge_template(folder, template) or judge_template(peft_folder, None)
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress_bar(total) as advance, atomic_output(destination, force=force, need_bytes=total + SPARE_BYTES) as out:
         out.mkdir()
@@ -69,15 +69,6 @@ def merge_adapter(
         )
         write_durably(out / FOLDER_MANIFEST, manifest_text(manifest))
     return manifest
-
-
-def refuse_overwriting(destination: Path, source: Path, force: bool) -> None:
-    """Neither the source nor a folder that is no checkpoint may be replaced."""
-    target, origin = destination.resolve(), source.resolve()
-    if target == origin or target in origin.parents or origin in target.parents:
-        raise InputError(f"{destination} and the checkpoint {source} lie in one another. Choose another -o.")
-    if force and destination.exists() and not (destination / "config.json").is_file():
-        raise InputError(f"{destination} is no checkpoint, so --force will not replace it. Choose another -o.")
 
 
 def copy_small_files(folder: Path, out: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError
-from gramlite.storage import atomic_output, sha256_cached
+from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
@@ -68,6 +68,7 @@ def publish(
     force: bool,
 ) -> Manifest:
     """Build the graph and put the whole folder in place, its manifest inside; see `export_onnx` for what is raised."""
+    check_output(destination, [source], force=force)
     checkpoint = open_checkpoint(source)
     check_family(checkpoint.config)
     require_builder()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,42 @@ def cache_folder() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("gramlite", appauthor=False))
+
+
+def check_output(destination: Path, sources: Iterable[Path], *, force: bool = False, file: bool = False) -> None:
+    """Refuse an output before any work is done for it; `file` says that it is to be a file and not a folder.
+
+    Raises InputError where it lies in one of its `sources` or one of them in it, where it exists and `force` is not
+    set, and, even with `force`, for what no command of gramlite would have written there: a folder with other things.
+    """
+    destination = Path(destination)
+    for source in map(Path, sources):
+        if lies_in(destination, source) or lies_in(source, destination):
+            raise InputError(f"{destination} and its source {source} lie in one another. Choose another -o.")
+    if file and destination.is_dir():
+        raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
+    if not force and destination.exists():
+        raise InputError(f"{destination} already exists. Choose another -o, or add --force to replace it.")
+    if file:
+        return
+    if destination.is_symlink() or destination.is_file():
+        raise InputError(f"{destination} is no folder, so --force will not replace it. Choose another -o.")
+    if destination.is_dir() and any(destination.iterdir()) and not is_model_folder(destination):
+        raise InputError(
+            f"{destination} is no checkpoint and no artifact, so --force will not replace it. Choose another -o."
+        )
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Whether a path is another one or lies in it, links and a file system without cases seen through."""
+    if not outer.exists():
+        return False
+    inner = inner.resolve()
+    return any(place.exists() and place.samefile(outer) for place in (inner, *inner.parents))
+
+
+def is_model_folder(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "gramlite.json"))
 
 
 @contextmanager

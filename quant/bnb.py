@@ -24,7 +24,7 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, sha256_cached
+from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .gptq_folder import CARRIED_FILES
 
@@ -44,6 +44,7 @@ def quantize_bnb(
     source, destination = Path(source), Path(destination)
     if type not in TYPES:
         raise InputError(f"bitsandbytes has no type {type!r} here. Choose one of {', '.join(TYPES)}.")
+    check_output(destination, [source], force=force)
     missing = [name for name in ("bitsandbytes", "accelerate", "torch", "transformers") if find_spec(name) is None]
     if missing:
         raise InputError(f"bitsandbytes folders need the package {missing[0]!r}. Type: pip install 'gramlite[bnb]'")

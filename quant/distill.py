@@ -24,8 +24,8 @@ from gramlite.export.publish import describe_source, judge_template, manifest_te
 from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
-from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
-from gramlite.storage import atomic_output, remove_path, sha256_cached
+from gramlite.errors import IntegrityError, ModelError, ResourceError
+from gramlite.storage import atomic_output, check_output, remove_path, sha256_cached
 
 from .calibration import DEFAULT_TOKENS
 from .gptq import digest
@@ -94,6 +94,7 @@ def distill(
     """
     started = time.monotonic()
     progress = progress or (lambda stage, done, total: None)
+    check_output(output, [source, teacher], force=force)
     origin = read_manifest(source)
     if origin:
         verify_files(source, origin)
@@ -309,8 +310,7 @@ def command(
     folder: Path, teacher: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any
 ) -> None:
     """Tune the scales of a GPTQ FOLDER, codes untouched, until it judges more like the checkpoint it was made of."""
-    if output.exists() and not options["force"]:
-        raise InputError(f"{output} already exists. Choose another -o, or add --force to replace it.")
+    check_output(output, [folder, teacher, calibration], force=options["force"])
     settings = TrainingSettings(
         epochs=options["epochs"], rate=options["lr"], norms=options["norms"], seed=options["seed"]
     )

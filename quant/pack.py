@@ -28,6 +28,7 @@ from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 from gramlite.artifact import Manifest, read_manifest
 from gramlite.errors import ModelError
 from gramlite.ggml_types import GGML_TYPES
+from gramlite.storage import check_output
 
 from .blocks import gguf_blocks, gguf_type
 from .gptq_folder import GptqFolder, open_gptq
@@ -70,6 +71,7 @@ def pack_gguf(
     Raises ModelError for a layer that GGUF cannot hold: groups in activation order or of no multiple of 32.
     """
     source, destination = Path(source), Path(destination)
+    check_output(destination, [source], force=force, file=True)
     plan = plan_pack(source, embedding)
     judge = judge_template(source, template)
     origin = read_manifest(source)

@@ -21,7 +21,7 @@ from gramlite.export.report import progress_bar
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
 from gramlite.errors import ModelError
 from gramlite.onnx_graph import external_extent, parse
-from gramlite.storage import atomic_output
+from gramlite.storage import atomic_output, check_output
 
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from .gptq_folder import GptqFolder, open_gptq
@@ -59,6 +59,7 @@ def pack_onnx(
     Raises ModelError for a layer that MatMulNBits cannot hold, InputError for a taken `destination`.
     """
     source, destination = Path(source), Path(destination)
+    check_output(destination, [source], force=force)
     folder = open_gptq(source)
     check_family(folder.config)
     require_builder()

@@ -152,6 +152,7 @@ def test_a_merged_checkpoint_is_whole(checkpoint_of: MakeAdapter, make_adapter: 
         with pytest.raises(InputError, match="lie in one another"):
             merge_adapter(checkpoint, folder, destination, force=True)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"the only one")
     with pytest.raises(InputError, match="is no checkpoint"):
         merge_adapter(checkpoint, folder, tmp_path / "photos", force=True)
 
