@@ -32,9 +32,12 @@ def check_output(destination: Path, sources: Iterable[Path], *, force: bool = Fa
 
     Raises InputError where it lies in one of its `sources` or one of them in it, where it exists and `force` is not
     set, and, even with `force`, for what no command of gramlite would have written there: a folder with other things.
+    A GGUF file may lie beside the weights it is made of, in their folder.
     """
     destination = Path(destination)
     for source in map(Path, sources):
+        if file and source.is_dir() and (destination.suffix == ".gguf" or not destination.exists()):
+            continue
         if lies_in(destination, source) or lies_in(source, destination):
             raise InputError(f"{destination} and its source {source} lie in one another. Choose another -o.")
     if file and destination.is_dir():

@@ -36,6 +36,14 @@ def test_a_file_is_no_source_of_itself(source: Path) -> None:
     check_output(source / "q4.gguf", [file], file=True)
 
 
+def test_a_gguf_file_may_lie_in_its_checkpoint(source: Path) -> None:
+    check_output(source / "judge.gguf", [source], file=True)
+    (source / "judge.gguf").write_bytes(b"weights")
+    check_output(source / "judge.gguf", [source], force=True, file=True)
+    with pytest.raises(InputError, match="lie in one another"):
+        check_output(source / "config.json", [source], force=True, file=True)
+
+
 def test_only_an_artifact_is_replaced(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="already exists"):
         check_output(source, [])
