@@ -54,12 +54,13 @@ class OpenPair:
         orders = self.settings.presented_orders
         targets = dict.fromkeys(orders, votes)
         if self._stops_early:
-            cast = self._cast()
+            cast, rescales = self._cast(), self._rescales
             targets = {
-                order: least_votes(margins, votes, confidence) for order, margins in zip(orders, cast, strict=True)
+                order: least_votes(margins, votes, confidence, rescale)
+                for order, margins, rescale in zip(orders, cast, rescales, strict=True)
             }
             if (self.idle or ahead) and all(targets[order] <= self.asked.get(order, 0) for order in orders):
-                for index in wanting(cast, votes, confidence, self._rescales):
+                for index in wanting(cast, votes, confidence, rescales):
                     targets[orders[index]] = min(votes, self.asked[orders[index]] + 1)
         for order in orders:
             vote = self.asked.get(order, 0)
@@ -86,7 +87,8 @@ class OpenPair:
         return list(cast.values())
 
     @property
-    def _rescales(self) -> list[Rescale] | None:
+    def _rescales(self) -> list[Rescale]:
+        orders = self.settings.presented_orders
         if self.calibration is None:
-            return None
-        return [partial(self.calibration.apply, order=order) for order in self.settings.presented_orders]
+            return [float] * len(orders)
+        return [partial(self.calibration.apply, order=order) for order in orders]

@@ -2,10 +2,13 @@
 
 Votes are margins, un-swapped, in nats. The exact rule stops a pair once, whatever the votes still to come, the majority
 and the mean p_a of every order stay on their side and so does the pair's; a calibrated judge's means are rescaled as its
-verdicts are. With a confidence it stops earlier: once a sequential test of "both answers are equally likely" rejects it
-for every order. The test's statistic, for a votes against b, is the likelihood ratio of a uniform mixture of coins to a
-fair one, 2^(a+b) a! b! / (a+b+1)!, which under a fair coin exceeds 1/alpha at any time with probability at most alpha
-(Ville's inequality; Robbins, 1970).
+verdicts are. With a confidence an order is decided earlier: once a sequential test of "both answers are equally likely"
+rejects it for the side that the order's mean is on. Orders decided for one side settle the pair; where they are decided
+for different ones, the pair hangs on a small difference that nothing was tested of, and the exact rule goes on for it.
+
+The test's statistic, for a votes against b, is the likelihood ratio of a uniform mixture of coins to a fair one,
+2^(a+b) a! b! / (a+b+1)!, which under a fair coin exceeds 1/alpha at any time with probability at most alpha (Ville's
+inequality; Robbins, 1970). A calibrated judge's votes count by the side that they are on once rescaled.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ EVEN = 1e-5  # nats: a margin so small may be rounded to a tie
 Rescale = Callable[[float], float]
 
 
-def least_votes(order: Sequence[float], votes: int, confidence: float | None) -> int:
+def least_votes(order: Sequence[float], votes: int, confidence: float | None, rescale: Rescale = float) -> int:
     """How many votes an order takes at the least, those of `order` among them: if all to come are with its majority."""
     first, second = sorted(count(order), reverse=True)
+    ahead, behind = sorted(count([rescale(margin) for margin in order]), reverse=True)
     for spent in range(len(order), votes):
-        ahead = first + spent - len(order)
-        if ahead - second > votes - spent or (confidence is not None and refutes_even_odds(ahead, second, confidence)):
+        more = spent - len(order)
+        if first + more - second > votes - spent:
+            return spent
+        if confidence is not None and refutes_even_odds(ahead + more, behind, confidence):
             return spent
     return votes
 
@@ -34,13 +40,9 @@ def wanting(
     orders: Sequence[Sequence[float]], votes: int, confidence: float | None, rescales: Sequence[Rescale] | None = None
 ) -> list[int]:
     """The orders to ask one more vote each: those that are open themselves, else those that may still turn the pair."""
+    rescales = rescales or [float] * len(orders)
     unfinished = [index for index, order in enumerate(orders) if len(order) < votes]
-    undecided = [
-        index
-        for index in unfinished
-        if not is_fixed(orders[index], votes, rescales[index] if rescales else float)
-        and not (confidence is not None and refutes_even_odds(*count(orders[index]), confidence))
-    ]
+    undecided = [index for index in unfinished if side_of(orders[index], votes, confidence, rescales[index]) is None]
     return undecided or unfinished
 
 
@@ -51,11 +53,24 @@ def settled(
 
     `rescales` are the orders' increasing maps from the margin of the votes to the one that the verdict is read from.
     """
-    if confidence is not None and all(refutes_even_odds(*count(order), confidence) for order in orders):
-        return True
     rescales = rescales or [float] * len(orders)
-    fixed = all(is_fixed(order, votes, rescale) for order, rescale in zip(orders, rescales, strict=True))
-    return fixed and means_are_fixed(orders, votes, rescales)
+    sides = {side_of(order, votes, confidence, rescale) for order, rescale in zip(orders, rescales, strict=True)}
+    if None in sides:
+        return False
+    return sides in ({1}, {-1}) or means_are_fixed(orders, votes, rescales)
+
+
+def side_of(order: Sequence[float], votes: int, confidence: float | None, rescale: Rescale) -> int | None:
+    """The side an order is decided for: 1 for A, -1 for B, 0 for a tie, and None while it is open."""
+    if not order:
+        return None
+    mean = rescale(mean_log_odds(list(order)))
+    side = 0 if abs(mean) <= EVEN else 1 if mean > 0 else -1
+    if is_fixed(order, votes, rescale):
+        return side
+    first, second = count([rescale(margin) for margin in order])
+    tested = confidence is not None and refutes_even_odds(first, second, confidence)
+    return side if tested and side * (first - second) > 0 else None  # the test is of the majority, the verdict the mean
 
 
 def count(order: Sequence[float]) -> tuple[int, int]:
@@ -64,7 +79,9 @@ def count(order: Sequence[float]) -> tuple[int, int]:
 
 
 def is_fixed(order: Sequence[float], votes: int, rescale: Rescale) -> bool:
-    """Whether the votes to come leave an order's majority and its mean on their sides."""
+    """Whether the votes to come leave an order's majority and its mean on their sides; none are to come once all are in."""
+    if len(order) == votes:
+        return True
     return majority_is_fixed(order, votes) and means_are_fixed([order], votes, [rescale])
 
 

@@ -18,7 +18,7 @@ from gramlite.judge import Judge
 from gramlite.open_pair import OpenPair
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
-from gramlite.voting import count, least_votes, means_are_fixed, refutes_even_odds, settled, wanting
+from gramlite.voting import count, least_votes, means_are_fixed, refutes_even_odds, settled, side_of, wanting
 
 
 class Voting(ScriptedBackend):
@@ -184,12 +184,70 @@ def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:
 
         def one_sided(request: Request, original=original) -> Generation:  # type: ignore[no-untyped-def]
             made = original(request)
-            return Generation(margin=5.0, thinking="t", forced=False, generated=1) if made.margin is not None else made
+            if made.margin is None:
+                return made
+            text = bytes(token for token in request.prompt if token < 256)
+            margin = 5.0 if text.index(b"\nx\n") < text.index(b"\ny\n") else -5.0  # for x, wherever it stands
+            return Generation(margin=margin, thinking="t", forced=False, generated=1)
 
         backend._vote = one_sided  # type: ignore[method-assign]
         list(judge.many(pairs))
         ran.append(backend.ran)
     assert ran[1] < ran[0]
+
+
+def test_orders_decided_for_different_sides_leave_the_pair_open() -> None:
+    first, second = [0.2] * 8, [-0.2] * 8
+    assert not settled([first, second], 32, 0.95), "the pair would be the sign of a difference that nobody tested"
+    assert settled([first, first], 32, 0.95) and settled([second, second], 32, 0.95)
+    assert wanting([first, second], 32, 0.95) == [0, 1]
+    assert settled([[9.0] * 32, [-0.2] * 20], 32, 0.95), "until the votes to come cannot turn the pair"
+
+
+def test_a_position_biased_judge_ends_as_with_all_votes() -> None:
+    def biased(request: Request) -> Generation:
+        draw = random.Random(request.decoder.sampling.seed)
+        return Generation(margin=draw.gauss(3, 1), thinking="t", forced=False, generated=1)
+
+    pairs = [Pair(f"question {number}", "x", "y") for number in range(20)]
+    found = []
+    for settings in ({"early_stop": False}, {"confidence": 0.95}):
+        backend = Voting(4, 0.0)
+        judge = judge_on(backend, votes=16, **settings)
+        plain = backend._vote
+        backend._vote = lambda request, plain=plain: (  # type: ignore[method-assign, misc]
+            plain(request) if request.decoder.finished else biased(request)
+        )
+        found.append([verdict.winner for verdict in judge.many(pairs)])
+    assert found[0] == found[1] and set(found[0]) == {"A", "B"}
+
+
+def test_the_test_counts_what_the_verdict_is_read_from() -> None:
+    def less(margin: float) -> float:
+        return margin - 3
+
+    votes = [1.0] * 8
+    assert settled([votes], 32, 0.95) and side_of(votes, 32, 0.95, float) == 1
+    assert side_of(votes, 32, 0.95, less) == -1 and least_votes(votes, 32, 0.95, less) == 8
+    mixed = [4.0, 2.0] * 6
+    assert side_of(mixed, 64, 0.95, float) == 1
+    assert side_of(mixed, 64, 0.95, less) is None, "six votes to six, once rescaled"
+    assert least_votes(mixed, 64, 0.95, less) > least_votes(mixed, 64, 0.95) == 12
+
+
+def test_an_order_whose_mean_is_against_its_majority_is_open() -> None:
+    votes = [0.1] * 30 + [-9.0] * 6
+    assert refutes_even_odds(*count(votes), 0.95)
+    assert side_of(votes, 128, 0.95, float) is None, "the verdict is the mean's, which was not tested"
+
+
+def test_an_order_with_all_its_votes_is_decided() -> None:
+    full = [1.0] * 17 + [-0.5] * 15
+    assert not refutes_even_odds(*count(full), 0.95)
+    assert settled([full, [1.0] * 8], 32, 0.95), "the other is decided, and for the same side"
+    assert not settled([full, [-1.0] * 8], 32, 0.95) and wanting([full, [-1.0] * 8], 32, 0.95) == [1]
+    assert settled([odds([1.0, 0.0] * 2 + [0.9]), odds([1.0] * 4)], 5, None)
+    assert settled([odds([1.0, 0.0] * 4), odds([1.0] * 5)], 8, None), "a tie stays one, and the pair cannot turn"
 
 
 def test_confidence_without_votes_is_refused() -> None:
