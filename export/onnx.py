@@ -15,8 +15,10 @@ from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
+from .architecture import read_architecture
 from .checkpoint import Checkpoint, open_checkpoint
 from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
+from .plan import match_tensors
 from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import judge_command, print_artifact, progress_bar
 from .smoke import smoke_judge, smoke_option
@@ -71,6 +73,7 @@ def publish(
     check_output(destination, [source], force=force)
     checkpoint = open_checkpoint(source)
     check_family(checkpoint.config)
+    match_tensors(checkpoint, read_architecture(checkpoint.config))  # the builder fills what is missing at random
     require_builder()
     assert target in TARGETS
     judge = judge_template(source, template)

@@ -17,9 +17,12 @@ from typing import Any
 
 import click
 import numpy as np
+from gramlite.export.architecture import read_architecture
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
+from gramlite.export.plan import match_tensors
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import judge_command, print_artifact
+from gramlite.export.save_tensors import open_to_readers, operating_system_errors
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
@@ -51,12 +54,14 @@ def quantize_bnb(
     from gramlite.backends.hf import quiet
 
     checkpoint = open_checkpoint(source)
+    match_tensors(checkpoint, read_architecture(checkpoint.config))  # transformers fills what is missing at random
     need_bytes = sum(file.stat().st_size for file in checkpoint.files)
     with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
         folder.mkdir()
         model = load_quantized(source, type)
-        with quiet():
+        with quiet(), operating_system_errors():
             model.save_pretrained(folder)
+        open_to_readers(folder, folder / "config.json")
         for name in CARRIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -21,6 +21,7 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.save_tensors import save_tensors
 from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
@@ -195,7 +196,6 @@ def check_memory(
 def ask_all(model: Any, syllabus: Syllabus, file: Path, key: str, progress: Progress) -> dict[Lesson, Target]:
     """The teacher's targets of all lessons, from `file` where an earlier run left them there."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
 
     parts = ("margins", "tokens", "shares", "states")
     try:
@@ -217,7 +217,7 @@ def ask_all(model: Any, syllabus: Syllabus, file: Path, key: str, progress: Prog
         for part in parts
     }
     with atomic_output(file, force=True) as temporary:
-        save_file(tensors, temporary, metadata={"key": key})
+        save_tensors(tensors, temporary, metadata={"key": key})
     return targets
 
 

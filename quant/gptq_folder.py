@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gramlite.export.checkpoint import INDEX, StoredTensor, damaged, read_json, read_safetensors_header, weight_files
+from gramlite.export.save_tensors import save_tensors
 from gramlite.export.stream import convert
 
 from gramlite.errors import ModelError
@@ -99,9 +100,7 @@ class GptqWriter:
                 shutil.copyfile(source / file, self.folder / file)
 
     def _flush(self) -> None:
-        from safetensors.numpy import save_file
-
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        save_tensors(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

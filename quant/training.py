@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gramlite.export.save_tensors import save_tensors
+
 from gramlite.errors import IntegrityError, ModelError
 from gramlite.storage import atomic_output
 
@@ -91,11 +93,9 @@ class TrainingState:
 
     def save(self, path: Path, key: str) -> None:
         """Write everything that is needed to go on, whole or not at all."""
-        from safetensors.torch import save_file
-
         note = {"key": key, "step": self.step, "learnt": self.learnt, "history": self.history}
         with atomic_output(path, force=True) as temporary:
-            save_file(self._tensors(), temporary, metadata={"note": json.dumps(note)})
+            save_tensors(self._tensors(), temporary, metadata={"note": json.dumps(note)})
 
     def load(self, path: Path, key: str) -> None:
         """Go on where `path` was saved; raises IntegrityError where that was training of another kind."""

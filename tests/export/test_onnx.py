@@ -145,6 +145,17 @@ def test_refusals_leave_nothing_behind(
     assert not output.exists() and not list(output.parent.glob(".*"))
 
 
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(checkpoint_of("qwen3", tie_word_embeddings=False), tmp_path / "source"))
+    for file in source.glob("*.safetensors"):
+        save_file({key: value for key, value in load_file(file).items() if key != "lm_head.weight"}, file)
+    with pytest.raises(ModelError, match=r"'lm_head.weight' is missing"):
+        export_onnx(source, tmp_path / "judge")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(genai, "PACKAGES", ("onnx_of_tomorrow",))
     with pytest.raises(InputError, match=r"needs the package 'onnx_of_tomorrow'.*gramlite\[onnx\]"):

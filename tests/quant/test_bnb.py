@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ pytest.importorskip("accelerate", reason="needs accelerate: pip install 'gramlit
 from click.testing import CliRunner
 from gramlite.quant import bnb
 from gramlite.quant.bnb import command, last_logits, probe, quantize_bnb
+from safetensors import SafetensorError
 
 from gramlite.artifact import Artifact, read_manifest, verify_files
-from gramlite.errors import InputError, ModelError
+from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.loading import detect_format
 
 from ..export.conftest import checkpoint_of  # noqa: F401
@@ -38,6 +40,8 @@ def test_a_folder_reloads_as_it_was(
     manifest = read_manifest(output)
     assert manifest is not None
     verify_files(output, manifest)
+    modes = {path.suffix: path.stat().st_mode for path in output.iterdir()}
+    assert modes[".safetensors"] == modes[".json"], "who may read the configuration may read the weights"
     assert (manifest.format, manifest.quantization) == ("hf", kind.upper()) == ("hf", figures["quantization"])
     assert manifest.settings["reload_difference"] < 1e-4, "compared in a process of its own"
     assert detect_format(output, None) == "hf"
@@ -81,6 +85,49 @@ def test_refusals(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:  
     with pytest.raises(InputError, match="no folder"):
         quantize_bnb(tmp_path / "nothing", tmp_path / "judge")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def without(folder: Path, name: str, target: Path) -> Path:
+    """A copy of a checkpoint that lacks a tensor."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        save_file({key: value for key, value in load_file(file).items() if key != name}, file)
+    return target
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    whole = checkpoint_of("qwen3", dtype="bfloat16", tie_word_embeddings=False)
+    source = without(whole, "lm_head.weight", tmp_path / "source")
+    with pytest.raises(ModelError, match=r"'lm_head.weight' is missing"):
+        quantize_bnb(source, tmp_path / "judge")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_is_said(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = bnb.load_quantized
+
+    def on_a_full_disk(*arguments: Any) -> Any:
+        model = load(*arguments)
+        model.save_pretrained = fail
+        return model
+
+    def fail(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(bnb, "load_quantized", on_a_full_disk)
+    with pytest.raises(ResourceError, match="is full; judge was not written"):
+        quantize_bnb(checkpoint_of("qwen3", dtype="bfloat16"), tmp_path / "judge")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_backend_computes_in_the_type_it_says(
