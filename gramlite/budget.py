@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .errors import InputError, ModelError
 from .judge import Judge
 from .logistic import Floats
 from .pair import Pair, Verdict
-from .sidecar import read_sidecar, sidecar_path, write_sidecar
+from .sidecar import belongs, read_sidecar, replaces, sidecar_path, write_sidecar
 
 BUDGETS = (16, 32, 64, 128, 256, 512, 1024)
 FEWEST_PAIRS = 20
@@ -57,6 +58,7 @@ class BudgetTable:
     model: str | None
     adapter: str | None
     settings: str
+    quantization: str | None = None
 
 
 def measure(
@@ -76,6 +78,7 @@ def measure(
         raise InputError("A judge in direct mode has no think budget. Drop --mode direct, or --budget auto.")
     if len(descending) < 2:
         raise InputError("Measuring budgets needs at least two of them.")
+    _require_enough(sum(pair.label in ("A", "B") for pair in pairs))
     verdicts: dict[int, list[Verdict]] = {}
     for budget in descending:
         previous = verdicts.get(min(verdicts, default=0))
@@ -85,8 +88,7 @@ def measure(
         for index, pair in enumerate(pairs)
         if pair.label in ("A", "B") and all(column[index].winner for column in verdicts.values())
     ]
-    if len(counted) < FEWEST_PAIRS:
-        raise InputError(f"{len(counted)} pairs have a label A or B and a verdict; at least {FEWEST_PAIRS} are needed.")
+    _require_enough(len(counted))
     correct = {
         budget: np.array([_correct(column[index], pairs[index]) for index in counted])
         for budget, column in sorted(verdicts.items())
@@ -96,8 +98,14 @@ def measure(
     table = BudgetTable(
         chosen=chosen, pairs=len(counted), rows=rows, model=judge.model.get("sha256"),
         adapter=judge.model.get("adapter"), settings=settings_without_budget(judge.settings_record),
+        quantization=judge.model.get("quantization"),
     )  # fmt: skip
     return table, verdicts[chosen]
+
+
+def _require_enough(count: int) -> None:
+    if count < FEWEST_PAIRS:
+        raise InputError(f"{count} pairs have a label A or B and a verdict; at least {FEWEST_PAIRS} are needed.")
 
 
 def choose(correct: Mapping[int, Floats]) -> int:
@@ -169,18 +177,14 @@ def settings_without_budget(settings: Mapping[str, Any]) -> str:
 
 def store(artifact: Path, table: BudgetTable) -> Path:
     """Store a table beside its artifact, in place of an older one of the same model and settings."""
-    owner = (table.model, table.adapter, table.settings)
-    return write_sidecar(
-        artifact, "budgets", asdict(table),
-        lambda old: (old.get("model"), old.get("adapter"), old.get("settings")) == owner,
-    )  # fmt: skip
+    entry = asdict(table)
+    return write_sidecar(artifact, "budgets", entry, partial(replaces, entry))
 
 
 def stored_budget(artifact: Path, model: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """The budget chosen for a judge's model and `settings_record`; raises InputError that says what to type."""
-    owner = (model.get("sha256"), model.get("adapter"), settings_without_budget(settings))
     for entry in read_sidecar(artifact).get("budgets", []):
-        if (entry.get("model"), entry.get("adapter"), entry.get("settings")) == owner:
+        if belongs(entry, model, settings_without_budget(settings)):
             chosen = entry.get("chosen")
             if isinstance(chosen, int) and chosen > 0:
                 return chosen

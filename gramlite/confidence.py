@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 from .errors import InputError, ModelError
 from .logistic import Floats, fit_logistic, sigmoid
 from .pair import Order, Verdict, Winner
-from .sidecar import read_sidecar, sidecar_path, write_sidecar
+from .sidecar import belongs, read_sidecar, replaces, sidecar_path, write_sidecar
 
 Rows = NDArray[np.int64]
 
 FEWEST_PAIRS = 20
 BINS = 10
+LEAST_SHARE = 0.1  # of the judgements whose better response is shown first, or second
 FOLDS = 5
 RESAMPLES = 2000
 TEMPERATURES = (0.05, 100.0)  # where labels and margins agree perfectly, or not at all, the likelihood has no maximum
@@ -39,8 +41,8 @@ class Calibration:
     """How a model's margins are rescaled, and what they belong to.
 
     `bias` is in nats and positive where the judge leans to the response shown first. `model` (sha256), `adapter`
-    (sha256 or None) and `settings` (see `order_settings`) say what it may be applied to. `report` holds the
-    expected calibration error before and after, as `assess` gives it.
+    (sha256 or None), `settings` (see `order_settings`) and `quantization`, as the model was loaded, say what it may be
+    applied to. `report` holds the expected calibration error before and after, as `assess` gives it.
     """
 
     temperature: float
@@ -49,14 +51,14 @@ class Calibration:
     adapter: str | None
     settings: str
     report: Mapping[str, Any]
+    quantization: str | None = None
 
     def apply(self, margin: float, order: Order) -> float:
         """The calibrated log-odds of an order's un-swapped margin (positive favours response_a), in nats."""
         return (margin - self.bias if order == "ab" else margin + self.bias) / self.temperature
 
     def belongs_to(self, model: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-        owner = (model.get("sha256"), model.get("adapter"), order_settings(settings))
-        return owner == (self.model, self.adapter, self.settings)
+        return belongs(asdict(self), model, order_settings(settings))
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,29 @@ def labelled(rows: Iterable[tuple[Verdict | Mapping[str, Any], Winner | None, st
     return Labelled(ab, ba, np.array(outcomes, dtype=np.float64), np.array(groups, dtype=np.int64))
 
 
+def require_enough(count: int) -> None:
+    """Raise InputError unless so many judged pairs with a label make a calibration."""
+    if count < FEWEST_PAIRS:
+        raise InputError(
+            f"{count} judged pairs have a label and two different responses; a calibration needs at least "
+            f"{FEWEST_PAIRS}. Give more labelled pairs."
+        )
+
+
+def require_both_sides(won: Floats) -> None:
+    """Raise InputError unless the response shown first is better in some judgements and worse in others.
+
+    `won` says of each judgement how much better it is, 0 to 1. Where it always wins, as with chosen and rejected
+    responses judged in one order, a lean to the first explains every label, and the bias fitted would be the labels'.
+    """
+    share = float(won.mean())
+    if not LEAST_SHARE <= share <= 1 - LEAST_SHARE:
+        raise InputError(
+            f"The response shown first is the better one in {share:.0%} of the judgements, which cannot be told from a "
+            "judge that leans to one side. Add --orders both, or shuffle which response is A."
+        )
+
+
 def fit(data: Labelled, *, fewest: int = FEWEST_PAIRS) -> tuple[float, float]:
     """The temperature and the bias that make the labels most likely; the temperature stays within TEMPERATURES.
 
@@ -105,15 +130,20 @@ def fit(data: Labelled, *, fewest: int = FEWEST_PAIRS) -> tuple[float, float]:
     """
     if len(data) < fewest:
         raise InputError(f"{len(data)} judged pairs have a label; a calibration needs at least {fewest}.")
-    first = np.concatenate([data.ab, -data.ba])  # log-odds of the response shown first
-    won = np.concatenate([data.outcomes, 1 - data.outcomes])
-    first, won = first[~np.isnan(first)], won[~np.isnan(first)]
+    first, won = judgements(data)
     ones = np.ones((len(first), 1))
     (slope, intercept), _ = fit_logistic(np.column_stack([first, ones]), won, WEAK * np.eye(2))
     bounded = float(np.clip(slope, 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]))
     if bounded != slope:
         (intercept,), _ = fit_logistic(ones, won, WEAK * np.eye(1), offset=bounded * first)
     return 1 / bounded, -float(intercept) / bounded
+
+
+def judgements(data: Labelled) -> tuple[Floats, Floats]:
+    """Of every pair and order that was judged, the log-odds of the response shown first and whether it is better."""
+    first = np.concatenate([data.ab, -data.ba])
+    won = np.concatenate([data.outcomes, 1 - data.outcomes])
+    return first[~np.isnan(first)], won[~np.isnan(first)]
 
 
 def probabilities(data: Labelled, temperature: float = 1.0, bias: float = 0.0) -> Floats:
@@ -136,10 +166,14 @@ def expected_calibration_error(p_a: Floats, outcomes: Floats, *, bins: int = BIN
 
 
 def held_out(data: Labelled, *, folds: int = FOLDS, seed: int = 0) -> Floats:
-    """Each pair's calibrated p_a from a fit on the other folds; prompts are never split between folds."""
-    groups = np.unique(data.groups)
+    """Each pair's calibrated p_a from a fit on the other folds.
+
+    Prompts are not split between folds, unless there are fewer of them than folds.
+    """
+    members = independent(data, folds)
+    groups = np.unique(members)
     fold = np.random.default_rng(seed).permutation(len(groups)) % folds
-    of_row = fold[np.searchsorted(groups, data.groups)]
+    of_row = fold[np.searchsorted(groups, members)]
     p_a = np.empty(len(data))
     for number in range(folds):
         test = np.flatnonzero(of_row == number)
@@ -148,17 +182,25 @@ def held_out(data: Labelled, *, folds: int = FOLDS, seed: int = 0) -> Floats:
     return p_a
 
 
+def independent(data: Labelled, folds: int = FOLDS) -> Rows:
+    """The number of each pair's prompt or, where prompts are fewer than folds, a number of its own."""
+    few = len(np.unique(data.groups)) < folds
+    return np.arange(len(data), dtype=np.int64) if few else data.groups
+
+
 def assess(data: Labelled, before: Floats, after: Floats, *, seed: int = 0) -> dict[str, Any]:
     """Calibration error before and after and its fall, each as [value, low, high]: 95 % bootstrap over prompts.
 
-    `fall` is a fraction of the error before. The accuracies count a tie as one half.
+    `fall` is a fraction of the error before. The accuracies count a tie as one half. `resampled` says "pairs" where
+    there were too few prompts to draw; the intervals then hold for other pairs of these prompts alone.
     """
 
     def measure(rows: Rows) -> tuple[float, float, float]:
         errors = [expected_calibration_error(p[rows], data.outcomes[rows]) for p in (before, after)]
         return errors[0], errors[1], 1 - errors[1] / errors[0] if errors[0] else 0.0
 
-    drawn = np.array([measure(rows) for rows in _resampled(data.groups, seed)])
+    members = independent(data)
+    drawn = np.array([measure(rows) for rows in _resampled(members, seed)])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     values = measure(np.arange(len(data)))
     names = ("error_before", "error_after", "fall")
@@ -167,7 +209,7 @@ def assess(data: Labelled, before: Floats, after: Floats, *, seed: int = 0) -> d
     counts = {"pairs": len(data), "prompts": len(np.unique(data.groups)), "ties": int(np.sum(data.outcomes == 0.5))}
     return {
         **counts, **report, "accuracy_before": round(accuracy[0], 6), "accuracy_after": round(accuracy[1], 6),
-        "bins": BINS, "resamples": RESAMPLES, "seed": seed,
+        "bins": BINS, "resamples": RESAMPLES, "resampled": "prompts" if members is data.groups else "pairs", "seed": seed,
     }  # fmt: skip
 
 
@@ -180,12 +222,17 @@ def _resampled(groups: Rows, seed: int) -> Iterable[Rows]:
 
 
 def calibrate(data: Labelled, model: Mapping[str, Any], settings: Mapping[str, Any], *, seed: int = 0) -> Calibration:
-    """Fit a calibration for a judge's `model` and `settings_record`, and say what it is worth on held-out folds."""
+    """Fit a calibration for a judge's `model` and `settings_record`, and say what it is worth on held-out folds.
+
+    Raises InputError for too few labels, and where they all say the same of the response shown first.
+    """
+    require_enough(len(data))
+    require_both_sides(judgements(data)[1])
     temperature, bias = fit(data)
     report = assess(data, probabilities(data), held_out(data, seed=seed), seed=seed)
     return Calibration(
         temperature=temperature, bias=bias, model=model.get("sha256"), adapter=model.get("adapter"),
-        settings=order_settings(settings), report=report | {"folds": FOLDS},
+        settings=order_settings(settings), report=report | {"folds": FOLDS}, quantization=model.get("quantization"),
     )  # fmt: skip
 
 
@@ -197,11 +244,8 @@ def order_settings(settings: Mapping[str, Any]) -> str:
 
 def store(artifact: Path, calibration: Calibration) -> Path:
     """Store a calibration beside its artifact, in place of an older one of the same model and settings."""
-    owner = (calibration.model, calibration.adapter, calibration.settings)
-    return write_sidecar(
-        artifact, "calibrations", asdict(calibration),
-        lambda old: (old.get("model"), old.get("adapter"), old.get("settings")) == owner,
-    )  # fmt: skip
+    entry = asdict(calibration)
+    return write_sidecar(artifact, "calibrations", entry, partial(replaces, entry))
 
 
 def stored_calibration(artifact: Path, model: Mapping[str, Any], settings: Mapping[str, Any]) -> Calibration:

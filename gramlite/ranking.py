@@ -120,7 +120,8 @@ class KnownComparisons:
 
 
 def _question(judge: Judge, *texts: str) -> str:
-    record = [judge.model.get("sha256"), judge.model.get("adapter"), judge.settings_hash, *texts]
+    model = [judge.model.get(key) for key in ("sha256", "adapter", "quantization")]
+    record = [*model, judge.settings_hash, *texts]
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 

@@ -145,6 +145,16 @@ def test_known_comparisons_are_not_made_again() -> None:
     assert len(backend.asked) == 6 + 2 + 2 + 1
 
 
+def test_what_a_judge_was_loaded_as_is_part_of_who_was_asked() -> None:
+    backend, known = Strengths(), KnownComparisons()
+    plain = judge_on(backend)
+    for name in ("BF16", "NF4", "NF4"):
+        model = {"sha256": "1" * 64, "quantization": name}
+        judge = Judge(backend, plain.template, plain.scaffold, plain.settings, model)
+        judge.rank(prompt="q", completions=["1", "2"], known=known)
+    assert len(backend.asked) == 2 + 2
+
+
 def test_a_missing_verdict_is_nobodys_win() -> None:
     judge = judge_on(Strengths())
     bad = ["1", "2\0", "3"]

@@ -183,7 +183,7 @@ def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:
         original = backend._vote
 
         def one_sided(request: Request, original=original) -> Generation:  # type: ignore[no-untyped-def]
-            made = original(request)
+            made: Generation = original(request)
             if made.margin is None:
                 return made
             text = bytes(token for token in request.prompt if token < 256)

@@ -41,6 +41,18 @@ def labelled_rows(source: str, *, ties: bool) -> list[Row]:
     return wanted
 
 
+def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
+    """Refuse labels that make no calibration before anything is judged; raises InputError."""
+    import numpy as np
+
+    from ..confidence import OUTCOMES, require_both_sides, require_enough
+
+    pairs = [row.pair for row in rows if row.pair and row.pair.response_a != row.pair.response_b]
+    require_enough(len(pairs))
+    if one_order:
+        require_both_sides(np.array([OUTCOMES[pair.label] for pair in pairs if pair.label]))
+
+
 def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled | None:
     """Judge the rows, each on disk before the next, in `output` where it is given; None when interrupted."""
     from ..confidence import labelled
@@ -95,11 +107,14 @@ def run(
     from ..budget import store as store_budget
     from ..confidence import calibrate, labelled
     from ..confidence import store as store_calibration
+    from ..sidecar import require_writable
 
+    check_labels(rows, one_order=options.orders == "ab")
     artifact = options.artifact_path()
     automatic = options.budget == "auto"
     options = replace(options, budget=1024) if automatic else options
     with options.open() as judge:
+        require_writable(artifact)
         table = None
         if automatic:
             found = measured(judge, rows)
