@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import INTERRUPTED, GramliteError, InputError
+from .errors import INTERRUPTED, GramliteError, InputError, ResourceError
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -135,6 +136,21 @@ def run(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
         return BROKEN_PIPE
+    except OSError as error:
+        said, code = explain(error)
+        click.echo(f"Error: {said}", err=True)
+        return code
+
+
+def explain(error: OSError) -> tuple[str, int]:
+    """What the system refused, on one line with what to do, and the exit code: space and permissions are resources."""
+    reason = error.strerror or str(error) or type(error).__name__
+    said = f"{os.fsdecode(error.filename)}: {reason}." if isinstance(error.filename, str | bytes) else f"{reason}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{said} Free some space, or choose another path.", ResourceError.exit_code
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return f"{said} Choose a path that you may write to, or change its permissions.", ResourceError.exit_code
+    return f"{said} Check the paths that were given.", GramliteError.exit_code
 
 
 class _StderrHandler(logging.Handler):

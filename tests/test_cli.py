@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,6 +16,8 @@ import pytest
 from test_rows import BAD_LINES
 
 from gramlite.cli import COMMANDS, run
+from gramlite.commands.doctor import check_cuda
+from gramlite.device import Gpu, Machine
 
 HEAVY = ("llama_cpp", "torch", "onnxruntime", "transformers", "scipy", "matplotlib", "gguf")
 PAIR = {"id": "p1", "prompt": "q", "response_a": "x", "response_b": "y"}
@@ -57,6 +60,7 @@ def test_a_file_among_bad_rows(scripted: Path, tmp_path: Path, capfdbinary: pyte
     assert len(output) == 2 * len(BAD_LINES) + 1
     for number, row in enumerate(output, 1):
         assert row["line"] == number
+        assert "sections" in row
         if number % 2:
             assert row["verdict"] in ("A", "B") and row["id"] == "p1"
         else:
@@ -89,6 +93,70 @@ def test_output_file_and_resume(scripted: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(row["id"] for row in lines_of(output.read_text())) == ["p1", "p2", "p3"]
     assert run([*base, "--resume", "--mode", "direct"]) == 6
     assert 'settings.mode: "think" → "direct"' in capsys.readouterr().err
+
+
+def test_a_pair_from_options_resumes(scripted: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    output = tmp_path / "out.jsonl"
+    slow = tmp_path / "slow.json"
+    slow.write_text(json.dumps(json.loads(scripted.read_text()) | {"seconds": 60}))
+
+    def judge(text: str, *arguments: str, model: Path = scripted) -> int:
+        return run(["judge", "--prompt", text, "--a", "x", "--b", "y", "-m", str(model), "-o", str(output), *arguments])
+
+    assert judge("one", "--resume") == 0 and len(lines_of(output.read_text())) == 1
+    whole = output.read_bytes()
+    output.write_bytes(whole + b'{"torn')
+    capfdbinary.readouterr()
+    assert judge("one", "--resume") == 0 and output.read_bytes() == whole
+    shown = capfdbinary.readouterr()
+    assert not shown.out and b"from before" in shown.err
+    assert judge("two", "--resume") == 0 and len(lines_of(output.read_text())) == 2
+    assert output.read_bytes().startswith(whole) and len(lines_of(output.read_text())[1]["input"]) == 16
+    assert judge("one", "--resume", "--mode", "direct") == 6
+    began = time.monotonic()
+    assert judge("three", model=slow) == 2 and b"already exists" in capfdbinary.readouterr().err
+    assert time.monotonic() - began < 30, "an output that exists is refused before anything is judged"
+    assert judge("one", "--force") == 0 and output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["judge", "one pair", "rank", "calibrate"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EACCES, 4), (errno.EROFS, 4), (errno.ENOSPC, 4), (errno.ENOTDIR, 1)]
+)
+def test_an_output_that_cannot_be_written_is_one_line(
+    name: str, number: int, code: int, scripted: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "locked" / "out.jsonl"
+    opened = Path.open
+
+    def refuse(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path == output:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, mode, *arguments, **options)
+
+    rows = [PAIR | {"id": str(n), "label": "AB"[n % 2], "completions": ["x", "y"]} for n in range(20)]
+    pairs = str(pairs_file(tmp_path, *rows))
+    command = {"one pair": ["judge", "--prompt", "q", "--a", "x", "--b", "y"]}.get(name, [name, pairs])
+    monkeypatch.setattr(Path, "open", refuse)
+    assert run([*command, "-m", str(scripted), "--mode", "direct", "-o", str(output)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {output}: {os.strerror(number)}. ")
+
+
+def test_an_output_in_a_folder_that_is_none(scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    pairs = pairs_file(tmp_path, PAIR)
+    assert run(["judge", str(pairs), "-m", str(scripted), "-o", str(tmp_path / "file" / "out.jsonl")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ") and str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize("name", ["judge", "rank"])
+def test_help_says_what_decodes_together(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "GGUF" in said[said.index("--parallel") :] and "hf and onnx judge one at a time" in said
 
 
 @pytest.mark.parametrize(
@@ -203,3 +271,13 @@ def test_doctor_reports_each_finding(capsys: pytest.CaptureFixture[str]) -> None
     assert findings["gguf backend"]["works"] and "0.3.36" in findings["gguf backend"]["says"]
     for name in ("CUDA for gguf (llama.cpp)", "CUDA for hf and gptq (torch)", "CUDA for onnx (onnxruntime)"):
         assert findings[name]["works"] or "pip install" in findings[name]["says"], "why not, and what to type"
+
+
+def test_doctor_says_where_judging_runs_and_why() -> None:
+    gpus = (Gpu("Small", 1 << 30, 8 << 30, 0), Gpu("Large", 6 << 30, 8 << 30, 1))
+    found = check_cuda("CUDA", lambda: Machine(1 << 30, gpus), "pip install it")
+    assert found.works and "judging runs on GPU 1, which has the most free memory" in found.says
+    assert check_cuda("CUDA", lambda: Machine(1 << 30, gpus[:1]), "").says.endswith("GPU 0, where a model fits it")
+    found = check_cuda("CUDA", lambda: Machine(1 << 30, (), "no device answers", driver=True), "pip install it")
+    assert not found.works and "no device answers; judging runs on the CPU" in found.says
+    assert found.says.endswith("NVIDIA's driver is installed, so type: pip install it")

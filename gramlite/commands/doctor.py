@@ -91,7 +91,7 @@ def check_onnxruntime_cuda() -> Finding:
 
 
 def check_cuda(name: str, machine: Callable[[], Machine], install: str, lead: str = "") -> Finding:
-    """Whether a runtime has CUDA, and where not, why and what to type."""
+    """Whether a runtime has CUDA and which GPU judging takes, and where not, why and what to type."""
     try:
         found = machine()
     except (ImportError, OSError, RuntimeError) as error:
@@ -104,8 +104,12 @@ def check_cuda(name: str, machine: Callable[[], Machine], install: str, lead: st
         return Finding(
             name, False, says + f"NVIDIA's driver is not installed. With an NVIDIA GPU and it, type: {install}"
         )
-    gpus = ", ".join(f"{gpu.name} ({gpu.free / MiB:,.0f} of {gpu.total / MiB:,.0f} MiB free)" for gpu in found.gpus)
-    return Finding(name, True, lead + gpus)
+    gpus = ", ".join(
+        f"GPU {gpu.index} {gpu.name} ({gpu.free / MiB:,.0f} of {gpu.total / MiB:,.0f} MiB free)" for gpu in found.gpus
+    )
+    best = max(found.gpus, key=lambda gpu: gpu.free)
+    most = ", which has the most free memory" if len(found.gpus) > 1 else ""
+    return Finding(name, True, f"{lead}{gpus}; judging runs on GPU {best.index}{most}, where a model fits it")
 
 
 CUDA_INSTALL = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36"

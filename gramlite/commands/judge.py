@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import sys
 from collections import Counter
@@ -23,13 +25,26 @@ if TYPE_CHECKING:
     from ..rows import Row
 
 
-def judge_one(judge: Judge, pair: Pair, display: Display) -> int:
+def judge_one(judge: Judge, pair: Pair, display: Display, journal: Journal | None) -> int:
     """Judge the pair given by options, its rationale shown as it is written; returns the exit code."""
+    digest = digest_of(pair)
+    if journal and journal.kept[digest]:
+        click.echo(f"The verdict on this pair is in {journal.path} from before.", err=True)
+        return 0
     verdict = judge(
         prompt=pair.prompt, response_a=pair.response_a, response_b=pair.response_b, on_text=display.listener
     )
-    display.show(verdict.to_json(), verdict)
+    row = {**verdict.to_json(), "line": 1, "input": digest}
+    if journal:
+        journal.append(row)
+    display.show(row, verdict)
     return 0 if verdict.winner else SOME_ROWS_WITHOUT_VERDICT
+
+
+def digest_of(pair: Pair) -> str:
+    """The digest of a pair given by options, by which its row is known: that of the line that a file would have."""
+    line = {"prompt": pair.prompt, "response_a": pair.response_a, "response_b": pair.response_b}
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
 
 
 def judge_rows(
@@ -81,7 +96,7 @@ def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any
     else:
         output = {
             "id": str(row.line), "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
-            "flags": [], "orders": [], "model": judge.model, "settings": judge.settings_hash,
+            "flags": [], "sections": None, "orders": [], "model": judge.model, "settings": judge.settings_hash,
         }  # fmt: skip
     return {**output, "line": row.line, "input": row.digest}
 
@@ -167,6 +182,8 @@ def command(
 
     Pairs come as JSON lines from a file or standard input (-), or one from --prompt, --a and --b.
     """
+    from ..pair import Pair
+
     given = [text is not None for text in (prompt, response_a, response_b)]
     if any(given) and (pairs or not all(given)):
         raise InputError("Give a file of pairs, or all three of --prompt, --a and --b.")
@@ -176,26 +193,23 @@ def command(
         if not pairs:
             raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
         return run_file(options, pairs, output, resume, force, as_json)
-    return run_pair(options, (prompt or "", response_a or "", response_b or ""), output, force, as_json)
+    pair = Pair(prompt or "", response_a or "", response_b or "")
+    return run_pair(options, pair, output, resume, force, as_json)
 
 
-def run_pair(
-    options: JudgeOptions, texts: tuple[str, str, str], output: Path | None, force: bool, as_json: bool
-) -> int:
+def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
     from ..interrupt import on_interrupt
     from ..journal import Journal
-    from ..pair import Pair
 
-    pair = Pair(texts[0], texts[1], texts[2])
     pair.check()
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())
+        journal = None
+        if output:
+            record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
+            journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
         stack.enter_context(on_interrupt(judge.abort))
         display = stack.enter_context(Display(as_json=as_json, quiet=False, total=None))
-        code = judge_one(judge, pair, display)
-        if output and display.last:
-            record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
-            stack.enter_context(Journal(output, record=record, force=force)).append(display.last)
-    return code
+        return judge_one(judge, pair, display, journal)

@@ -120,7 +120,7 @@ OPTIONS = (
                  help="Rationales sampled for each order, no more than it takes to settle the verdict."),
     click.option("--all-votes", is_flag=True, help="Take every vote, also those that cannot change the verdict."),
     click.option("--confidence", type=click.FloatRange(0.5, 1, max_open=True), metavar="P",
-                 help="Stop voting, too, once a sequential test is this sure of the majority."),
+                 help="Stop an order's votes, too, once a sequential test is this sure of its majority."),
     click.option("--temperature", type=float, metavar="F", help="0 is greedy.  [default: 0, with several votes 0.75]"),
     click.option("--budget", type=budget, default=1024, show_default=True, metavar="N|auto",
                  help="Most tokens a rationale may take; auto is what `gramlite calibrate` measured."),
@@ -135,7 +135,8 @@ OPTIONS = (
     click.option("--context", type=click.IntRange(64), metavar="N",
                  help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
     click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
-                 help=f"Sequences decoded together.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"),
+                 help="Sequences decoded together where llama.cpp runs the model (GGUF, packed GPTQ); hf and onnx judge one at a "
+                      f"time.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"),
     click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
 )  # fmt: skip
