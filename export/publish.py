@@ -61,9 +61,11 @@ def tool_versions(*packages: str) -> dict[str, str]:
 def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """What a manifest says of a checkpoint: its name, the sha256 of each file that counts, and one over them all.
 
-    `hashes` has the files that were hashed while they were read; the configuration and the tokenizer are added here.
+    `hashes` has the files that were hashed while they were read, which are the weights, and `bytes` is their size; the
+    configuration and the tokenizer are added here.
     """
     files = dict(hashes)
+    weights = sum((folder / name).stat().st_size for name in hashes)
     for name in (
         "config.json",
         "adapter_config.json",
@@ -79,6 +81,7 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         "name": folder.resolve().name,
         "sha256": hashlib.sha256(listing.encode("utf-8")).hexdigest(),
         "files": files,
+        "bytes": weights,
     }
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gramlite.artifact import Manifest, artifact_bytes
 
@@ -42,10 +43,26 @@ def progress_bar(total_bytes: int) -> Iterator[Advance]:
         yield advance
 
 
+def source_bytes(manifest: Manifest) -> int | None:
+    """The size of the weights that an artifact goes back to, over what was made in between; None where unknown."""
+    source: dict[str, Any] = manifest.source
+    while isinstance(source.get("source"), dict) and source["source"]:
+        source = source["source"]
+    known = source.get("bytes")
+    return known if isinstance(known, int) and known > 0 else None
+
+
+def compression(path: Path, manifest: Manifest) -> float | None:
+    """How many times smaller an artifact is than the weights it goes back to; None where those are not known."""
+    before, after = source_bytes(manifest), artifact_bytes(path, manifest)
+    return before / after if before and after else None
+
+
 def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: bool) -> None:
     """Print what was written to stdout: a table on a terminal, else one JSON object."""
     size = artifact_bytes(path, manifest)
     template = manifest.template or {}
+    smaller = compression(path, manifest)
     if as_json or not sys.stdout.isatty():
         row = {
             "path": str(path),
@@ -53,6 +70,8 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
             "quantization": manifest.quantization,
             "bytes": size,
             "bits_per_weight": manifest.bits_per_weight,
+            "source_bytes": source_bytes(manifest),
+            "compression": None if smaller is None else round(smaller, 3),
             "sha256": manifest.files.get(path.name),
             "template": {key: template.get(key) for key in ("name", "sha256")} if template else None,
             "notes": manifest.settings.get("notes", []),
@@ -69,6 +88,10 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
     table.add_row("size", f"{size / 1e6:,.1f} MB")
     if manifest.bits_per_weight is not None:
         table.add_row("bits per weight", f"{manifest.bits_per_weight:.2f} ({manifest.quantization})")
+    if smaller is not None:
+        table.add_row(
+            "compression", f"{smaller:.2f} times smaller than its source ({source_bytes(manifest) or 0:,} bytes)"
+        )
     table.add_row("template", str(template.get("name", "none recorded")))
     if manifest.smoke:
         table.add_row("first pairs", summary(manifest.smoke))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ LEAST_AGREEMENT = 0.7
 smoke_option = click.option(
     "--smoke/--no-smoke", default=True, show_default=True, help="Judge a dozen pairs with it and with its source."
 )
+
+
+class CannotRunHere(ModelError):
+    """A sound artifact that this machine has no way to run, which is no fault of it."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,16 @@ def smoke_judge(
         return _record(path, manifest, {"skipped": "no judge's template is known"})
     try:
         if source is None:
-            raise InputError("its margins were not recorded")
+            raise InputError("its margins were not recorded with this template")
         expected = judge_margins(source, template) if isinstance(source, Path) else source
     except GramliteError as error:
+        if isinstance(error, ModelError) and not isinstance(error, CannotRunHere):
+            print(f"warning: {path} was compared with nothing, for its source is refused: {error}", file=sys.stderr)
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
         smoke = Smoke(tuple(expected), tuple(judge_margins(path, template)))
         collapse = smoke.collapse
-    except (ResourceError, InputError) as error:
+    except (ResourceError, InputError, CannotRunHere) as error:
         return _record(path, manifest, {"skipped": f"it does not run here: {error}"})
     except ModelError as error:
         smoke, collapse = Smoke((), ()), str(error)
@@ -119,7 +125,8 @@ def smoke_judge(
         )
     if collapse:
         print(f"warning: it failed its first pairs ({collapse}); kept because of --force", file=sys.stderr)
-    return _record(path, manifest, smoke.describe() | ({"collapse": collapse} if collapse else {}))
+    figures = smoke.describe() | {"template_sha256": (manifest.template or {}).get("sha256")}
+    return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
 def judge_margins(model: Path, template: str | None = None) -> list[float]:
@@ -133,9 +140,15 @@ def judge_margins(model: Path, template: str | None = None) -> list[float]:
     return margins
 
 
-def recorded_margins(manifest: Manifest | None) -> list[float] | None:
-    """The source's margins that an artifact's manifest has from its own smoke judging, for what is made of it."""
+def recorded_margins(manifest: Manifest | None, template: Mapping[str, Any] | None = None) -> list[float] | None:
+    """The source's margins that an artifact's manifest has from its own smoke judging, for what is made of it.
+
+    None where they are of another `template` than the one that what is made of it has.
+    """
     smoke = (manifest.smoke if manifest else None) or {}
+    recorded = (manifest.template if manifest else None) or {}
+    if template and template.get("sha256") != smoke.get("template_sha256", recorded.get("sha256")):
+        return None
     if smoke.get("pairs_sha256") != sha256_file(PAIRS) or None in smoke.get("source_margins", [None]):
         return None
     return [float(value) for value in smoke["source_margins"]]
@@ -167,6 +180,12 @@ def _record(path: Path, manifest: Manifest, smoke: dict[str, Any]) -> Manifest:
 def _withdraw(path: Path, manifest: Manifest) -> None:
     if manifest.companion:
         remove_path(path.with_name(manifest.companion))
+    if manifest.format == "gptq" and path.is_dir():
+        from gramlite.backends.gptq import twin_path
+
+        twin = twin_path(path)  # packed to judge with, and of no use to anybody else
+        for leftover in (manifest_path(twin), twin):
+            remove_path(leftover)
     note = manifest_path(path)
     remove_path(path)
     remove_path(note)

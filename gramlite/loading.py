@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, read_manifest, verify_files
+from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, manifest_path, read_manifest, verify_files
 from .backends import Backend, RuntimeOptions, open_backend
 from .confidence import stored_calibration
 from .errors import InputError, ModelError
@@ -139,9 +139,18 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: Run
     return described | {key: sha256_cached(Path(path)) for key, path in files.items() if path}
 
 
-def artifact_sha256(path: Path) -> str:
-    """A file's sha256; of a folder, the sha256 of its files' names and hashes."""
+def artifact_sha256(path: Path, *, manifest: bool = True) -> str:
+    """A file's sha256; of a folder, the sha256 of its files' names and hashes.
+
+    Without `manifest` only the template counts of what the folder's gramlite.json says.
+    """
     if path.is_file():
         return sha256_cached(path)
-    listing = [(str(file.relative_to(path)), sha256_cached(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    if not manifest:
+        files = [file for file in files if file != manifest_path(path)]
+    listing = [[str(file.relative_to(path)), sha256_cached(file)] for file in files]
+    if not manifest:
+        recorded = read_manifest(path)
+        listing.append(["template", str(((recorded.template if recorded else None) or {}).get("sha256"))])
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

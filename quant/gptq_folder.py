@@ -130,6 +130,11 @@ class GptqFolder:
     linears: tuple[str, ...]
     stored_zero_offset: int
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
     def read_linear(self, name: str) -> QuantizedLinear:
         """A module in the neutral form; bits and group size are those its own tensors' shapes imply.
 

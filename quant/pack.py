@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ from gramlite.export.architecture import (
 from gramlite.export.gguf import HEADER_BYTES, add_architecture, add_vocabulary, check_written, pad, put
 from gramlite.export.publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
-from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
+from gramlite.export.smoke import CannotRunHere, recorded_margins, smoke_judge, smoke_option
 from gramlite.export.stream import PIECE_BYTES, BackgroundHash, permute_heads
 from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
-from gramlite.artifact import Manifest, read_manifest
+from gramlite.artifact import Manifest, read_manifest, verify_files
 from gramlite.errors import ModelError
 from gramlite.ggml_types import GGML_TYPES
-from gramlite.storage import check_output
+from gramlite.storage import check_output, sha256_cached
 
 from .blocks import gguf_blocks, gguf_type
 from .gptq_folder import GptqFolder, open_gptq
@@ -68,25 +69,30 @@ def pack_gguf(
     """Write a GPTQ folder as one GGUF file whose dequantized weights are the folder's own, bit for bit.
 
     `embedding` (f16 or q8_0) is the type of the embedding and the head, the only tensors that may lose anything.
-    Raises ModelError for a layer that GGUF cannot hold: groups in activation order or of no multiple of 32.
+    Raises CannotRunHere for a sound folder that GGUF cannot hold (groups in activation order or of no multiple of 32,
+    an unknown tokenizer), ModelError for one that is damaged.
     """
     source, destination = Path(source), Path(destination)
     check_output(destination, [source], force=force, file=True)
     plan = plan_pack(source, embedding)
     judge = judge_template(source, template)
     origin = read_manifest(source)
+    if origin:
+        verify_files(source, origin)
     with progress_bar(plan.payload) as advance:
 
         def build(temporary: Path) -> Manifest:
             write_header(temporary, plan, judge, destination.stem)
             sha256 = write_tensors(temporary, plan, advance)
-            check_written(temporary, source)
+            with cannot_run_here():
+                check_written(temporary, source)
             return Manifest(
                 format="gguf",
                 name=destination.stem,
                 quantization=plan.file_type,
                 method="gptq",
-                source=describe_source(source, {}) | ({"source": origin.source} if origin else {}),
+                source=describe_source(source, {file.name: sha256_cached(file) for file in plan.folder.files})
+                | ({"source": origin.source} if origin else {}),
                 settings={"embedding": embedding} | (origin.settings if origin else {}),
                 calibration=origin.calibration if origin else None,
                 tools=tool_versions("gguf", "numpy"),
@@ -101,8 +107,9 @@ def pack_gguf(
 def plan_pack(source: Path, embedding: str) -> PackPlan:
     """Match every tensor of the architecture to the folder's and settle its type, before anything is written."""
     folder = open_gptq(source)
-    architecture = read_architecture(folder.config)
-    vocabulary = read_vocabulary(source, folder.config, architecture.vocabulary)
+    with cannot_run_here():
+        architecture = read_architecture(folder.config)
+        vocabulary = read_vocabulary(source, folder.config, architecture.vocabulary)
     tensors = []
     for name, expected in expected_tensors(architecture).items():
         module = name.removesuffix(".weight")
@@ -112,7 +119,8 @@ def plan_pack(source: Path, embedding: str) -> PackPlan:
                 raise ModelError(
                     f"{module} is {linear.codes.shape} in {source}; config.json asks for {expected.shape}."
                 )
-            kind = gguf_type(module, linear)
+            with cannot_run_here():
+                kind = gguf_type(module, linear)
         elif name not in folder.tensors:
             raise ModelError(f"{source} lacks the tensor {name!r}. Quantize or download it again.")
         elif folder.tensors[name].shape != expected.shape:
@@ -121,6 +129,15 @@ def plan_pack(source: Path, embedding: str) -> PackPlan:
             kind = "F32" if len(expected.shape) == 1 else embedding.upper()
         tensors.append((expected, kind))
     return PackPlan(folder, architecture, vocabulary, tuple(tensors))
+
+
+@contextmanager
+def cannot_run_here() -> Iterator[None]:
+    """What GGUF or llama.cpp refuse says nothing against the folder itself."""
+    try:
+        yield
+    except ModelError as error:
+        raise CannotRunHere(str(error)) from error
 
 
 def bytes_of(shape: tuple[int, ...], kind: str) -> int:
@@ -245,6 +262,6 @@ def command(
         from .pack_onnx import pack_onnx as pack
     manifest = pack(folder, output, embedding=embedding, template=template, force=force)
     if smoke:
-        margins = recorded_margins(read_manifest(folder))
+        margins = recorded_margins(read_manifest(folder), manifest.template)
         manifest = smoke_judge(output, manifest, margins, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -18,10 +18,10 @@ from gramlite.export.genai import GRAPH, build, check_family, initializers, requ
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import progress_bar
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import ModelError
 from gramlite.onnx_graph import external_extent, parse
-from gramlite.storage import atomic_output, check_output
+from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from .gptq_folder import GptqFolder, open_gptq
@@ -65,6 +65,8 @@ def pack_onnx(
     require_builder()
     bits = {name: check(folder, name) for name in folder.linears}
     judge, origin = judge_template(source, template), read_manifest(source)
+    if origin:
+        verify_files(source, origin)
     options = (
         {"matmul_mixed_precision": "last_matmul:int8"} if embedding == "q8_0" else {"nodes_to_exclude": UNQUANTIZED}
     )
@@ -78,7 +80,8 @@ def pack_onnx(
             name=destination.name,
             quantization=f"INT{max(set(bits.values()), key=list(bits.values()).count)}",
             method="gptq",
-            source=describe_source(source, {}) | ({"source": origin.source} if origin else {}),
+            source=describe_source(source, {file.name: sha256_cached(file) for file in folder.files})
+            | ({"source": origin.source} if origin else {}),
             settings={"embedding": embedding, "target": "cpu"} | (origin.settings if origin else {}),
             calibration=origin.calibration if origin else None,
             tools=tool_versions(*TOOLS),

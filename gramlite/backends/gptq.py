@@ -99,12 +99,9 @@ def packed(folder: Path) -> Path:
 
     from gramlite.quant.pack import pack_gguf
 
-    from ..loading import artifact_sha256
-
     if not folder.is_dir():
         raise ModelError(f"{folder} is no GPTQ folder.")
-    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:60]
-    destination = cache_folder() / "gptq" / f"{name}-{artifact_sha256(folder)[:16]}-{RECIPE}.gguf"
+    destination = twin_path(folder)
     try:
         if is_intact(destination):
             return destination
@@ -123,3 +120,11 @@ def packed(folder: Path) -> Path:
             f"gramlite pack {folder} --to gguf -o judge.gguf"
         ) from error
     return destination
+
+
+def twin_path(folder: Path) -> Path:
+    """Where a folder's packed twin lies in the cache, packed or not; figures in its manifest don't move it."""
+    from ..loading import artifact_sha256
+
+    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:60]
+    return cache_folder() / "gptq" / f"{name}-{artifact_sha256(folder, manifest=False)[:16]}-{RECIPE}.gguf"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from gramlite.export import smoke
-from gramlite.export.smoke import Smoke, recorded_margins, smoke_judge, summary
+from gramlite.export.smoke import CannotRunHere, Smoke, recorded_margins, smoke_judge, summary
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest, write_manifest
 from gramlite.errors import ModelError, ResourceError
@@ -81,6 +81,35 @@ def test_what_cannot_run_here_is_said_and_kept(made: tuple[Path, Manifest], monk
     assert "source could not be judged" in summary(smoke_judge(path, manifest, Path("checkpoint")).smoke)
     assert recorded_margins(read_manifest(path)) is None
     assert path.exists() and manifest_path(path).exists()
+
+
+def test_a_sound_artifact_that_cannot_run_here_is_kept(
+    made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = made
+    judging(monkeypatch, CannotRunHere("groups of 16"))
+    assert "does not run here: groups of 16" in summary(smoke_judge(path, manifest, EXPECTED).smoke)
+    assert path.exists()
+
+
+def test_a_source_that_is_refused_is_said_aloud(
+    made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, manifest = made
+    judging(monkeypatch, ModelError("lm_head.weight is missing"))
+    assert "could not be judged" in summary(smoke_judge(path, manifest, Path("checkpoint")).smoke)
+    assert "its source is refused: lm_head.weight is missing" in capsys.readouterr().err
+
+
+def test_margins_of_another_template_are_not_compared(
+    made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = made
+    judging(monkeypatch, EXPECTED)
+    kept = smoke_judge(path, manifest, EXPECTED)
+    assert kept.smoke is not None and kept.smoke["template_sha256"] == "…"
+    assert recorded_margins(kept, {"name": "gramlite", "sha256": "…"}) == EXPECTED
+    assert recorded_margins(kept, {"name": "other", "sha256": "another"}) is None
 
 
 def test_a_judge_without_clear_verdicts_has_no_agreement() -> None:

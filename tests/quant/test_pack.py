@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from gramlite.export.architecture import expected_tensors, read_architecture
 from gramlite.export.checkpoint import open_checkpoint
+from gramlite.export.smoke import CannotRunHere, smoke_judge
 from gramlite.export.stream import permute_heads
 from gramlite.quant.blocks import gguf_blocks, gguf_type, matmul_nbits
 from gramlite.quant.calibration import Transcript, describe
@@ -24,8 +25,10 @@ from gramlite.quant.linear import QuantizedLinear
 from gramlite.quant.pack import command, pack_gguf
 from gramlite.quant.solve import GptqSettings, round_to_nearest
 
-from gramlite.artifact import read_manifest, verify_files
+from gramlite.artifact import hash_files, read_manifest, verify_files, write_manifest
+from gramlite.backends.gptq import packed, twin_path
 from gramlite.errors import InputError, ModelError
+from gramlite.loading import artifact_sha256
 
 from ..export.conftest import checkpoint_of, last_logits  # noqa: F401
 from .test_gptq_folder import random_linear
@@ -209,6 +212,10 @@ def test_command_writes_a_manifest_that_keeps_the_origin(
     assert manifest.settings["group_size"] == 32
     assert manifest.calibration is not None
     assert manifest.source["source"]["name"] == "llama-tied"
+    assert manifest.source["files"]["model.safetensors"] == hash_files(folder)["model.safetensors"]
+    whole = manifest.source["source"]["bytes"]
+    assert figures["source_bytes"] == whole == (checkpoint_of("llama-tied") / "model.safetensors").stat().st_size
+    assert figures["compression"] == pytest.approx(whole / output.stat().st_size, abs=0.001)
     assert packed_tensors(output)["token_embd.weight"].tensor_type.name == "Q8_0"
     with pytest.raises(InputError, match="already exists"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -224,6 +231,78 @@ def test_a_damaged_folder_leaves_nothing_behind(
     with pytest.raises(ModelError, match=r"gate_proj is \(96, 64\)"):
         pack_gguf(folder, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_not_packed(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = quantize(checkpoint_of("qwen2"), tmp_path / "gptq", GptqSettings(group_size=32))
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="does not have the sha256 its manifest lists"):
+        pack_gguf(folder, tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (GptqSettings(group_size=16), "groups of 16"),
+        (GptqSettings(bits=8, group_size=32, symmetric=False), "8-bit codes with zero points"),
+    ],
+)
+def test_a_folder_that_only_cuda_runs_is_kept(
+    settings: GptqSettings,
+    words: str,
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first pairs need GGUF on a machine without CUDA, and GGUF has no such layers."""
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gramlite.backends.gptq.no_cuda_reason", lambda: "no CUDA device answers")
+    folder = quantize(checkpoint_of("qwen3"), tmp_path / "gptq", settings)
+    with pytest.raises(CannotRunHere, match=words):
+        pack_gguf(folder, tmp_path / "model.gguf")
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    told = smoke_judge(folder, manifest, [1.0] * 24, template="gramlite").smoke
+    assert told is not None and words in told["skipped"]
+    verify_files(folder, manifest)
+
+
+def test_a_withdrawn_folder_leaves_no_twin_in_the_cache(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    folder = quantize(checkpoint_of("llama-tied"), tmp_path / "gptq", GptqSettings(group_size=32))
+    manifest, twin = read_manifest(folder), packed(folder)
+    assert manifest is not None and twin.exists()
+    monkeypatch.setattr("gramlite.export.smoke.judge_margins", lambda *arguments: [float("nan")] * 24)
+    with pytest.raises(ModelError, match="was not kept"):
+        smoke_judge(folder, manifest, [1.0] * 24, template="gramlite")
+    assert not folder.exists() and {path.suffix for path in twin.parent.iterdir()} == {".lock"}
+
+
+def test_figures_in_the_manifest_do_not_pack_a_folder_again(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    folder = quantize(checkpoint_of("llama-tied"), tmp_path / "gptq", GptqSettings(group_size=32))
+    manifest, before = read_manifest(folder), twin_path(folder)
+    assert manifest is not None
+    write_manifest(folder, replace(manifest, smoke={"flips": 0}))
+    assert twin_path(folder) == before
+    write_manifest(folder, replace(manifest, template={"name": "other", "sha256": "…", "text": "…"}))
+    assert twin_path(folder) != before, "the template is inside the packed file"
+    assert artifact_sha256(folder) != artifact_sha256(folder, manifest=False)
 
 
 @pytest.mark.slow
