@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Listener", "Settings", "mean_log_odds", "winner_of"]
 
 Listener = Callable[[Order, str], None]
+MOST_READY = 256  # verdicts that wait for an earlier pair's; beyond them no more pairs are read
 
 
 class Judge:
     """Judges pairs. Make one with `gramlite.load`.
 
-    One judge may be called from many threads; calls wait for each other. `close` frees the model.
+    One judge may be called from many threads; calls wait for each other. `close` frees the model, for all judges on it.
     """
 
     def __init__(
@@ -49,12 +51,10 @@ class Judge:
         *,
         adapter: str | None = None,
     ) -> None:
-        if settings.mode == "think" and not template.form.thinks:
-            settings = replace(settings, mode="direct")  # a verdict-only judge has nothing to think with
         self.backend = backend
         self.template = template
         self.scaffold = scaffold
-        self.settings = settings
+        self.settings = self._possible(settings)
         self.model = dict(model)
         self.adapter = adapter
         self._turn = Turn()
@@ -67,11 +67,19 @@ class Judge:
             raise ModelError(f"The model cannot answer in this template's form: {error}.") from error
         self._preamble = self._encode(Pair("\u2402", "\u2402", "\u2402"), "ab").tokens
 
+    def _possible(self, settings: Settings) -> Settings:
+        if settings.mode == "think" and not self.template.form.thinks:
+            return replace(settings, mode="direct")  # a verdict-only judge has nothing to think with
+        return settings
+
     def with_settings(self, **changes: Any) -> Judge:
         """A judge on the same open model with some settings changed."""
-        settings = replace(self.settings, **changes)
-        other = Judge(self.backend, self.template, self.scaffold, settings, self.model, adapter=self.adapter)
-        other._turn, other._loaded = self._turn, self._loaded
+        self._turn.require_open()
+        other = copy.copy(self)  # not made anew: that asks the model, which another thread may be using
+        other.settings = self._possible(replace(self.settings, **changes))
+        other.model = dict(self.model)
+        other._grouped = False
+        other.calibration = None
         if self.calibration and self.calibration.belongs_to(other.model, other.settings_record):
             other.calibration = self.calibration
         return other
@@ -105,7 +113,7 @@ class Judge:
         other.model = {key: value for key, value in self.model.items() if key != "adapter"}
         if sha256:
             other.model["adapter"] = sha256
-        with self._turn:
+        with self._turn, self._turn.using():
             if self._loaded.get(other.adapter, sha256) != sha256:
                 raise ModelError(f"{adapter} changed since it was loaded. Give the new adapter a name of its own.")
             other._take_model()
@@ -175,13 +183,7 @@ class Judge:
         `lookahead` the next pairs are read while earlier ones are decoded, so that they run together; without it a
         pair is read only once all before it have been yielded, as an interactive pipe needs.
         """
-        with self._turn:
-            self._take_model()
-            if lookahead:
-                yield from self._run(pairs, strict, on_text)
-            else:
-                for pair in pairs:
-                    yield from self._run([pair], strict, on_text)
+        return self._turn.run(self._verdicts(pairs, strict, lookahead, on_text))
 
     def rank(
         self,
@@ -198,10 +200,15 @@ class Judge:
 
     def abort(self) -> None:
         """Stop what is running soon; safe to call from a signal's thread."""
+        self._turn.stop()
         self.backend.abort()
 
     def close(self) -> None:
-        self.backend.close()
+        """Free the model. What another thread is judging is stopped first; afterwards every call is refused.
+
+        Closing again changes nothing. Raises GramliteError inside a verdict of this very thread, as from `on_text`.
+        """
+        self._turn.close(stop=self.backend.abort, free=self.backend.close)
 
     def __enter__(self) -> Judge:
         return self
@@ -209,12 +216,29 @@ class Judge:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _verdicts(
+        self, pairs: Iterable[Pair], strict: bool, lookahead: bool, on_text: Listener | None
+    ) -> Generator[Verdict, None, None]:
+        self._take_model()
+        if lookahead:
+            yield from self._run(pairs, strict, on_text)
+        else:
+            for pair in pairs:
+                yield from self._run([pair], strict, on_text)
+
     def _run(self, pairs: Iterable[Pair], strict: bool, on_text: Listener | None) -> Iterator[Verdict]:
+        """Judge pairs, read ahead as far as the backend has room; verdicts come out as soon as they are next in line.
+
+        A pair that is settled without the model has nothing to come back from the backend. Where its verdict is next,
+        the requests end, so that it comes out, and begin again behind it.
+        """
         opened: dict[int, OpenPair] = {}
         ready: dict[int, Verdict] = {}
         work: dict[int, tuple[int, Order, int]] = {}
         keys = itertools.count()
+        coming = enumerate(pairs)
         emitted = 0
+        paused = True
 
         def next_vote(*, ahead: bool = False) -> tuple[int, Order, int] | None:
             for number, one in opened.items():
@@ -222,12 +246,20 @@ class Judge:
                     return number, *found
             return None
 
+        def next_in_line() -> Iterator[Verdict]:
+            nonlocal emitted
+            while emitted in ready:
+                yield ready.pop(emitted)
+                emitted += 1
+
         def requests() -> Iterator[Request | None]:
-            coming = enumerate(pairs)
+            nonlocal paused
             while True:
+                self._turn.require_going()
+                paused = emitted in ready
                 wanted = next_vote()
-                full = sum(one.may_want_more for one in opened.values()) >= OPEN_PAIRS
-                index, pair = (-1, None) if wanted or full else next(coming, (-1, None))
+                full = sum(one.may_want_more for one in opened.values()) >= OPEN_PAIRS or len(ready) >= MOST_READY
+                index, pair = (-1, None) if wanted or full or paused else next(coming, (-1, None))
                 if not wanted and pair is None:
                     if not work:
                         return
@@ -246,24 +278,27 @@ class Judge:
                     else:
                         opened[index] = prepared
 
-        for key, generation in self.backend.generate(requests()):
-            index, order, vote = work.pop(key)
-            if index not in opened:
-                continue  # its pair was settled without it
-            current = opened[index]
-            current.done[order, vote] = generation
-            if current.settled():
-                for request in current.requests:
-                    request.decoder.cancel()
-                    if isinstance(self.backend, HoldsPrompts):
-                        self.backend.let_go(request.prompt)
-                ready[index] = self._conclude(opened.pop(index))
-            while emitted in ready:
-                yield ready.pop(emitted)
-                emitted += 1
-        while emitted in ready:
-            yield ready.pop(emitted)
-            emitted += 1
+        while paused:
+            paused = False
+            for key, generation in self.backend.generate(requests()):
+                index, order, vote = work.pop(key)
+                if index not in opened:
+                    continue  # its pair was settled without it
+                current = opened[index]
+                current.done[order, vote] = generation
+                if current.settled():
+                    ready[index] = self._settle(opened.pop(index))
+                yield from next_in_line()
+            assert not (opened or work), "the backend ended before every pair was decided"
+            yield from next_in_line()
+
+    def _settle(self, opened: OpenPair) -> Verdict:
+        """The verdict of a pair that needs no more; what it asked for in vain is called off."""
+        for request in opened.requests:
+            request.decoder.cancel()
+            if isinstance(self.backend, HoldsPrompts):
+                self.backend.let_go(request.prompt)
+        return self._conclude(opened)
 
     def _open(self, pair: Pair, strict: bool) -> OpenPair | Verdict:
         try:

@@ -15,7 +15,7 @@ from gramlite import GramliteError, InputError, ModelError, Pair, Settings
 from gramlite.backends import Request
 from gramlite.backends.scripted import ScriptedBackend
 from gramlite.decoding import Generation, softmax_first
-from gramlite.judge import Judge, mean_log_odds
+from gramlite.judge import MOST_READY, Judge, mean_log_odds
 from gramlite.scaffold import SMOLLM2
 from gramlite.template import packaged_template
 
@@ -89,7 +89,12 @@ def test_what_is_settled_without_the_model() -> None:
 
 
 def test_many_goes_on_after_a_bad_pair_and_keeps_the_order() -> None:
-    pairs = [Pair("q", "x", "y", id="0"), Pair("q", "", "", id="1"), Pair("q", "s", "s", id="2"), Pair("\ud800", "x", "y", id="3")]
+    pairs = [
+        Pair("q", "x", "y", id="0"),
+        Pair("q", "", "", id="1"),
+        Pair("q", "s", "s", id="2"),
+        Pair("\ud800", "x", "y", id="3"),
+    ]
     verdicts = list(judge_on(Recording()).many([*pairs, Pair("q", "x", "z", id="4")]))
     assert [verdict.id for verdict in verdicts] == ["0", "1", "2", "3", "4"]
     assert [verdict.winner is None for verdict in verdicts] == [False, True, False, True, False]
@@ -127,14 +132,28 @@ def test_what_both_orders_share_is_offered_for_reuse() -> None:
 def test_the_settings_hash_follows_what_a_verdict_depends_on() -> None:
     base = judge_on(Recording())
     assert base.settings_hash == judge_on(Recording()).settings_hash and len(base.settings_hash) == 12
-    changes = [{"mode": "direct"}, {"budget": 5}, {"votes": 2}, {"orders": "ab"}, {"delimiters": "flag"}, {"temperature": 1.0}]
+    changes = [
+        {"mode": "direct"},
+        {"budget": 5},
+        {"votes": 2},
+        {"orders": "ab"},
+        {"delimiters": "flag"},
+        {"temperature": 1.0},
+    ]
     hashes = {base.with_settings(**change).settings_hash for change in changes}
     assert len(hashes) == len(changes) and base.settings_hash not in hashes
     assert base.with_settings(seed=5).settings_hash == base.settings_hash, "a greedy judge has no use for a seed"
 
 
 @pytest.mark.parametrize(
-    "bad", [{"votes": 0}, {"budget": 0}, {"temperature": -1.0}, {"votes": 2, "mode": "direct"}, {"votes": 2, "temperature": 0.0}]
+    "bad",
+    [
+        {"votes": 0},
+        {"budget": 0},
+        {"temperature": -1.0},
+        {"votes": 2, "mode": "direct"},
+        {"votes": 2, "temperature": 0.0},
+    ],
 )
 def test_settings_that_make_no_sense(bad: dict[str, object]) -> None:
     with pytest.raises(InputError):
@@ -179,6 +198,72 @@ def test_without_lookahead_a_pair_is_read_only_when_the_last_is_done() -> None:
     verdicts = judge_on(Recording()).many(pairs(), lookahead=False)
     next(verdicts)
     assert read == ["a"]
+
+
+class Patient(ScriptedBackend):
+    """Takes all requests that come, and runs one where the next depends on it; it loses what comes after `most`."""
+
+    def __init__(self, most: int = 1000) -> None:
+        super().__init__({})
+        self.most = most
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
+        waiting: list[Request] = []
+        for request in requests:
+            if request:
+                waiting.append(request)
+            elif self.most:
+                self.most -= 1
+                yield waiting[0].key, self._run(waiting.pop(0))
+            else:
+                return
+
+
+def counted(pairs: Iterable[Pair], read: list[str | None]) -> Iterator[Pair]:
+    for pair in pairs:
+        read.append(pair.id)
+        yield pair
+
+
+SAME = [Pair("q", "s", "s", id=str(number)) for number in range(2 * MOST_READY)]
+
+
+def test_what_is_settled_without_the_model_comes_out_before_more_is_read() -> None:
+    read: list[str | None] = []
+    pairs = [*SAME[:3], Pair("q", "x", "y", id="asked"), Pair("q", "", "", id="refused"), *SAME[4:]]
+    verdicts = judge_on(Recording()).many(counted(pairs, read))
+    for number, verdict in enumerate(verdicts):
+        assert verdict.id == pairs[number].id
+        assert len(read) == number + 1
+    assert len(read) == len(pairs)
+
+
+def test_few_verdicts_wait_for_one_that_takes_long() -> None:
+    read: list[str | None] = []
+    pairs = [Pair("q", "x", "y", id="asked"), *SAME]
+    verdicts = judge_on(Patient()).many(counted(pairs, read))
+    assert next(verdicts).id == "asked"
+    assert MOST_READY <= len(read) <= MOST_READY + 2
+    assert [verdict.id for verdict in verdicts] == [pair.id for pair in SAME]
+
+
+def test_a_backend_that_loses_a_request_does_not_end_the_stream_in_silence() -> None:
+    with pytest.raises(AssertionError, match="before every pair was decided"):
+        list(judge_on(Patient(most=1)).many([Pair("q", "x", "y"), Pair("r", "x", "y")]))
+
+
+def test_a_stop_is_heard_where_nothing_is_asked_of_the_model() -> None:
+    judge = judge_on(Recording())
+
+    def pairs() -> Iterator[Pair]:
+        for number, pair in enumerate(SAME):
+            if number == 5:
+                judge.abort()
+            yield pair
+
+    with pytest.raises(GramliteError, match="stopped"):
+        list(judge.many(pairs()))
+    assert len(list(judge.many(SAME[:9]))) == 9, "it goes on as if nothing had happened"
 
 
 def test_memory_does_not_grow_over_a_long_batch() -> None:
