@@ -60,10 +60,7 @@ class Steps(Generic[AnyPlace]):
         self, requests: Iterable[Request | None], run: Callable[[Iterator[Request | None]], Finished]
     ) -> Finished:
         """Run requests; each time memory runs out the model steps down and those that are not finished start again."""
-        if not self._loaded:
-            raise ResourceError(
-                "The model is not loaded any more, memory ran out. Open it again with a smaller --context."
-            )
+        self.require_loaded()
         self._stopped = False
         source = iter(requests)
         unfinished: dict[int, Request] = {}
@@ -90,6 +87,13 @@ class Steps(Generic[AnyPlace]):
                 running.close()
             for request in again:
                 request.decoder.restart()
+
+    def require_loaded(self) -> None:
+        """Raise ResourceError where stepping down has left no model."""
+        if not self._loaded:
+            raise ResourceError(
+                "The model is not loaded any more, memory ran out. Open it again with a smaller --context."
+            )
 
     def abort(self) -> None:
         """Do not start anything again; safe to call from another thread."""

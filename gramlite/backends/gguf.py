@@ -26,7 +26,7 @@ from ..prompt import common_prefix
 from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
 from .gguf_adapters import Adapters
-from .gguf_cells import TRUNK, HeldPrompts, Running, Stem, cells_of, likely_tokens
+from .gguf_cells import TRUNK, HeldPrompts, Running, Stem, batches, cells_of, likely_tokens
 from .gguf_context import LlamaContext
 from .gguf_library import machine
 from .gguf_vocabulary import LlamaVocabulary, judging_metadata
@@ -109,6 +109,7 @@ class GgufBackend:
         An adapter is loaded once; see Adapters for what stays computed. Raises ModelError for one that does not fit
         the model, ResourceError when memory does not hold it.
         """
+        self._steps.require_loaded()
         wanted = self._together(path)
         if wanted != self._adapters.active:
             self._trunk = self._adapters.switch(wanted, sequence=TRUNK, root=self._trunk[: self._root])
@@ -123,10 +124,11 @@ class GgufBackend:
 
     def _run(self, requests: Iterator[Request | None]) -> Finished:
         self._llama.go_on()
+        self._again.clear()
         more = True
         upcoming: Request | None = None
         try:
-            while more or self._again or self._running:
+            while more or upcoming or self._again or self._running:
                 if self._again and not upcoming:
                     upcoming = self._again.pop()
                 elif more and not upcoming:
@@ -145,7 +147,7 @@ class GgufBackend:
                     self._running.remove(running)
                     yield self._end(running)
         except GeneratorExit:  # the caller has enough; what is computed stays, unless something was half way
-            if self._running:
+            if self._running or self._again:
                 self._forget()
             raise
         except BaseException:
@@ -290,10 +292,17 @@ class GgufBackend:
         together: dict[tuple[int, ...], list[Running]] = {}
         for running in self._running:
             together.setdefault(running.state, []).append(running)
-        guesses = self._drafter is not None and len(together) <= MOST_DRAFTED
+        waiting = sum(len(alike[0].waiting) for alike in together.values())
+        drafted = waiting + len(together) * DRAFT_TOKENS
+        guesses = len(together) <= MOST_DRAFTED and drafted <= self._layout.micro_batch
+        for batch in batches(together.values(), self._layout.micro_batch):
+            self._feed(batch, guesses)
+
+    def _feed(self, groups: Sequence[list[Running]], guesses: bool) -> None:
+        """Compute one batch of what waits, and with `guesses` of what may follow it; let each sequence go on."""
         self._llama.begin()
         first = []
-        for alike in together.values():
+        for alike in groups:
             leader = alike[0]
             sequences = [running.sequence for running in alike]
             self._llama.add(leader.waiting, sequences, leader.fed)
@@ -306,7 +315,7 @@ class GgufBackend:
                 running.fed += len(leader.waiting)
                 running.guessed = guessed
         self._llama.decode()
-        for alike, index in zip(together.values(), first, strict=True):
+        for alike, index in zip(groups, first, strict=True):
             for running in alike:
                 self._read(running, index)
 

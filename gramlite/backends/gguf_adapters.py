@@ -70,7 +70,9 @@ class Adapters:
         try:
             self._opened[path] = self._context.open_adapter(path)
         except OutOfMemory as error:
-            raise ResourceError(f"The adapter {path} does not fit the GPU: {error}. Free some of its memory.") from error
+            raise ResourceError(
+                f"The adapter {path} does not fit the GPU: {error}. Free some of its memory."
+            ) from error
 
     def _apply(self, paths: tuple[str, ...]) -> None:
         self._context.set_adapters([self._opened[path] for path in paths])

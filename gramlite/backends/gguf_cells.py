@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..decoding import Logits
@@ -65,6 +65,21 @@ def likely_tokens(request: Request) -> int:
 def cells_of(stems: Iterable[Stem]) -> int:
     """The cells of stems, each counted once; beginnings that two of them share are counted twice."""
     return sum(stem.length for stem in set(stems))
+
+
+def batches(groups: Iterable[list[Running]], most: int) -> Iterator[list[list[Running]]]:
+    """Groups of sequences that step as one, in as few batches of at most `most` tokens as hold what waits in turn."""
+    batch: list[list[Running]] = []
+    filled = 0
+    for alike in groups:
+        waiting = len(alike[0].waiting)
+        if batch and filled + waiting > most:
+            yield batch
+            batch, filled = [], 0
+        batch.append(alike)
+        filled += waiting
+    if batch:
+        yield batch
 
 
 class HeldPrompts:

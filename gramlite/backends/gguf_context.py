@@ -38,6 +38,7 @@ class LlamaContext:
         self._context: Any = None
         self._batch: Any = None
         self._size = plan.context
+        self._most = plan.layout.micro_batch
         self._on_gpu = plan.gpu_layers > 0
         try:
             self._load(path, plan)
@@ -97,6 +98,7 @@ class LlamaContext:
         """Add tokens that stand from `position` on in each of the sequences."""
         batch = self._batch
         base = batch.n_tokens
+        assert base + len(tokens) <= self._most, "llama.cpp does not check where a batch ends"
         for offset, token in enumerate(tokens):
             index = base + offset
             batch.token[index] = token
@@ -189,10 +191,11 @@ class LlamaContext:
         self._abort_text.value = b""
 
     def close(self) -> None:
-        if self._batch:
-            llama_cpp.llama_batch_free(self._batch)
-        if self._context:
-            llama_cpp.llama_free(self._context)
-        if self.model:
-            llama_cpp.llama_model_free(self.model)  # frees its adapters too
-        self._batch = self._context = self.model = None
+        batch, context, model = self._batch, self._context, self.model
+        self._batch = self._context = self.model = None  # first, so that an interrupt leads to nothing freed twice
+        if batch:
+            llama_cpp.llama_batch_free(batch)
+        if context:
+            llama_cpp.llama_free(context)
+        if model:
+            llama_cpp.llama_model_free(model)  # frees its adapters too

@@ -33,6 +33,7 @@ class Probe:
     seen: list[Any] = field(default_factory=list)
     finished: bool = False
     most_tokens: int = 16
+    answering: bool = True  # so that nothing is guessed ahead of it
 
     def advance(self, logits: Any) -> Sequence[int]:
         self.seen.append(np.array(logits, dtype=np.float32))
