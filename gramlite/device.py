@@ -18,7 +18,7 @@ from pathlib import Path
 from .backends import RuntimeOptions
 from .errors import InputError, ResourceError
 from .gguf_header import Header, hyperparameters
-from .memory import ContextSize, block_bytes, largest_context, predict, require_fit
+from .memory import CELL_STEP, ContextSize, block_bytes, largest_context, predict, require_fit
 
 logger = logging.getLogger("gramlite")
 
@@ -61,6 +61,16 @@ class Machine:
         if self.driver:
             reason += ", though NVIDIA's driver is installed (gramlite doctor says what to install)"
         return f"{reason}; Apple's GPU (MPS) is not used" if self.mps else reason
+
+    @property
+    def freest(self) -> Gpu:
+        """The GPU with the most free memory."""
+        return max(self.gpus, key=lambda gpu: gpu.free)
+
+    @property
+    def choice(self) -> str:
+        """Which GPU was taken and why, where there are others."""
+        return f", device {self.freest.index}, the freest of {len(self.gpus)}" if len(self.gpus) > 1 else ""
 
     @property
     def fallback_level(self) -> int:
@@ -132,16 +142,12 @@ def plan_offload(
         )
     if options.device == "cpu":
         return _on_cpu(header, options, machine, adapters)
-    refusal = None if machine.gpus else machine.why_no_gpu
-    if refusal is None:
-        gpu = max(machine.gpus, key=lambda device: device.free)
-        context = options.context or min(DEFAULT_CONTEXT, trained)
-        usable = int(gpu.free * (1 - GPU_MARGIN))
-        layout = choose_layout(options)
-        layers = layers_that_fit(header, context_size(layout, context), usable, adapters=adapters)
-        if layers:
-            return _on_gpu(header, gpu, layers, context, layout)
-        refusal = f"not one layer fits the {gpu.free / MiB:,.0f} MiB free on {gpu.name}"
+    refusal = machine.why_no_gpu
+    if machine.gpus:
+        plan = _on_gpu(header, options, machine, adapters)
+        if plan:
+            return plan
+        refusal = f"not one layer fits the {machine.freest.free / MiB:,.0f} MiB free on {machine.freest.name}"
     if options.device == "cuda":
         raise ResourceError(
             f"--device cuda was asked for, but {refusal}. Type --device cpu, a smaller --context, or: gramlite doctor"
@@ -150,12 +156,69 @@ def plan_offload(
     return _on_cpu(header, options, machine, adapters)
 
 
-def _on_gpu(header: Header, gpu: Gpu, layers: int, context: int, layout: Layout) -> Offload:
-    total = hyperparameters(header).blocks + 1  # llama.cpp counts the output head as one more layer
+def _on_gpu(header: Header, options: RuntimeOptions, machine: Machine, adapters: Sequence[Header]) -> Offload | None:
+    """As many layers as the freest GPU holds, None where that is not one.
+
+    Raises ResourceError where main memory does not hold the others.
+    """
+    gpu = machine.freest
+    sizes = hyperparameters(header)
+    total = sizes.blocks + 1  # llama.cpp counts the output head as one more layer
+    layout = choose_layout(options)
+    usable = int(gpu.free * (1 - GPU_MARGIN))
+
+    def split(context: int) -> tuple[int, int]:
+        """How many layers fit, and the bytes of main memory that the others take."""
+        size = context_size(layout, context)
+        layers = layers_that_fit(header, size, usable, adapters=adapters)
+        return layers, bytes_beside_gpu(header, size, layers, adapters=adapters)
+
+    wanted = context = options.context or min(DEFAULT_CONTEXT, sizes.context)
+    layers, needed = split(context)
+    if not layers:
+        return None
+    if needed > machine.free_memory:
+        fitting = (each for each in range(context - CELL_STEP, 0, -CELL_STEP) if split(each)[1] <= machine.free_memory)
+        context = next(fitting, 0)
+        if options.context or context < LEAST_CONTEXT:
+            raise _rest_does_not_fit(header, gpu, (layers, total), (wanted, context), needed, machine.free_memory)
+        told = (wanted, needed / MiB, machine.free_memory / MiB, context)
+        logger.warning("A context of %d tokens needs %.0f MiB beside the GPU and %.0f are free; using %d.", *told)
+        layers, _ = split(context)
+    plan = Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", layout, gpu.index)
+    free = f"{gpu.free / MiB:,.0f} MiB free on {gpu.name}{machine.choice}"
     if layers < total:
-        free = f"{gpu.free / MiB:,.0f} MiB free on {gpu.name}"
         logger.warning("%d of %d layers fit the %s; the rest run on the CPU.", layers, total, free)
-    return Offload(layers, context, f"cuda ({layers} of {total} layers on {gpu.name})", layout, gpu.index)
+    else:
+        logger.info("Running on %s: it fits the %s.", plan.device, free)
+    return plan
+
+
+def bytes_beside_gpu(header: Header, context: ContextSize, layers: int, *, adapters: Sequence[Header] = ()) -> int:
+    """Main memory that a model takes with `layers` of its layers on a GPU, 0 where all of them are there.
+
+    Buffers and adapters may lie in both, and are counted in both.
+    """
+    blocks, _ = block_bytes(header)
+    if layers > len(blocks):
+        return 0  # all but the embedding, which is mapped from the file
+    needed = predict(header, context, adapters=adapters)
+    return needed.total - sum(blocks[len(blocks) - layers :]) - needed.kv_cache * layers // len(blocks)
+
+
+def _rest_does_not_fit(
+    header: Header, gpu: Gpu, layers: tuple[int, int], contexts: tuple[int, int], needed: int, free: int
+) -> ResourceError:
+    wanted, fitting = contexts
+    advice = (
+        f"The largest context that fits is {fitting:,}: add --context {fitting}, or free some memory."
+        if fitting
+        else "No context fits: free some memory, or use a smaller quantization."
+    )
+    return ResourceError(
+        f"{header.path} with a context of {wanted:,} has room for {layers[0]} of {layers[1]} layers on {gpu.name}; the "
+        f"rest needs {needed:,} bytes of main memory and {free:,} are free. {advice}"
+    )
 
 
 def offload_below(
@@ -176,7 +239,7 @@ def offload_below(
 
 
 def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapters: Sequence[Header] = ()) -> int:
-    """How many layers fit `free` bytes with their KV cache, beside the compute buffers.
+    """How many layers fit `free` bytes with their KV cache, beside the compute buffers and the adapters.
 
     llama.cpp offloads from the last block backwards; with all of them the output head follows, one layer more.
     """
@@ -184,7 +247,7 @@ def layers_that_fit(header: Header, context: ContextSize, free: int, *, adapters
     if needed.total <= free:
         return hyperparameters(header).blocks + 1
     blocks, _ = block_bytes(header)
-    left = free - needed.compute
+    left = free - needed.compute - sum(tensor.bytes for adapter in adapters for tensor in adapter.tensors)
     layers = 0
     for weights in reversed(blocks):
         left -= weights + needed.kv_cache // len(blocks)

@@ -52,7 +52,10 @@ def place(
     if options.device != "cpu":
         chosen, refusal = _choose_gpu(machine, gpu, context)
         if chosen:
-            return Placement(chosen, context)
+            placement = Placement(chosen, context)
+            free = f"{chosen.free / 1e6:,.0f} MB free on {chosen.name}{machine.choice}"
+            logger.info("Running on %s: it fits the %s.", placement.device, free)
+            return placement
         if options.device == "cuda":
             raise ResourceError(
                 f"--device cuda was asked for, but {refusal}. Type --device cpu, a smaller --context, or: gramlite doctor"
@@ -80,7 +83,7 @@ def _choose_gpu(machine: Machine, footprint: Footprint | None, context: int) -> 
         return None, machine.why_no_gpu
     if footprint is None:
         return None, "this artifact was made for the CPU"
-    best = max(machine.gpus, key=lambda device: device.free)
+    best = machine.freest
     needed, usable = footprint.total(context), int(best.free * (1 - GPU_MARGIN))
     if needed > usable:
         return None, f"{needed / 1e6:,.0f} MB are needed and {usable / 1e6:,.0f} MB are free on {best.name}"

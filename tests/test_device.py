@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gramlite.device import (
     DRAFT_TOKENS,
     Gpu,
     Machine,
+    bytes_beside_gpu,
     choose_layout,
     context_size,
     layers_that_fit,
@@ -20,7 +22,7 @@ from gramlite.device import (
 )
 from gramlite.errors import InputError, ResourceError
 from gramlite.gguf_header import Header, read_header
-from gramlite.memory import predict
+from gramlite.memory import block_bytes, predict
 
 GiB = 1 << 30
 
@@ -67,6 +69,81 @@ def test_a_gpu_with_little_room_takes_some_layers(header: Header, caplog: pytest
     free = next(free for free in range(0, whole.total, 4096) if layers_that_fit(header, size, free) == 1)
     plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(int(free / 0.94) + 4096),)))
     assert plan.gpu_layers == 1 and "1 of 3 layers fit" in caplog.text
+
+
+WEIGHTS = 1 << 20  # of an adapter
+
+
+def adapter(header: Header) -> Header:
+    return replace(header, tensors=(replace(header.tensors[0], bytes=WEIGHTS),))
+
+
+def gpu_for(header: Header, layers: int, *adapters: Header, context: int = 8192) -> Gpu:
+    """A GPU with the least room that so many layers fit."""
+    size = context_size(choose_layout(RuntimeOptions()), context)
+    fits = (n for n in range(0, 1 << 30, 4096) if layers_that_fit(header, size, n, adapters=adapters) == layers)
+    return gpu(int(next(fits) / 0.94) + 4096)
+
+
+@pytest.mark.parametrize(
+    ("layers", "short", "context", "runs_with", "said"),
+    [
+        (1, 0, None, 8192, "1 of 3 layers fit"),
+        (2, 0, None, 8192, "2 of 3 layers fit"),
+        (
+            1,
+            1,
+            8192,
+            None,
+            r"room for 1 of 3 layers on GPU 0; the rest needs [\d,]+ bytes of main memory and [\d,]+ are",
+        ),
+        (2, 1, 8192, None, r"room for 2 of 3 layers on GPU 0.*The largest context that fits is [\d,]+: add --context"),
+        (
+            1,
+            1,
+            None,
+            7936,
+            "A context of 8192 tokens needs .* MiB beside the GPU and .* are free; using 7936",
+        ),
+        (1, 1 << 40, None, 7424, "using 7424"),
+        (3, 1 << 40, None, 8192, "Running on cuda"),
+    ],
+)
+def test_the_layers_that_stay_have_to_fit_main_memory(
+    header: Header, layers: int, short: int, context: int | None, runs_with: int | None, said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, "gramlite")
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
+    needed = bytes_beside_gpu(header, size, layers)
+    machine = Machine(max(0, needed - short), (gpu_for(header, layers),))
+    for device in ("auto", "cuda"):
+        caplog.clear()
+        options = RuntimeOptions(device=device, context=context)  # type: ignore[arg-type]
+        if runs_with is None:
+            with pytest.raises(ResourceError, match=said):
+                plan_offload(header, options, machine)
+        else:
+            plan = plan_offload(header, options, machine)
+            assert plan.context == runs_with and plan.gpu_layers >= layers
+            assert re.search(said, caplog.text)
+
+
+def test_layers_lie_on_one_side_and_buffers_on_both(header: Header) -> None:
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
+    whole, (blocks, rest) = predict(header, size), block_bytes(header)
+    assert bytes_beside_gpu(header, size, 1) == whole.total - blocks[-1] - whole.kv_cache // 2
+    assert bytes_beside_gpu(header, size, 2) == whole.total - sum(blocks) - whole.kv_cache > rest
+    assert bytes_beside_gpu(header, size, 3) == 0
+
+
+def test_adapters_take_room_beside_the_layers(header: Header) -> None:
+    size = context_size(choose_layout(RuntimeOptions()), 8192)
+    free = predict(header, size).total - 4096
+    assert layers_that_fit(header, size, free) == 2
+    assert layers_that_fit(header, size, free + WEIGHTS, adapters=[adapter(header)]) == 2
+    room = int(gpu_for(header, 1).free * 0.94)
+    assert layers_that_fit(header, size, room, adapters=[adapter(header)]) == 0
 
 
 def test_a_gpu_without_room_falls_back_loudly_or_not_at_all(header: Header, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,10 +21,10 @@ SMALL, LARGE = Gpu("small", 1200 * MB, 2000 * MB), Gpu("large", 8000 * MB, 9000 
     [
         (4000, (), "auto", None, 4096, "no driver"),
         (4000, (), "cpu", None, 4096, ""),
-        (4000, (LARGE,), "auto", "large", 4096, ""),
-        (4000, (SMALL, LARGE), "auto", "large", 4096, ""),
+        (4000, (LARGE,), "auto", "large", 4096, "Running on cuda (large): it fits the 8,000 MB free on large."),
+        (4000, (SMALL, LARGE), "auto", "large", 4096, "free on large, device 1, the freest of 2."),
         (4000, (LARGE,), "cpu", None, 4096, ""),
-        (4000, (LARGE,), "cuda", "large", 4096, ""),
+        (4000, (LARGE,), "cuda", "large", 4096, "Running on cuda (large)"),
         (4000, (SMALL,), "auto", None, 4096, "1,510 MB are needed"),
         (1300, (), "cpu", None, 2000, "A context of 4096"),
     ],
