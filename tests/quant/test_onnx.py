@@ -30,6 +30,7 @@ from gramlite.backends import RuntimeOptions
 from gramlite.backends.onnx import open_artifact
 from gramlite.errors import InputError, ModelError
 from gramlite.onnx_graph import parse
+from gramlite.storage import sha256_file
 
 from ..backends.conftest import logits_of
 from ..export.conftest import checkpoint_of  # noqa: F401
@@ -128,6 +129,7 @@ def test_packed_weights_are_bit_identical_and_run(
     manifest = read_manifest(output)
     assert manifest is not None and manifest.method == "gptq" and manifest.calibration is not None
     verify_files(output, manifest)
+    assert manifest.source["files"]["model.safetensors"] == sha256_file(gptq / "model.safetensors")
     wanted, original = torch_logits(source, gptq), torch_logits(source)
     found = onnx_logits(output)  # onnxruntime rounds activations to 8 bits
     assert distance(found, wanted) < 0.1
@@ -141,6 +143,20 @@ def test_what_the_operator_cannot_hold_is_refused_before_anything_is_built(
 ) -> None:
     gptq = quantize(checkpoint_of("qwen3"), tmp_path / "gptq", GptqSettings(group_size=32, bits=3))
     with pytest.raises(ModelError, match="3-bit codes"):
+        pack_onnx(gptq, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_not_packed(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    gptq = quantize(checkpoint_of("qwen3"), tmp_path / "gptq", GptqSettings(group_size=32))
+    weights = gptq / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="does not have the sha256 its manifest lists"):
         pack_onnx(gptq, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
 
