@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.report import compression, judge_command
 from gramlite.export.save_tensors import save_tensors
 from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
-from gramlite.errors import IntegrityError, ModelError, ResourceError
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, artifact_bytes, hash_files, read_manifest, verify_files
+from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
 from gramlite.storage import atomic_output, check_output, remove_path, sha256_cached
 
 from .calibration import DEFAULT_TOKENS
@@ -104,7 +105,7 @@ def distill(
     learnt, tested = hold_back(syllabus.lessons, settings.held_back, settings.seed)
     predicted, recompute = check_memory(checkpoint, folder, syllabus.lessons, device)
     described = describe_source(teacher, {file.name: sha256_cached(file) for file in checkpoint.files})
-    pieces = {str(file.name): sha256_cached(file) for file in sorted({t.file for t in folder.tensors.values()})}
+    pieces = {file.name: sha256_cached(file) for file in folder.files}
     key = settings_key(settings, teacher=described["sha256"], folder=pieces, lessons=syllabus.described["sha256"])
     work = work_folder(output)
     room = sum(tensor.bytes for tensor in folder.tensors.values())
@@ -264,11 +265,15 @@ def _figures(outcome: Outcome, learnt: int, tested: int) -> dict[str, Any]:
     }
 
 
-def print_report(report: DistillReport, *, command: str, as_json: bool, smoke: dict[str, Any] | None = None) -> None:
+def print_report(report: DistillReport, manifest: Manifest, *, as_json: bool) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
+    output, smaller = report.output, compression(report.output, manifest)
+    size = artifact_bytes(output, manifest)
+    figures = report.to_json() | {"bytes": size, "compression": None if smaller is None else round(smaller, 3)}
     before, after = report.outcome.before, report.outcome.after
     rows = [
-        ("folder", str(report.output)),
+        ("folder", str(output)),
+        ("size", f"{size / 1e6:,.1f} MB" + (f", {smaller:.2f} times smaller than its teacher" if smaller else "")),
         ("tuned", f"{report.scales:,} scales on {report.lessons} prompts, {report.held_back} held back"),
         ("margin error, held back", f"{before.margin_error:.3f} → {after.margin_error:.3f} nats"),
         ("rationales' divergence", f"{before.divergence:.4f} → {after.divergence:.4f} nats a token"),
@@ -277,7 +282,7 @@ def print_report(report: DistillReport, *, command: str, as_json: bool, smoke: d
         ("time", f"{report.seconds:,.0f} s"),
         ("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB"),
     ]
-    print_figures(report.to_json(), rows, command=command, as_json=as_json, smoke=smoke)
+    print_figures(figures, rows, command=judge_command(output, manifest), as_json=as_json, smoke=manifest.smoke)
 
 
 @click.command("distill", short_help="GPTQ -> GPTQ, scales tuned to the source model's verdicts")
@@ -310,6 +315,9 @@ def command(
     folder: Path, teacher: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any
 ) -> None:
     """Tune the scales of a GPTQ FOLDER, codes untouched, until it judges more like the checkpoint it was made of."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"Training needs the package {missing[0]!r}. Type: pip install 'gramlite[gptq]'")
     check_output(output, [folder, teacher, calibration], force=options["force"])
     settings = TrainingSettings(
         epochs=options["epochs"], rate=options["lr"], norms=options["norms"], seed=options["seed"]
@@ -348,8 +356,8 @@ def command(
             "Time ran out before the last epoch; the best so far was written. The same command with --force goes on."
         )
     manifest = read_manifest(output)
-    if smoke and manifest:
-        expected = recorded_margins(read_manifest(folder)) or teacher
+    assert manifest is not None
+    if smoke:
+        expected = recorded_margins(read_manifest(folder), manifest.template) or teacher
         manifest = smoke_judge(output, manifest, expected, template=options["template"], force=options["force"])
-    then = shlex.join(["gramlite", "pack", str(output), "--to", "gguf"])
-    print_report(report, command=then, as_json=as_json, smoke=manifest.smoke if manifest else None)
+    print_report(report, manifest, as_json=as_json)

@@ -435,7 +435,9 @@ def test_command_prints_one_object(
     figures = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
     assert figures["lessons"] + figures["held_back"] == 12
     assert figures["after"]["loss"] <= figures["before"]["loss"]
-    assert figures["command"].startswith("gramlite pack")
+    assert figures["command"] == f"gramlite judge PAIRS.jsonl -m {tmp_path / 'out'}"
+    weights = sum(file.stat().st_size for file in open_checkpoint(judge_checkpoint).files)
+    assert figures["compression"] == pytest.approx(weights / figures["bytes"], abs=0.001)
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None
     assert manifest.template is not None
@@ -443,4 +445,11 @@ def test_command_prints_one_object(
     assert manifest.calibration is not None
     assert (manifest.calibration["mode"], manifest.calibration["direct"]) == ("direct", True)
     with pytest.raises(InputError, match="already exists"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_a_missing_package_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gramlite.quant.distill.find_spec", lambda name: None)
+    arguments = ["folder", "--teacher", "teacher", "--calibration", "pairs.jsonl", "-o", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"needs the package 'torch'.*gramlite\[gptq\]"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
