@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from .ggml import Job, quantize_file
 from .gguf import NEEDS_MATRIX, check_overrides, file_type, quantize_source
 from .imatrix import ImportanceMatrix, collect_importance
 from .mixed import choose_types, choose_weighed, target_bits
+from .packages import need_packages
 from .report import layer_bar
 from .source import EXACT, Source
 
@@ -25,7 +25,7 @@ FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 
 
 def calibrate(
-    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int
+    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int, device: str = "auto"
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
     if not source.is_dir():
@@ -33,10 +33,8 @@ def calibrate(
             f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
             "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
         )
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"A calibration needs the package {missing[0]!r}. Type: pip install 'gramlite[gptq]'")
-    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed)
+    need_packages("gptq", "torch", "transformers")
+    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed, device=device)
 
 
 def measure_importance(

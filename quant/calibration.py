@@ -33,11 +33,18 @@ class Transcript:
 
 
 def load_calibration(
-    path: Path, *, judge: str | Path, template: str | None = None, tokens: int = DEFAULT_TOKENS, seed: int = 0
+    path: Path,
+    *,
+    judge: str | Path,
+    template: str | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    device: str = "auto",
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """Calibration transcripts from a file of transcripts or of pairs, and what the manifest says of them.
 
-    Pairs are judged by `judge`, rationales and all, in an order drawn by `seed`, until the budget of `tokens` is used.
+    Pairs are judged by `judge`, rationales and all, on `device` and in an order drawn by `seed`, until the budget of
+    `tokens` is used.
     Raises InputError where the file holds neither, or nothing fits.
     """
     if not path.is_file():
@@ -47,7 +54,7 @@ def load_calibration(
     else:
         pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
-        chosen = _judge_pairs(pairs, judge, template, tokens)
+        chosen = _judge_pairs(pairs, judge, template, tokens, device)
     return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name)
 
 
@@ -169,11 +176,15 @@ def read_pairs(path: Path) -> list[Pair]:
     return [row.pair for row in rows if row.pair is not None]
 
 
-def _judge_pairs(pairs: list[Pair], model: str | Path, template: str | None, tokens: int) -> list[Transcript]:
+def _judge_pairs(
+    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: str
+) -> list[Transcript]:
+    from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings
     from gramlite.loading import load
 
-    with load(model, template=template, settings=Settings(orders="ab")) as judge:
+    runtime = RuntimeOptions(device=device)
+    with load(model, template=template, settings=Settings(orders="ab"), runtime=runtime) as judge:
         chosen = list(_within(record_transcripts(judge, pairs), tokens))
     if not chosen:
         raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers whose linears have these names:
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -46,7 +47,7 @@ class Decoder:
 
     def embed(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """The hidden states [sequences, longest, width] that enter the first layer; the table is dropped again."""
-        table = read_tensor(self.checkpoint, "model.embed_tokens.weight")
+        table = read_tensor(self.checkpoint, EMBEDDING)
         largest = max(max(map(max, batch.sequences)) for batch in batches)
         if largest >= len(table):
             raise InputError(f"A calibration transcript holds token {largest}; the model has {len(table)}.")
@@ -106,6 +107,18 @@ def _bare(module: Any, last: str) -> Iterator[None]:
         yield
     finally:
         setattr(module, last, linear)
+
+
+def has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the head is a matrix of its own: where it is tied to the embedding a stored copy of it counts for nothing.
+
+    Raises ModelError where it should be there and is not.
+    """
+    if checkpoint.config.get("tie_word_embeddings"):
+        return False
+    if HEAD not in checkpoint.tensors:
+        raise ModelError(f"{checkpoint.folder} lacks the matrix {HEAD!r}. Download the checkpoint again.")
+    return True
 
 
 def layer_prefix(index: int) -> str:

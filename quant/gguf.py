@@ -28,13 +28,14 @@ from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.ggml_types import GGML_TYPES
 from gramlite.gguf_header import Header, read_header
 from gramlite.quantization import bits_per_weight
-from gramlite.storage import sha256_file
+from gramlite.storage import check_output, sha256_file
 
 from .calibration import DEFAULT_TOKENS
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, matrix_sha256, read_imatrix, write_imatrix
 from .memory import pick_device
 from .mixed import target_bits
+from .packages import need_packages
 from .report import Progress, layer_bar
 from .source import EXACT, Source, open_source
 
@@ -192,6 +193,11 @@ def check_matrix(source: Source, kind: str, imatrix: ImportanceMatrix | None) ->
         if kind in NEEDS_MATRIX:
             raise _matrix_needed(kind)
         return
+    check_belongs(source, imatrix)
+
+
+def check_belongs(source: Source, imatrix: ImportanceMatrix) -> None:
+    """Refuse the importance matrix of another model, whose values native code would read past their end."""
     widths = {tensor.name: tensor.shape[0] for tensor in source.header.tensors}
     fitting = [name for name, values in imatrix.sums.items() if widths.get(name) == len(values)]
     if len(fitting) < len(imatrix.sums):
@@ -293,14 +299,21 @@ def command(
 
     if rank is not None and (options["calibration"] or target_bits(kind)):
         raise InputError("--low-rank works without calibration. Leave out --calibration, and take a type, not auto.")
+    if options["save_imatrix"] and not options["calibration"]:
+        raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
+    check_output(output, [source], force=options["force"], file=True)
+    if options["save_imatrix"]:
+        check_output(options["save_imatrix"], [source, output], force=options["force"], file=True)
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
         matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None
+        if matrix:
+            check_belongs(opened, matrix)
         if options["calibration"]:
-            transcripts, described = calibrate(
-                source, opened, options["calibration"], tokens=options["tokens"], seed=options["seed"]
-            )
+            need_packages("gptq", "torch", "transformers")
             device = pick_device(options["device"])
+            sizes = {name: options[name] for name in ("tokens", "seed", "device")}
+            transcripts, described = calibrate(source, opened, options["calibration"], **sizes)
             name = options["calibration"].name
             matrix = matrix or measure_importance(source, opened, transcripts, name, device=device)
             if options["save_imatrix"]:

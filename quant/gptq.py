@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,21 +20,23 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
+from gramlite.export.report import judge_command
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, sha256_cached
+from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
-from .decoder import STAGES, read_tensor
+from .decoder import STAGES, has_own_head, read_tensor
 from .gptq_folder import GptqWriter, open_gptq
 from .linear import QuantizedLinear
-from .memory import PeakMemory, pick_device, predict_bytes
+from .memory import PeakMemory, Prediction, check_memory, pick_device, predict_bytes
+from .packages import need_packages
 from .report import LayerReport, Progress, QuantizationReport, layer_bar, print_report
-from .sensitivity import verdict_weights
-from .solve import GptqSettings, factorize, output_energy, relative_error, round_to_nearest, solve
+from .sensitivity import verdict_weights, weighing_room
+from .solve import ORDERS, GptqSettings, factorize, output_energy, relative_error, round_to_nearest, solve
 from .stream import Stage, Weigh, stream_decoder
 
 
@@ -60,14 +61,14 @@ def quantize_gptq(
     """
     started = time.monotonic()
     progress = progress or (lambda stage, done, total: None)
-    checkpoint = open_checkpoint(source)
-    names = linear_names(checkpoint)
-    for name in names:
-        settings.of(name).check(name, *checkpoint.tensors[f"{name}.weight"].shape)
+    checkpoint, names = preflight(source, output, settings, template=template, force=force)
+    predicted = predict(checkpoint, transcripts, settings, device)
+    check_memory(predicted, device)
     layers = len(names) // sum(map(len, STAGES))
+    room = room_for(checkpoint, names, settings)
     reports: list[LayerReport] = []
     digests: dict[str, str] = {}
-    with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=_room(checkpoint)) as folder:
+    with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=room) as folder:
         folder.mkdir()
         writer = GptqWriter(folder)
 
@@ -112,10 +113,27 @@ def quantize_gptq(
         layers=tuple(reports),
         seconds=time.monotonic() - started,
         peak_bytes=memory.peak,
-        predicted_bytes=_predicted(checkpoint, transcripts, settings, device),
+        predicted_bytes=predicted.total,
         size_bytes=sum(file.stat().st_size for file in output.iterdir()),
         bits_per_weight=bits,
     )
+
+
+def preflight(
+    source: Path, output: Path, settings: GptqSettings, *, template: str | None, force: bool
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint and its linears' names, when all that can be refused before anything is computed was looked at."""
+    checkpoint = open_checkpoint(source)
+    names = linear_names(checkpoint)
+    for name in names:
+        settings.of(name).check(name, *checkpoint.tensors[f"{name}.weight"].shape)
+    for part, _ in settings.exceptions:
+        if not any(part in name for name in names):
+            raise InputError(f"--bits-for {part} fits no layer. Layers are called as {names[0]} is.")
+    has_own_head(checkpoint)
+    judge_template(source, template)
+    check_output(output, [source], force=force)
+    return checkpoint, names
 
 
 def quantize_stage(stage: Stage, settings: GptqSettings) -> list[tuple[str, QuantizedLinear, LayerReport]]:
@@ -199,19 +217,32 @@ def _check_written(folder: Path, digests: dict[str, str]) -> None:
             raise ModelError(f"{name} did not come back from the disk as it was written. Check the disk and try again.")
 
 
-def _room(checkpoint: Checkpoint) -> int:
-    """More than the folder can take: half of a 16-bit checkpoint."""
-    return sum(tensor.bytes for tensor in checkpoint.tensors.values()) // 2
+def room_for(checkpoint: Checkpoint, linears: Sequence[str], settings: GptqSettings) -> int:
+    """About the bytes that the folder takes: codes with their scales and zero points, and all else in 16 bits."""
+    sizes = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    quantized = {f"{name}.weight": settings.of(name) for name in linears}
+    bits = sum(
+        sizes[name] * (own.bits + (16 + own.bits) / own.group_of(checkpoint.tensors[name].shape[1]))
+        for name, own in quantized.items()
+    )
+    return int(bits / 8) + sum(2 * size for name, size in sizes.items() if name not in quantized)
 
 
-def _predicted(checkpoint: Checkpoint, transcripts: Sequence[Transcript], settings: GptqSettings, device: str) -> int:
+def predict(
+    checkpoint: Checkpoint, transcripts: Sequence[Transcript], settings: GptqSettings, device: str
+) -> Prediction:
     """What `predict_bytes` says of these transcripts, padding and shared prefix as they are."""
     sizes = [prod(batch.shape) for batch in lay_out(transcripts)]
     batch = max(sizes) + (sizes[0] if len(sizes) > 1 else 0)
-    predicted = predict_bytes(
-        checkpoint.config, sum(sizes), batch=batch, bits=settings.bits, focus=settings.focus, device=device
+    return predict_bytes(
+        checkpoint.config,
+        sum(sizes),
+        batch=batch,
+        room=weighing_room(checkpoint, device),
+        bits=settings.bits,
+        focus=settings.focus,
+        device=device,
     )
-    return predicted.total
 
 
 def _bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
@@ -232,8 +263,26 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
 @click.option("--bits-for", "exceptions", multiple=True, metavar="PART=BITS", help="Other bits for some layers.")
-@click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
+@click.option(
+    "--group-size", type=int, default=64, show_default=True, help="Weights that share a scale; -1 for a whole row."
+)
 @click.option("--symmetric/--asymmetric", default=True, show_default=True, help="Without or with zero points.")
+@click.option(
+    "--act-order",
+    "order",
+    type=click.Choice(ORDERS),
+    default="static",
+    show_default=True,
+    help="Columns of high activation first: not at all, within groups of neighbours, or groups and all.",
+)
+@click.option("--damping", type=float, default=0.01, show_default=True, help="Share of the mean diagonal added to it.")
+@click.option(
+    "--sequential/--no-sequential",
+    default=True,
+    show_default=True,
+    help="Calibrate each layer on what the quantized ones before it put out.",
+)
+@click.option("--search/--no-search", default=True, show_default=True, help="Search scales that clip extremes.")
 @click.option("--focus/--no-focus", default=True, show_default=True, help="Weigh tokens by the verdict's gradient.")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
@@ -246,13 +295,14 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any) -> None:
     """Quantize the SOURCE checkpoint's linear layers with GPTQ into a folder that vLLM and transformers load."""
+    need_packages("gptq", "torch", "transformers")
+    same = ("group_size", "symmetric", "order", "damping", "search", "sequential", "focus")
     settings = GptqSettings(
         bits=int(options["bits"]),
-        group_size=options["group_size"],
-        symmetric=options["symmetric"],
-        focus=options["focus"],
         exceptions=tuple(map(parse_exception, options["exceptions"])),
+        **{name: options[name] for name in same},
     )
+    preflight(source, output, settings, template=options["template"], force=options["force"])
     device = pick_device(options["device"])
     transcripts, described = load_calibration(
         calibration,
@@ -260,6 +310,7 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
         template=options["template"],
         tokens=options["tokens"],
         seed=options["seed"],
+        device=options["device"],
     )
     with layer_bar() as progress:
         report = quantize_gptq(
@@ -276,5 +327,4 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
     manifest = read_manifest(output)
     if smoke and manifest:
         manifest = smoke_judge(output, manifest, source, template=options["template"], force=options["force"])
-    then = shlex.join(["gramlite", "pack", str(output), "--to", "gguf"])
-    print_report(report, command=then, as_json=as_json, smoke=manifest.smoke if manifest else None)
+    print_report(report, command=judge_command(output, manifest), as_json=as_json, smoke=manifest and manifest.smoke)

@@ -83,15 +83,24 @@ class Prediction:
 
 
 def predict_bytes(
-    config: dict[str, Any], tokens: int, *, batch: int = 0, bits: int = 4, focus: bool = True, device: str = "cpu"
+    config: dict[str, Any],
+    tokens: int,
+    *,
+    batch: int = 0,
+    room: int = 0,
+    bits: int = 4,
+    focus: bool = True,
+    device: str = "cpu",
 ) -> Prediction:
     """The memory that GPTQ needs over `tokens` tokens, a shared prefix counted once, from a checkpoint's config.json.
 
-    `batch` is the most tokens that pass through a layer at once (1,024 where 0). Weights and states are float32 on a CPU
+    `batch` is the most tokens that pass through a layer at once (1,024 where 0), `room` the bytes of layer inputs that
+    may be kept at a time while gradients are taken. Weights and states are float32 on a CPU
     and 16 bits wide on CUDA, where only what is on the device counts. For each part:
 
-    gradients: what enters each layer for one batch, and either the embedding or one layer and what its backward keeps,
-    in the order of 20 vectors of the model's width and 12 of the feed-forward's a token
+    gradients: what enters each layer for one batch, or for as many as `room` holds, and either the embedding or one
+    layer and what its backward keeps, in the order of 20 vectors of the model's width and 12 of the feed-forward's a
+    token
     quantizing: the layer, all tokens' states and the widest linear's inputs of them, eight such inputs of a batch, four
     second moments of the widest linear, eight copies of its weight, and the packed layers that are not written yet,
     once more while a shard is written
@@ -113,7 +122,7 @@ def predict_bytes(
     pending = min(packed, SHARD_BYTES)
     focused = 4 * LINEARS * layers * tokens if focus and not cuda else 0
 
-    kept = (layers + 1) * batch * hidden * item
+    kept = max((layers + 1) * batch * hidden * item, room)
     backward = weights * item + batch * (20 * hidden + 12 * wide) * item
     solver = (4 * widest * widest + 8 * widest * hidden) * 4
     states = tokens * (hidden + widest) * item + 8 * batch * widest * item
@@ -124,6 +133,17 @@ def predict_bytes(
         quantizing=focused + weights * item + states + solver + pending * (2 if packed > SHARD_BYTES else 1),
         writing=focused + 2 * shard + 2 * table,
     )
+
+
+def check_memory(predicted: Prediction, device: str) -> None:
+    """Raise ResourceError where a run takes more than is free; what the process holds already counts as free."""
+    free = free_bytes(device)
+    held = 0 if device.startswith(CUDA) else min(psutil.Process().memory_info().rss, predicted.process)
+    if predicted.total - held > free:
+        raise ResourceError(
+            f"Quantizing takes {predicted.total / 1e9:,.1f} GB on {device} and {(free + held) / 1e9:,.1f} GB are free. "
+            "Lower --tokens, give shorter pairs, or choose another --device."
+        )
 
 
 def free_bytes(device: str) -> int:

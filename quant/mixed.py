@@ -25,8 +25,9 @@ from gramlite.ggml_types import GGML_TYPES
 
 from .allocate import Option, allocate, unseen_changes
 from .calibration import Transcript
-from .decoder import read_tensor
+from .decoder import EMBEDDING, HEAD, has_own_head, read_tensor
 from .ggml import NEED_IMPORTANCE, TYPE_NUMBERS, rounded
+from .memory import free_bytes
 from .sensitivity import Reading, read_gradients, verdict_tokens
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 AUTO = re.compile(r"auto:(\d+(?:\.\d+)?)(?:bpw)?", re.IGNORECASE)
 CANDIDATES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K")
 SAMPLE_ROWS = 1024  # of a head, to measure how far two of its rows are rounded
+LAYER_SHARE = 4  # a layer holds about four times the weights of its largest matrix
 UNWEIGHED = ("Q8_0", "F16", "BF16", "F32")  # types that an importance matrix changes nothing of
 
 Floats = npt.NDArray[np.float32]
@@ -86,7 +88,8 @@ def choose_types(
     Raises InputError where even the smallest types take more.
     """
     checkpoint = open_checkpoint(folder)
-    shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
+    own_head = has_own_head(checkpoint)
+    shapes = [stored.shape for name, stored in checkpoint.tensors.items() if own_head or name != HEAD]
     vectors = sum(4 * math.prod(shape) for shape in shapes if len(shape) == 1)
     budget = int(bits * sum(map(math.prod, shapes)) / 8) - vectors
     options = measure(checkpoint, transcripts, types=types, importance=importance, device=device, progress=progress)
@@ -195,7 +198,7 @@ class _Layers:
         if name not in self.errors:
             self.errors[name] = self._round(name, reading)
         gradient = reading.gradients.float().T @ reading.inputs.float()
-        changes = self.errors[name] @ gradient.flatten()
+        changes = products(self.errors[name], gradient.flatten())
         for option, change in zip(self.options[name], changes.tolist(), strict=True):
             option.changes[reading.number] = change
 
@@ -205,16 +208,38 @@ class _Layers:
 
         weight = read_tensor(self.checkpoint, name).float().numpy()
         ways = self.ways(name, weight.shape[1])
-        errors = np.stack(list(self.pool.map(lambda way: rounded(weight, *way) - weight, ways)))
+        squares = reading.inputs.float().square().mean(0).cpu().numpy()
+        energy = max(float(np.square(weight).sum(0) @ squares), 1e-30)
+        errors = torch.empty(len(ways), weight.size, dtype=self._kept_as(weight.size * len(ways)), device=self.device)
+
+        def compute(index: int) -> float:
+            error = rounded(weight, *ways[index]) - weight
+            errors[index] = torch.from_numpy(error).flatten()
+            return float(np.square(error).sum(0) @ squares) / energy
+
+        local = list(self.pool.map(compute, range(len(ways))))
         if name not in self.options:
-            squares = reading.inputs.float().square().mean(0).cpu().numpy()
-            energy = float(np.square(weight).sum(0) @ squares)
-            local = [float(np.square(error).sum(0) @ squares) / max(energy, 1e-30) for error in errors]
             self.options[name] = [
                 Option(kind, bytes_of(weight.shape, kind), np.zeros(self.count), share, importance is not None)
                 for (kind, importance), share in zip(ways, local, strict=True)
             ]
-        return torch.from_numpy(errors.reshape(len(ways), -1)).to(self.device)
+        return errors
+
+    def _kept_as(self, numbers: int) -> torch.dtype:
+        """The dtype of so many rounding errors: a float32 for each, unless a layer's would crowd the memory."""
+        import torch
+
+        layer = numbers * LAYER_SHARE
+        return torch.float32 if 4 * layer <= free_bytes(self.device) // 4 else torch.bfloat16
+
+
+def products(errors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Each row of errors [ways, weights] times a float32 gradient [weights], summed up in float32."""
+    import torch
+
+    if errors.dtype == gradient.dtype:
+        return errors @ gradient
+    return torch.stack([error.float() @ gradient for error in errors])
 
 
 class _Ends:
@@ -233,7 +258,7 @@ class _Ends:
     ) -> None:
         self.checkpoint, self.transcripts, self.ways = checkpoint, transcripts, ways
         verdict_tokens(transcripts)
-        self.table = read_tensor(checkpoint, "model.embed_tokens.weight")
+        self.table = read_tensor(checkpoint, EMBEDDING)
         self.norm = read_tensor(checkpoint, self.FIRST + "input_layernorm.weight").float()
         self.heard: dict[int, dict[str, torch.Tensor]] = {}
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -275,7 +300,7 @@ class _Ends:
         seen = torch.unique(torch.cat([tokens for tokens, _ in self.gradients.values()]))
         rows = self.table[seen].float().numpy()
         final = read_tensor(self.checkpoint, "model.norm.weight").double().square().numpy()
-        tied = "lm_head.weight" not in self.checkpoint.tensors
+        tied = not has_own_head(self.checkpoint)
 
         def option(kind: str, importance: Floats | None) -> Option:
             error = rounded(rows, kind, importance) - rows
@@ -286,14 +311,13 @@ class _Ends:
             changes += self._as_head(error, final) if tied else 0.0
             return Option(kind, bytes_of(self.table.shape, kind), changes, _lost(error, rows), importance is not None)
 
-        embedding = "model.embed_tokens.weight"
-        found = {embedding: [option(*way) for way in self.ways(embedding, rows.shape[1])]}
+        found = {EMBEDDING: [option(*way) for way in self.ways(EMBEDDING, rows.shape[1])]}
         if not tied:
-            head = read_tensor(self.checkpoint, "lm_head.weight")
+            head = read_tensor(self.checkpoint, HEAD)
             some = head[:: max(1, len(head) // SAMPLE_ROWS)].float().numpy()
-            found["lm_head.weight"] = [
+            found[HEAD] = [
                 self._head_option(kind, importance, some, head.shape, final)
-                for kind, importance in self.ways("lm_head.weight", some.shape[1])
+                for kind, importance in self.ways(HEAD, some.shape[1])
             ]
         return found
 

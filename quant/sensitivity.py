@@ -9,6 +9,7 @@ does to the margin.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from gramlite.errors import InputError
 
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript
-from .decoder import STAGES, Decoder, layer_prefix, read_tensor
+from .decoder import EMBEDDING, HEAD, STAGES, Decoder, has_own_head, layer_prefix, read_tensor
 from .memory import free_bytes
 from .stream import Weigh
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 STATE_BYTES = 512 << 20  # layer inputs kept at a time at the least; up to a quarter of what is free
+WEIGHT_SHARE = 4  # for weights of tokens, which keep memory low: layer inputs as large as this part of the checkpoint
 FLOOR = 0.3  # the least weight of a token, where the mean is 1 + this
 
 # hears of a linear layer's inputs and the gradients at its outputs, both [sequences, longest, width], in one batch
@@ -69,7 +71,7 @@ def read_gradients(
     decoder = Decoder(checkpoint, device)
     batches = lay_out(transcripts, share=False, verdicts=False)
     room = max(STATE_BYTES, free_bytes(device) // 4)
-    groups = [[[batch] for batch in group] for group in _within(decoder, batches, room)]
+    groups = list(within(decoder, [[batch] for batch in batches], room))
     found = _Descent(decoder, choices, hear, after_layer).run(groups)
     return [found[number] for number in range(len(transcripts))]
 
@@ -99,8 +101,8 @@ def verdict_weights(
     decoder = Decoder(checkpoint, device)
     batches = lay_out(transcripts, verdicts=False)
     prefix = [batch for batch in batches if batch.is_prefix]
-    groups = [[[*prefix, batch]] for batch in batches if not batch.is_prefix]
-    _Descent(decoder, choices, hear, after_layer).run(groups)
+    units = [[*prefix, batch] for batch in batches if not batch.is_prefix]
+    _Descent(decoder, choices, hear, after_layer).run(list(within(decoder, units, weighing_room(checkpoint, device))))
     means = {name: max(found.mean(), torch.finfo(torch.float32).tiny) for name, found in squares.items()}
 
     def weigh(name: str, number: int) -> torch.Tensor:
@@ -151,17 +153,23 @@ def verdict_tokens(transcripts: Sequence[Transcript]) -> tuple[int, int]:
     return last[0], last[1]
 
 
-def _within(decoder: Decoder, batches: Sequence[Batch], limit: int) -> Iterator[list[Batch]]:
-    """Runs of batches whose kept states stay within a limit of bytes."""
+def weighing_room(checkpoint: Checkpoint, device: str) -> int:
+    """Bytes of layer inputs that `verdict_weights` keeps at a time, so that large checkpoints are not read too often."""
+    stored = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    return min(stored // WEIGHT_SHARE, free_bytes(device) // 4)
+
+
+def within(decoder: Decoder, units: Sequence[list[Batch]], limit: int) -> Iterator[list[list[Batch]]]:
+    """Runs of units whose kept states stay within a limit of bytes, or of one unit."""
     each = int(decoder.skeleton.config.hidden_size) * (len(decoder) + 1) * decoder.dtype.itemsize
-    group: list[Batch] = []
+    group: list[list[Batch]] = []
     used = 0
-    for batch in batches:
-        cost = math.prod(batch.shape) * each
+    for unit in units:
+        cost = sum(math.prod(batch.shape) for batch in unit) * each
         if group and used + cost > limit:
             yield group
             group, used = [], 0
-        group.append(batch)
+        group.append(unit)
         used += cost
     yield group
 
@@ -171,8 +179,7 @@ def _choice_direction(decoder: Decoder, choices: tuple[int, int]) -> Any:
     norm = decoder.skeleton.model.norm
     weight = read_tensor(decoder.checkpoint, "model.norm.weight").to(device=decoder.device, dtype=decoder.dtype)
     norm.load_state_dict({"weight": weight}, assign=True)
-    tied = "lm_head.weight" not in decoder.checkpoint.tensors
-    table = read_tensor(decoder.checkpoint, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    table = read_tensor(decoder.checkpoint, HEAD if has_own_head(decoder.checkpoint) else EMBEDDING)
     rows = table[list(choices)].to(device=decoder.device, dtype=decoder.dtype)
     return norm.requires_grad_(False), rows[0] - rows[1]
 
@@ -202,7 +209,7 @@ class _Descent:
         total = 2 * len(groups) * layers
         signs = torch.Generator().manual_seed(0)
         for done, group in enumerate(groups):
-            states = [self._room(unit) for unit in group]
+            states = self._rooms(group)
             for index in range(layers):
                 with self.decoder.layer(index) as layer, torch.no_grad():
                     for unit, kept in zip(group, states, strict=True):
@@ -222,13 +229,15 @@ class _Descent:
         if self.after_layer is not None:
             self.after_layer(done, total)
 
-    def _room(self, unit: list[Batch]) -> list[torch.Tensor]:
+    def _rooms(self, group: list[list[Batch]]) -> list[list[torch.Tensor]]:
         """For each batch room for what enters every layer and leaves the last, [layers + 1, sequences, longest, width]."""
+        embedded = iter(self.decoder.embed([batch for unit in group for batch in unit]))
         rooms = []
-        for entering in self.decoder.embed(unit):
-            room = entering.new_empty(len(self.decoder) + 1, *entering.shape)
-            room[0] = entering
-            rooms.append(room)
+        for unit in group:
+            rooms.append([])
+            for entering in itertools.islice(embedded, len(unit)):
+                rooms[-1].append(entering.new_empty(len(self.decoder) + 1, *entering.shape))
+                rooms[-1][-1][0] = entering
         return rooms
 
     def _forward(self, layer: Any, index: int, unit: list[Batch], kept: list[torch.Tensor]) -> None:

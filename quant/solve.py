@@ -6,7 +6,7 @@ Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-tra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gramlite.errors import InputError, ModelError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 Order = Literal["none", "static", "full"]
+ORDERS = get_args(Order)
+WHOLE_ROW = -1  # AutoGPTQ's and its followers' word for a group that is a row
 BLOCK_COLUMNS = 128
 DAMPING_TRIES = 5
 
@@ -25,9 +27,10 @@ DAMPING_TRIES = 5
 class GptqSettings:
     """How to quantize a linear layer.
 
-    `order` is the order in which columns are quantized: as they stand ("none"), by falling activation within groups
-    of neighbours ("static"), or with the groups themselves made of columns of like activation ("full", the classic
-    desc_act, which only the GPTQ format can hold). `damping` is the share of the mean diagonal added to the second
+    `group_size` weights of a row share a scale, all of them where it is -1. `order` is the order in which columns are
+    quantized: as they stand ("none"), by falling activation within groups of neighbours ("static"), or with the groups
+    themselves made of columns of like activation ("full", the classic desc_act, which only the GPTQ format can hold).
+    `damping` is the share of the mean diagonal added to the second
     moment. `search` clips group extremes where that lowers the weighted error. With `sequential` each layer is
     calibrated on what the already quantized layers before it put out; with `focus` tokens count by how much the
     verdict hangs on them. `exceptions` are pairs of a part of a layer's name and the bits that layers so named take
@@ -45,21 +48,25 @@ class GptqSettings:
     exceptions: tuple[tuple[str, int], ...] = ()
 
     def of(self, name: str) -> GptqSettings:
-        """The settings of one layer; 8-bit exceptions are symmetric, the only kind that GGUF has."""
+        """The settings of one layer by its name; 8-bit exceptions are symmetric, the only kind that GGUF has."""
         for part, bits in reversed(self.exceptions):
             if part in name:
                 return replace(self, bits=bits, symmetric=self.symmetric or bits == 8)
         return self
 
+    def group_of(self, columns: int) -> int:
+        """The group size in a layer with so many inputs."""
+        return columns if self.group_size == WHOLE_ROW else self.group_size
+
     def check(self, name: str, rows: int, columns: int) -> None:
         """Raise InputError unless a layer of rows x columns can be quantized and packed so."""
         if self.bits not in SUPPORTED_BITS:
             raise InputError(f"{self.bits} bits are not supported; --bits is one of 2, 3, 4, 8.")
-        if self.group_size < 1 or columns % self.group_size:
+        if self.group_of(columns) < 1 or columns % self.group_of(columns):
             fitting = [size for size in (16, 32, 64, 96, 128, 192, 256) if columns % size == 0]
             raise InputError(
                 f"--group-size {self.group_size} does not divide the {columns} inputs of {name}. "
-                f"Sizes that do: {', '.join(map(str, fitting)) or columns}."
+                f"Sizes that do: {', '.join(map(str, fitting)) or columns}, or -1 for whole rows."
             )
         if columns * self.bits % 32 or rows * self.bits % 32:
             raise InputError(f"{name} is {rows} x {columns}, which {self.bits}-bit codes do not fill to whole words.")
@@ -107,7 +114,7 @@ def solve(weight: torch.Tensor, factor: Factor, settings: GptqSettings) -> Quant
     import torch
 
     rows, columns = weight.shape
-    size = settings.group_size
+    size = settings.group_of(columns)
     slots = torch.arange(columns, device=weight.device)
     groups = slots // size if settings.order == "full" else factor.order // size  # of each, in solving order
     group_of = groups.tolist()
@@ -119,7 +126,7 @@ def solve(weight: torch.Tensor, factor: Factor, settings: GptqSettings) -> Quant
         seen = factor.order if settings.order == "full" else slots
         grid = round_grid(weight[:, seen], factor.importance[seen], settings)
         scales, zeros = grid.scales.squeeze(-1).T.contiguous(), grid.zeros.squeeze(-1).T.contiguous()
-    block_columns = size * max(1, BLOCK_COLUMNS // size)
+    block_columns = BLOCK_COLUMNS if ahead else size * max(1, BLOCK_COLUMNS // size)
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
         block, upper = work[start:stop], factor.upper[start:stop, start:stop]
@@ -141,7 +148,7 @@ def solve(weight: torch.Tensor, factor: Factor, settings: GptqSettings) -> Quant
 
 def round_grid(weight: torch.Tensor, importance: torch.Tensor, settings: GptqSettings) -> Grid:
     """The grids, [out, groups, 1], of all groups of neighbouring columns of weight [out, in]."""
-    size = settings.group_size
+    size = settings.group_of(weight.shape[1])
     return choose_grid(
         weight.float().unflatten(-1, (-1, size)),
         importance.unflatten(-1, (-1, size)),
@@ -157,10 +164,9 @@ def round_to_nearest(weight: torch.Tensor, settings: GptqSettings) -> QuantizedL
 
     columns = torch.arange(weight.shape[1], device=weight.device)
     grid = round_grid(weight, torch.ones_like(weight[0]), replace(settings, search=False))
-    codes = grid.round(weight.float().unflatten(-1, (-1, settings.group_size)), settings.bits).flatten(1)
-    return _neutral(
-        codes, grid.scales.squeeze(-1), grid.zeros.squeeze(-1), columns // settings.group_size, columns, settings
-    )
+    size = settings.group_of(len(columns))
+    codes = grid.round(weight.float().unflatten(-1, (-1, size)), settings.bits).flatten(1)
+    return _neutral(codes, grid.scales.squeeze(-1), grid.zeros.squeeze(-1), columns // size, columns, settings)
 
 
 def relative_error(
@@ -201,5 +207,5 @@ def _neutral(
         zeros=zeros.to(torch.uint8).cpu().numpy(),
         group_index=groups[back].int().cpu().numpy(),
         bits=settings.bits,
-        group_size=settings.group_size,
+        group_size=settings.group_of(codes.shape[1]),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gramlite.export.gguf import export_gguf
-from gramlite.quant import ggml, gguf
+from gramlite.quant import calibrated, ggml, gguf
 from gramlite.quant.calibration import Transcript, write_transcripts
 from gramlite.quant.ggml import Job, QuantizerError, dequantize_rows, quantize_file, quantize_rows, rounded
 from gramlite.quant.gguf import command, file_type, parse_override, quantize_gguf
@@ -21,7 +21,7 @@ from gramlite.quant.imatrix import ImportanceMatrix, collect_importance, read_im
 from gramlite.quant.mixed import CANDIDATES
 
 from gramlite.artifact import read_manifest, verify_files
-from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.gguf_header import read_header
 
 from ..export.conftest import checkpoint_of, last_logits  # noqa: F401
@@ -185,6 +185,27 @@ def test_sources_that_are_refused(exact: Path, importance: ImportanceMatrix, tmp
         quantize_gguf(exact, tmp_path / "model.gguf", kind="Q4_0", imatrix=wrong, force=True)
     assert (tmp_path / "model.gguf").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.gguf.json"]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_calibrated(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrated, "calibrate", lambda *arguments, **options: pytest.fail("pairs were judged"))
+    wrong = ImportanceMatrix({"blk.0.attn_q.weight": np.ones(32, np.float32)}, 1, 1, ())
+    write_imatrix(tmp_path / "other.imatrix", wrong)
+    (tmp_path / "there").write_text("before")
+    out, pairs = tmp_path / "model.gguf", str(tmp_path / "pairs.jsonl")
+    faults = {
+        "belongs to another model": [str(exact), "-o", str(out), "--imatrix", str(tmp_path / "other.imatrix")],
+        "there already exists": [str(exact), "-o", str(out), "--save-imatrix", str(tmp_path / "there")],
+        "lie in one another": [str(exact), "-o", str(exact), "--force"],
+    }
+    for message, words in faults.items():
+        error = CliRunner().invoke(command, [*words, "--calibration", pairs]).exception
+        assert isinstance(error, GramliteError) and message in str(error)
+    error = CliRunner().invoke(command, [str(exact), "-o", str(out), "--save-imatrix", str(tmp_path / "new")]).exception
+    assert isinstance(error, InputError) and "Add --calibration" in str(error)
+    assert (tmp_path / "there").read_text() == "before" and not out.exists()
 
 
 @pytest.fixture

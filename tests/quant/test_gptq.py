@@ -20,15 +20,17 @@ from gramlite.quant.gptq import command, parse_exception, quantize_gptq
 from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import QuantizationReport
 from gramlite.quant.sensitivity import verdict_weights
-from gramlite.quant.solve import GptqSettings
+from gramlite.quant.solve import GptqSettings, Order
 from transformers import AutoModelForCausalLM
 
+import gramlite
 from gramlite.artifact import read_manifest, verify_files
-from gramlite.errors import InputError, ModelError
+from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 
 from .conftest import FAMILIES
 
 Make = Callable[..., Path]
+TEMPLATE = Path(gramlite.__file__).with_name("data") / "reference" / "prompt.txt"
 
 
 def quantize(
@@ -220,15 +222,61 @@ def test_command_hands_every_option_on(
     write_transcripts(file, transcripts)
     plain = [str(make_checkpoint()), "-o", str(tmp_path / "out"), "--calibration", str(file), "--device", "cpu"]
     others = ["--bits", "3", "--group-size", "32", "--asymmetric", "--no-focus"]
-    exceptions = ["--bits-for", "v_proj=8", "--bits-for", "layers.0=2", "--template", "gram", "--force"]
-    for arguments in (plain, plain + others + exceptions):
+    exceptions = ["--bits-for", "v_proj=8", "--bits-for", "layers.0=2", "--template", str(TEMPLATE), "--force"]
+    solving = ["--act-order", "full", "--damping", "0.05", "--no-sequential", "--no-search"]
+    for arguments in (plain, plain + others + exceptions, [*plain, "--group-size", "-1", *solving]):
         assert isinstance(CliRunner().invoke(command, arguments).exception, ModelError)
     assert used[0][0] == GptqSettings()
     assert used[1][0] == GptqSettings(
         bits=3, group_size=32, symmetric=False, focus=False, exceptions=(("v_proj", 8), ("layers.0", 2))
     )
-    assert used[1][1]["template"] == "gram"
+    assert used[1][1]["template"] == str(TEMPLATE)
     assert used[1][1]["force"]
+    assert used[2][0] == GptqSettings(group_size=-1, order="full", damping=0.05, sequential=False, search=False)
+
+
+def test_what_cannot_be_is_refused_before_pairs_are_judged(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "load_calibration", lambda *arguments, **options: pytest.fail("pairs were judged"))
+    source, out = make_checkpoint(), tmp_path / "out"
+    plain = [str(source), "-o", str(out), "--calibration", str(tmp_path / "pairs.jsonl"), "--device", "cpu"]
+    faults = {
+        "fits no layer": ["--bits-for", "v_prj=8"],
+        "does not divide": ["--group-size", "48"],
+        "prompt": ["--template", "gram"],
+    }
+    for message, arguments in faults.items():
+        error = CliRunner().invoke(command, plain + arguments).exception
+        assert isinstance(error, GramliteError) and message in str(error)
+    out.mkdir()
+    error = CliRunner().invoke(command, plain).exception
+    assert isinstance(error, InputError) and "already exists" in str(error)
+    monkeypatch.setattr("gramlite.quant.packages.find_spec", lambda name: None)
+    error = CliRunner().invoke(command, plain).exception
+    assert isinstance(error, InputError) and "gramlite[gptq]" in str(error)
+
+
+def test_too_little_memory_is_refused_with_numbers(
+    make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gramlite.quant.memory.free_bytes", lambda device: 1 << 20)
+    with pytest.raises(ResourceError, match=r"takes 0\.\d GB on cpu and 0\.\d GB are free"):
+        quantize(make_checkpoint(), tmp_path / "out", transcripts, GptqSettings(group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("order", ["static", "none", "full"])
+def test_a_group_may_be_a_whole_row(
+    order: Order, make_checkpoint: Make, transcripts: list[Transcript], tmp_path: Path
+) -> None:
+    report = quantize(make_checkpoint(), tmp_path / "out", transcripts, GptqSettings(group_size=-1, order=order))
+    folder = open_gptq(tmp_path / "out")
+    assert folder.config["quantization_config"]["group_size"] == -1
+    for name in folder.linears:
+        linear = folder.read_linear(name)
+        assert linear.scales.shape[1] == 1 and linear.group_size == linear.codes.shape[1]
+    assert np.mean([layer.error for layer in report.layers]) < np.mean([layer.plain_error for layer in report.layers])
 
 
 @pytest.mark.slow

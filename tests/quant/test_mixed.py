@@ -12,16 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gramlite.export.checkpoint import open_checkpoint
+from gramlite.quant import mixed
 from gramlite.quant.allocate import ALONE, Option, allocate
 from gramlite.quant.calibration import Transcript, choose_transcripts, write_transcripts
 from gramlite.quant.ggml import rounded
 from gramlite.quant.gguf import command
 from gramlite.quant.imatrix import collect_importance
-from gramlite.quant.mixed import choose_types, choose_weighed, kinds_for, measure, settle, target_bits
+from gramlite.quant.mixed import choose_types, choose_weighed, kinds_for, measure, products, settle, target_bits
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gramlite.artifact import read_manifest
-from gramlite.errors import InputError
+from gramlite.errors import InputError, ModelError
 from gramlite.gguf_header import read_header
 from gramlite.quantization import bits_per_weight
 
@@ -125,6 +127,47 @@ def test_a_tied_embedding_is_weighed_as_the_head_too(make_checkpoint: Make, tran
     assert "output.weight" not in found
     rms = {option.kind: float(np.sqrt(np.square(option.changes).mean())) for option in found["token_embd.weight"]}
     assert rms["Q8_0"] < rms["Q5_0"] < rms["Q4_0"]
+
+
+def test_a_stored_copy_of_a_tied_head_counts_for_nothing(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    folder = make_checkpoint("llama")
+    wanted = choose_types(folder, transcripts, bits=5.0)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    found = choose_types(folder, transcripts, bits=5.0)
+    assert {name: each.kind for name, each in found.options.items()} == {
+        name: each.kind for name, each in wanted.options.items()
+    }
+
+
+def test_a_head_that_is_missing_is_no_tied_one(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
+    folder = make_checkpoint("qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="lacks the matrix 'lm_head.weight'"):
+        choose_types(folder, transcripts, bits=5.0)
+
+
+def test_where_memory_is_short_rounding_errors_are_kept_in_half_of_it(
+    make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint())
+    whole = measure(checkpoint, transcripts)
+    kept: list[torch.dtype] = []
+
+    def heard(errors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        kept.append(errors.dtype)
+        return products(errors, gradient)
+
+    monkeypatch.setattr(mixed, "products", heard)
+    monkeypatch.setattr(mixed, "free_bytes", lambda device: 0)
+    half = measure(checkpoint, transcripts)
+    assert set(kept) == {torch.bfloat16}
+    for name, listed in whole.items():
+        size = max(float(np.abs(option.changes).max()) for option in listed)
+        for one, other in zip(listed, half[name], strict=True):
+            assert np.allclose(one.changes, other.changes, atol=0.01 * size)
 
 
 def test_with_an_importance_matrix_there_are_two_ways(make_checkpoint: Make, transcripts: list[Transcript]) -> None:

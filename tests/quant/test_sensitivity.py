@@ -11,8 +11,9 @@ import torch
 from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import batches, sensitivity
 from gramlite.quant.calibration import Transcript
+from gramlite.quant.decoder import Decoder
 from gramlite.quant.memory import HELD_BYTES, PeakMemory
-from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights
+from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights, weighing_room
 from transformers import AutoModelForCausalLM
 
 from gramlite.errors import InputError
@@ -71,6 +72,41 @@ def test_weights_are_mean_one_over_the_floor(make_checkpoint: Make, transcripts:
     assert all(float(row[:-2].max()) == 0.25 for row in rows)
     early = weigh("model.layers.0.mlp.up_proj", 0)
     assert float(early[:-2].max()) > 0.26
+
+
+def test_a_checkpoint_is_read_as_often_as_the_room_asks_for(
+    make_checkpoint: Make, transcripts: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are the same, bit for bit, however many batches go through a layer while it is in memory."""
+    checkpoint = open_checkpoint(make_checkpoint())
+    shared = [Transcript(tuple(range(40)) + one.prompt_ids, one.generated_ids, one.id) for one in transcripts]
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 150)
+    read: list[int] = []
+    layer_of = Decoder.layer
+
+    def counted(self: Decoder, index: int) -> Any:
+        read.append(index)
+        return layer_of(self, index)
+
+    monkeypatch.setattr(Decoder, "layer", counted)
+    found = []
+    for room in (0, 3 * 64 * 4 * 600, 1 << 30):
+        monkeypatch.setattr(sensitivity, "weighing_room", lambda checkpoint, device, room=room: room)
+        before = len(read)
+        weigh = verdict_weights(checkpoint, shared)
+        found.append((len(read) - before, [weigh("model.layers.0.mlp.up_proj", number) for number in range(12)]))
+    (often, first), (less, second), (once, third) = found
+    assert often > less > once == 2 * 2
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+def test_the_room_grows_with_the_checkpoint(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(make_checkpoint())
+    stored = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    monkeypatch.setattr(sensitivity, "free_bytes", lambda device: 1 << 40)
+    assert weighing_room(checkpoint, "cpu") == stored // 4
+    monkeypatch.setattr(sensitivity, "free_bytes", lambda device: 4000)
+    assert weighing_room(checkpoint, "cpu") == 1000
 
 
 @pytest.mark.parametrize(("tokens", "tolerance"), [(1, 1e-3), (150, 0.6)])
