@@ -45,6 +45,7 @@ def load(
         model = cached_gguf()
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
     settings, runtime = settings or Settings(), runtime or RuntimeOptions()
+    asked = runtime.parallel or 1
     runtime = replace(runtime, parallel=runtime.parallel or settings.sequences)
     artifact = open_artifact(Path(model))
     if artifact.manifest and artifact.manifest.companion:
@@ -54,6 +55,11 @@ def load(
             )
         runtime = replace(runtime, companion=str(artifact.path.parent / artifact.manifest.companion))
     backend = open_backend(artifact, runtime)
+    if asked > 1 and getattr(backend, "one_at_a_time", False):
+        told = (asked, artifact.path, artifact.format)
+        logger.warning(
+            "--parallel %d changes nothing: %s (%s) runs one sequence at a time. GGUF files run several.", *told
+        )
     try:
         judge = _judge(artifact, backend, template, settings, runtime, trust_template)
         if calibrated:

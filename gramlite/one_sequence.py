@@ -75,4 +75,8 @@ class OneSequence:
     def _feed(self, tokens: Sequence[int], position: int) -> Logits:
         if self._stop.is_set():
             raise GramliteError("The judging was stopped.")
-        return self._compute(tokens, position)
+        try:
+            return self._compute(tokens, position)
+        except BaseException:
+            self.forget()  # what the cache holds now is not known
+            raise

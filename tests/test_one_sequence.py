@@ -104,3 +104,23 @@ def test_abort_stops_between_two_pieces_and_the_next_request_starts_anew() -> No
     assert started.is_set() and len(model.calls) == 1
     sequence._compute = model.compute
     assert next(sequence.generate([request(1, [5] * (PIECE + 1), (PIECE,))]))[1].cached == 0
+
+
+def test_after_a_failure_nothing_is_taken_for_computed() -> None:
+    model = Recorder([*range(5)])
+    sequence = OneSequence(model.compute)
+    compute = model.compute
+
+    def failing(tokens: Sequence[int], position: int) -> np.ndarray:
+        if len(model.calls) == 3:
+            model.cache.clear()
+            raise GramliteError("out of order")
+        return compute(tokens, position)
+
+    sequence._compute = failing
+    prompt = [*range(10), 50]
+    with pytest.raises(GramliteError, match="out of order"):
+        list(sequence.generate([request(0, prompt, (4,), THINK)]))
+    sequence._compute = compute
+    again = next(sequence.generate([request(1, prompt, (4,))]))[1]
+    assert again.cached == 0 and model.calls[3:] == [(0, 4), (4, 7)]

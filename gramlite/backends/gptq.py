@@ -35,7 +35,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
         if reason is None:
             try:
                 return open_on_cuda(artifact, options)
-            except ResourceError as error:
+            except (ResourceError, ModelError) as error:  # gptqmodel may be there and still not be able to
                 if options.device == "cuda":
                     raise
                 reason = str(error)

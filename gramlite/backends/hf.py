@@ -18,7 +18,7 @@ import transformers
 from ..artifact import Artifact
 from ..decoding import Generation, Logits
 from ..device import thread_count
-from ..errors import InputError, ModelError, OutOfMemory
+from ..errors import GramliteError, InputError, ModelError, OutOfMemory
 from ..folder_memory import ITEM_BYTES, bytes_when_quantized, footprint, quantization_of, stored_bytes, stored_type
 from ..model_folder import ModelFolder, read_model_folder
 from ..one_sequence import OneSequence
@@ -30,12 +30,15 @@ from .torch_devices import machine
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOADS_IN = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
+MEMORY_WORDS = ("out of memory", "ALLOC_FAILED")  # of CUDA's own libraries, for which torch has no kind
 Load = Callable[[Placement], tuple[Any, Any]]  # the model and its dtype
 Below = Callable[[Placement, int | None], Placement | None]
 
 
 class HfBackend:
     """An open checkpoint. Use `open_artifact`."""
+
+    one_at_a_time = True
 
     def __init__(
         self, folder: ModelFolder, placement: Placement, quantization: str, *, load: Load, below: Below
@@ -50,8 +53,11 @@ class HfBackend:
         self._model, dtype = self._open(placement)
         self._device = self._model.device
         self._dtype = str(dtype).removeprefix("torch.")
-        self._cache: Any = transformers.DynamicCache(config=self._model.config)
+        self._cache = self._empty()
         self._sequence = OneSequence(self._compute)
+
+    def _empty(self) -> Any:
+        return transformers.DynamicCache(config=self._model.config)
 
     def _free(self) -> None:
         self._model = self._cache = None
@@ -78,11 +84,19 @@ class HfBackend:
         try:
             with torch.inference_mode(), quiet():
                 output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        except torch.OutOfMemoryError as error:
-            self._cache.crop(-self._cache.get_seq_length())
-            raise OutOfMemory(f"at {position + len(tokens):,} tokens, {first_line(error)}") from error
+        except BaseException as error:
+            self._cache = self._empty()  # some layers may have got further than others
+            if isinstance(error, RuntimeError):
+                self._say(error, position + len(tokens))
+            raise
         logits: Logits = output.logits[0, -1].float().cpu().numpy()
         return logits
+
+    def _say(self, error: RuntimeError, tokens: int) -> None:
+        """Raise what an error of torch means."""
+        if says_memory(error, on_gpu=self._steps.place.gpu is not None):
+            raise OutOfMemory(f"at {tokens:,} tokens, {first_line(error)}") from error
+        raise GramliteError(f"torch failed at {tokens:,} tokens: {first_line(error)}") from error
 
     def abort(self) -> None:
         self._steps.abort()
@@ -227,7 +241,7 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any, *, load_in
             if bitsandbytes:
                 compute_in(model, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if says_memory(error, on_gpu=placement.gpu is not None):
             raise OutOfMemory(first_line(error)) from error
         raise ModelError(f"transformers could not load {folder.path}: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):  # transformers would go on with random weights
@@ -237,6 +251,12 @@ def load_model(folder: ModelFolder, placement: Placement, dtype: Any, *, load_in
                 f"{folder.path} has {len(names)} {what.replace('_', ' ')}, {names[0]} first. Download it again."
             )
     return model
+
+
+def says_memory(error: Exception, *, on_gpu: bool) -> bool:
+    """Whether it is the GPU's memory that ran out."""
+    said = on_gpu and isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or said
 
 
 def first_line(error: Exception) -> str:

@@ -53,6 +53,8 @@ def machine() -> Machine:
 class OnnxBackend:
     """An open ONNX folder. Use `open_artifact`."""
 
+    one_at_a_time = True
+
     def __init__(
         self,
         folder: ModelFolder,

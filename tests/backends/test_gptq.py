@@ -135,6 +135,8 @@ class Opened:
         ("cuda", "the package gptqmodel is not installed", "fits", "llama.cpp on cuda"),
         ("auto", None, "is full", "llama.cpp on auto"),
         ("cuda", None, "is full", "refused"),
+        ("auto", None, "is unusable", "llama.cpp on auto"),
+        ("cuda", None, "is unusable", "refused"),
     ],
 )
 def test_where_it_runs(
@@ -149,6 +151,8 @@ def test_where_it_runs(
     def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Any:
         if on_cuda == "is full":
             raise ResourceError("the GPU is full.")
+        if on_cuda == "is unusable":
+            raise ModelError("transformers could not load it: the GPU is unusable.")
         return Opened("cuda")
 
     caplog.set_level(logging.INFO, logger="gramlite")
@@ -158,9 +162,10 @@ def test_where_it_runs(
     monkeypatch.setattr(gguf, "open_artifact", lambda artifact, options: Opened(f"llama.cpp on {options.device}"))
     artifact, options = Artifact(tmp_path, "gptq", None), RuntimeOptions(device=asked)  # type: ignore[arg-type]
     if chosen == "refused":
-        with pytest.raises(ResourceError, match="the GPU is full"):
+        with pytest.raises((ResourceError, ModelError), match=f"the GPU {on_cuda}"):
             gptq.open_artifact(artifact, options)
         return
     assert gptq.open_artifact(artifact, options).device.removesuffix(", packed as GGUF") == chosen
-    said = reason or ("the GPU is full" if on_cuda == "is full" else None)
-    assert (f"packed as GGUF: {said}." in caplog.text) == (asked != "cpu" and said is not None)
+    said = reason or (f"the GPU {on_cuda}" if on_cuda != "fits" else None)
+    assert ("packed as GGUF: " in caplog.text and f"{said}." in caplog.text) == (asked != "cpu" and said is not None)
+    assert any(record.levelno >= logging.WARNING for record in caplog.records) == (on_cuda != "fits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,12 +166,20 @@ def test_abort_stops_a_long_prompt(checkpoint_of: Callable[..., Path]) -> None:
     assert np.isfinite(logits_of(backend, tokens(20))[0][0]).all()
 
 
-def test_a_folder_without_a_manifest_opens_as_a_judge(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_opens_as_a_judge(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = copy_of(checkpoint_of("llama-tied", max_position_embeddings=4096), tmp_path / "judge")
     packaged = Path(gramlite.__file__).parent / "data" / "reference" / "hf" / "chat_template.jinja"
     shutil.copy(packaged, folder / "chat_template.jinja")
     settings = gramlite.Settings(mode="direct")
+    caplog.clear()
+    with gramlite.load(folder, template="gramlite", settings=settings, runtime=replace(CPU, parallel=4)):
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert line.startswith("--parallel 4 changes nothing") and "one sequence at a time" in line
+    caplog.clear()
     with gramlite.load(folder, template="gramlite", settings=settings, runtime=CPU) as judge:
+        assert "--parallel" not in caplog.text
         verdict = judge(prompt="q", response_a="x", response_b="y")
         assert verdict.winner and judge.model["format"] == "hf" and judge.model["quantization"] == "F32"
 

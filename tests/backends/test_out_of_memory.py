@@ -145,6 +145,24 @@ def test_cuda_never_falls_back(fake: FakeGpu, tiny: Path, caplog: pytest.LogCapt
     assert fake.places == [ALL] and not said(caplog)
 
 
+def test_where_a_step_down_failed_nothing_is_asked_of_a_model_that_is_gone(
+    fake: FakeGpu, tiny: Path, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.runs = 1
+    with tiny_judge(tiny, device="auto") as judge:
+
+        def refuse(path: Path, plan: Offload, *, threads: int | None) -> None:
+            raise ModelError("the file is gone")
+
+        monkeypatch.setattr(gguf, "LlamaContext", refuse)
+        with pytest.raises(ModelError, match="the file is gone"):
+            generations(judge)
+        for use in (lambda: generations(judge), lambda: judge.with_adapter(adapters[0])):
+            with pytest.raises(ResourceError, match="not loaded any more"):
+                use()
+        judge.abort()
+
+
 def test_what_llama_cpp_says_of_memory_is_understood(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = tiny_backend(tiny)
     plan = replace(backend._steps.place, gpu_layers=3)
@@ -221,6 +239,7 @@ def test_torch(
     from gramlite.backends import hf
 
     gpu, load_model = FakeGpu(), hf.load_model
+    failures: list[RuntimeError] = []
 
     class OnFakeGpu:
         def __init__(self, model: Any) -> None:
@@ -231,7 +250,7 @@ def test_torch(
 
         def __call__(self, *arguments: Any, **options: Any) -> Any:
             if gpu.is_full:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                raise failures[0]
             return self._model(*arguments, **options)
 
     def load(folder: Any, placement: Placement, dtype: Any, **options: Any) -> Any:
@@ -241,9 +260,23 @@ def test_torch(
     monkeypatch.setattr(hf, "load_model", load)
     monkeypatch.setattr(hf, "machine", lambda: MACHINE)
     folder = checkpoint_of("llama-tied")
-    check_whole_model(
-        gpu, lambda options: hf.open_artifact(Artifact(folder, "hf", None), options), caplog, "cuda (Fake GPU)"
-    )
+
+    def open_on(options: RuntimeOptions) -> Backend:
+        return hf.open_artifact(Artifact(folder, "hf", None), options)
+
+    for failure in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ):
+        failures[:] = [failure]
+        check_whole_model(gpu, open_on, caplog, "cuda (Fake GPU)")
+    failures[:] = [RuntimeError("CUDA error: an illegal memory access was encountered")]
+    gpu.runs = 1
+    gpu.places.clear()
+    with pytest.raises(GramliteError, match=r"torch failed at \d+ tokens: CUDA error: an illegal") as caught:
+        logits_of_three(open_on(AUTO))
+    assert not isinstance(caught.value, ResourceError)
 
 
 def test_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
