@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .gptq_folder import CARRIED_FILES
+from .packages import need_packages
 
 TYPES = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
 PROBE_TOKENS = 48
@@ -48,9 +48,7 @@ def quantize_bnb(
     if type not in TYPES:
         raise InputError(f"bitsandbytes has no type {type!r} here. Choose one of {', '.join(TYPES)}.")
     check_output(destination, [source], force=force)
-    missing = [name for name in ("bitsandbytes", "accelerate", "torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"bitsandbytes folders need the package {missing[0]!r}. Type: pip install 'gramlite[bnb]'")
+    need_packages("bnb", "bitsandbytes", "accelerate", "torch", "transformers")
     from gramlite.backends.hf import quiet
 
     checkpoint = open_checkpoint(source)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from gramlite.export.save_tensors import save_tensors
 from gramlite.export.smoke import recorded_margins, smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, artifact_bytes, hash_files, read_manifest, verify_files
-from gramlite.errors import InputError, IntegrityError, ModelError, ResourceError
+from gramlite.errors import IntegrityError, ModelError, ResourceError
 from gramlite.storage import atomic_output, check_output, remove_path, sha256_cached
 
 from .calibration import DEFAULT_TOKENS
@@ -34,6 +33,7 @@ from .gptq import digest
 from .gptq_folder import GptqFolder, GptqWriter, open_gptq
 from .lessons import SHEET_TOKENS, Lesson, Target, ask_teacher, hold_back, sheets
 from .memory import PROCESS_BYTES, PeakMemory, free_bytes, pick_device
+from .packages import need_packages
 from .report import Progress, layer_bar, print_figures
 from .syllabus import Syllabus, load_syllabus
 from .trainable import Student, check_shapes, load_teacher, predict_bytes
@@ -315,9 +315,7 @@ def command(
     folder: Path, teacher: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any
 ) -> None:
     """Tune the scales of a GPTQ FOLDER, codes untouched, until it judges more like the checkpoint it was made of."""
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"Training needs the package {missing[0]!r}. Type: pip install 'gramlite[gptq]'")
+    need_packages("gptq", "torch", "transformers")
     check_output(output, [folder, teacher, calibration], force=options["force"])
     settings = TrainingSettings(
         epochs=options["epochs"], rate=options["lr"], norms=options["norms"], seed=options["seed"]

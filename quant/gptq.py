@@ -20,7 +20,6 @@ import click
 import numpy as np
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
-from gramlite.export.report import judge_command
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
@@ -325,6 +324,7 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
             progress=progress,
         )
     manifest = read_manifest(output)
-    if smoke and manifest:
+    assert manifest is not None  # it was written just now
+    if smoke:
         manifest = smoke_judge(output, manifest, source, template=options["template"], force=options["force"])
-    print_report(report, command=judge_command(output, manifest), as_json=as_json, smoke=manifest and manifest.smoke)
+    print_report(report, manifest, as_json=as_json)

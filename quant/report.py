@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gramlite.export.report import compression, judge_command
 from gramlite.export.smoke import figures_only, summary
+
+from gramlite.artifact import Manifest
 
 Progress = Callable[[str, int, int], None]
 WORST_SHOWN = 3
@@ -84,20 +87,21 @@ def layer_bar() -> Iterator[Progress]:
         yield advance
 
 
-def print_report(
-    report: QuantizationReport, *, command: str, as_json: bool, smoke: dict[str, Any] | None = None
-) -> None:
+def print_report(report: QuantizationReport, manifest: Manifest, *, as_json: bool) -> None:
     """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
-    figures = report.to_json()
+    smaller = compression(report.output, manifest)
+    figures = report.to_json() | {"compression": None if smaller is None else round(smaller, 3)}
     rows = [
         ("folder", str(report.output)),
         ("size", f"{report.size_bytes / 1e6:,.1f} MB, {report.bits_per_weight:.2f} bits per weight"),
+        *([("compression", f"{smaller:.2f} times smaller than its source")] if smaller is not None else []),
         ("mean layer error", f"{figures['mean_error']:.5f} (plain rounding {figures['mean_plain_error']:.5f})"),
     ]
     for layer in sorted(report.layers, key=lambda layer: -layer.error)[:WORST_SHOWN]:
         rows.append(("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}"))
     rows += [("time", f"{report.seconds:,.0f} s"), ("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")]
-    print_figures(figures, rows, command=command, as_json=as_json, smoke=smoke)
+    then = judge_command(report.output, manifest)
+    print_figures(figures, rows, command=then, as_json=as_json, smoke=manifest.smoke)
 
 
 def print_figures(

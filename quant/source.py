@@ -77,6 +77,7 @@ def _open_file(path: Path, template: str | None) -> Source:
         "name": path.stem,
         "sha256": sha256_cached(path),
         "files": {path.name: sha256_cached(path)},
+        "bytes": path.stat().st_size,
     }
     if manifest:
         described["source"] = manifest.source

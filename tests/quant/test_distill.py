@@ -449,7 +449,7 @@ def test_command_prints_one_object(
 
 
 def test_a_missing_package_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gramlite.quant.distill.find_spec", lambda name: None)
+    monkeypatch.setattr("gramlite.quant.packages.find_spec", lambda name: None)
     arguments = ["folder", "--teacher", "teacher", "--calibration", "pairs.jsonl", "-o", str(tmp_path / "out")]
     with pytest.raises(InputError, match=r"needs the package 'torch'.*gramlite\[gptq\]"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
