@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from gramlite.artifact import Manifest
 from gramlite.errors import ModelError
-from gramlite.storage import check_output
+from gramlite.storage import check_output, sha256_cached
 
 from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
 from .checkpoint import read_config
-from .gguf import pad, put
+from .gguf import ALIGNMENT
+from .output import GgufData
 from .peft import Adapter, LowRank, match_modules, open_adapter, read_factor
 from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from .report import Advance, judge_command, print_artifact, progress_bar
-from .stream import PIECE_BYTES, BackgroundHash, is_finite, permute_heads, to_half
+from .stream import is_finite, permute_heads, to_half
 
 DTYPES = ("f16", "q8_0", "f32")
 BLOCK = 32
@@ -55,14 +56,14 @@ def export_adapter(
 
         def build(temporary: Path) -> Manifest:
             write_header(temporary, architecture.family, adapter, plan, judge, destination.stem)
-            source_hash, sha256 = write_factors(temporary, architecture, adapter, expected, plan, advance)
+            sha256 = write_factors(temporary, architecture, adapter, expected, plan, advance)
             check_written(temporary)
             return Manifest(
                 format="gguf",
                 name=destination.stem,
                 quantization=dtype.upper(),
                 method="lora adapter",
-                source=describe_source(folder, {adapter.file.name: source_hash})
+                source=describe_source(folder, {adapter.file.name: sha256_cached(adapter.file)})
                 | {"base": describe_source(base, {}), "base_name": adapter.base_name},
                 settings={"dtype": dtype, "alpha": adapter.alpha, "modules": len(adapter.modules), "notes": []},
                 tools=tool_versions("gguf", "numpy"),
@@ -121,24 +122,19 @@ def write_factors(
     expected: Mapping[str, ExpectedTensor],
     plan: Plan,
     advance: Advance,
-) -> tuple[str, str]:
-    """Append the factors one by one; return the sha256 of the adapter's file and of the GGUF."""
-    with BackgroundHash() as source, BackgroundHash() as digest:
-        for file, hashing in ((adapter.file, source), (path, digest)):
-            with file.open("rb") as stream:
-                while piece := stream.read(PIECE_BYTES):
-                    hashing.update(piece)
-        with path.open("ab") as output:
-            pad(output, digest)
-            for module in adapter.modules:
-                target = expected[module.weight]
-                for letter, values in zip("ab", factors(module, target, adapter.alpha, architecture), strict=True):
-                    name = f"{target.target}.lora_{letter}"
-                    data = encode(values, plan[name][1], module)
-                    put(output, digest, data)
-                    pad(output, digest)
-                    advance(name, len(data))
-        return source.hexdigest(), digest.hexdigest()
+) -> str:
+    """Append the factors one by one; return the file's sha256."""
+    with GgufData(path) as output:
+        output.pad(ALIGNMENT)
+        for module in adapter.modules:
+            target = expected[module.weight]
+            for letter, values in zip("ab", factors(module, target, adapter.alpha, architecture), strict=True):
+                name = f"{target.target}.lora_{letter}"
+                data = encode(values, plan[name][1], module)
+                output.put(data)
+                output.pad(ALIGNMENT)
+                advance(name, len(data))
+        return output.finish()
 
 
 def factors(

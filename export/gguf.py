@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 import numpy
@@ -22,20 +21,12 @@ from gramlite.storage import check_output
 
 from .architecture import Architecture, ExpectedTensor, rope_factors
 from .checkpoint import StoredTensor, open_checkpoint
+from .output import GgufData
 from .plan import Plan, plan_export
 from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
 from .smoke import smoke_judge, smoke_option
-from .stream import (
-    PIECE_BYTES,
-    BackgroundHash,
-    BackgroundSync,
-    SourceHash,
-    convert_checked,
-    permute_heads,
-    read_ahead,
-    read_pieces,
-)
+from .stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
 from .tokenizer import Vocabulary
 
 DTYPES = ("f16", "bf16", "f32")
@@ -163,19 +154,12 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
     """Stream every source file into the GGUF; return the source files' sha256 by name and the GGUF's own."""
     expected = {stored.name: target for stored, target in plan.tensors}
     hashes: dict[str, str] = {}
-    with ExitStack() as stack:
-        digest = stack.enter_context(BackgroundHash())
-        with path.open("rb") as head:
-            while piece := head.read(PIECE_BYTES):
-                digest.update(piece)
-        output = stack.enter_context(path.open("ab"))
-        sync = stack.enter_context(BackgroundSync(output))
-        reader = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read"))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader, GgufData(path) as output:
         factors = rope_factors(plan.architecture)
-        pad(output, digest)
+        output.pad(ALIGNMENT)
         if factors is not None:
-            put(output, digest, factors.tobytes())
-            pad(output, digest)
+            output.put(factors)
+            output.pad(ALIGNMENT)
         for file in plan.checkpoint.files:
             with file.open("rb", buffering=0) as source:
                 source_hash = SourceHash(file)
@@ -186,12 +170,11 @@ def write_tensors(path: Path, plan: Plan, advance: Advance) -> tuple[dict[str, s
                     pieces = source_hash.over(read_pieces(source, tensor, heads=heads))
                     for piece in read_ahead(pieces, reader):
                         if tensor.name in expected:
-                            put(output, digest, convert_piece(piece, tensor, expected[tensor.name], plan))
+                            output.put(convert_piece(piece, tensor, expected[tensor.name], plan))
                             advance(expected[tensor.name].target, len(piece))
-                    pad(output, digest)
-                    sync.written(output.tell())
+                    output.pad(ALIGNMENT)
                 hashes[file.name] = source_hash.hexdigest()
-        return hashes, digest.hexdigest()
+        return hashes, output.finish()
 
 
 def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, plan: Plan) -> Any:
@@ -201,15 +184,6 @@ def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, 
         heads = expected.heads * len(piece) // tensor.bytes
         values = permute_heads(values, heads, plan.architecture.head_size)
     return values
-
-
-def put(output: BinaryIO, digest: BackgroundHash, data: Any) -> None:
-    output.write(data)
-    digest.update(data)
-
-
-def pad(output: BinaryIO, digest: BackgroundHash) -> None:
-    put(output, digest, bytes(-output.tell() % ALIGNMENT))
 
 
 def check_written(path: Path, folder: Path) -> int | None:

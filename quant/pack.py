@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from gramlite.export.architecture import (
     read_architecture,
     rope_factors,
 )
-from gramlite.export.gguf import HEADER_BYTES, add_architecture, add_vocabulary, check_written, pad, put
+from gramlite.export.gguf import ALIGNMENT, HEADER_BYTES, add_architecture, add_vocabulary, check_written
+from gramlite.export.output import GgufData
 from gramlite.export.publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
 from gramlite.export.smoke import CannotRunHere, recorded_margins, smoke_judge, smoke_option
-from gramlite.export.stream import PIECE_BYTES, BackgroundHash, permute_heads
+from gramlite.export.stream import permute_heads
 from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
 from gramlite.artifact import Manifest, read_manifest, verify_files
@@ -177,23 +178,18 @@ def write_header(path: Path, plan: PackPlan, template: dict[str, Any] | None, na
 
 def write_tensors(path: Path, plan: PackPlan, advance: Advance) -> str:
     """Append every tensor, one in memory at a time; return the file's sha256."""
-    with ExitStack() as stack:
-        digest = stack.enter_context(BackgroundHash())
-        with path.open("rb") as head:
-            while piece := head.read(PIECE_BYTES):
-                digest.update(piece)
-        output = stack.enter_context(path.open("ab"))
-        pad(output, digest)
+    with GgufData(path) as output:
+        output.pad(ALIGNMENT)
         factors = rope_factors(plan.architecture)
         if factors is not None:
-            put(output, digest, factors.tobytes())
-            pad(output, digest)
+            output.put(factors)
+            output.pad(ALIGNMENT)
         for tensor, kind in plan.tensors:
             data = tensor_bytes(plan, tensor, kind)
-            put(output, digest, data)
-            pad(output, digest)
+            output.put(data)
+            output.pad(ALIGNMENT)
             advance(tensor.target, len(data))
-        return digest.hexdigest()
+        return output.finish()
 
 
 def tensor_bytes(plan: PackPlan, tensor: ExpectedTensor, kind: str) -> bytes:

@@ -22,13 +22,16 @@ def shared() -> Path:
     return SHARED
 
 
-def pytest_configure() -> None:
+def keep_to_own_cores() -> None:
     """Give each of the workers that test side by side cores of its own, which what it starts keeps to."""
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if worker and count > 1 and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
         if cores:
             os.sched_setaffinity(0, cores)
+
+
+keep_to_own_cores()  # not in a hook: a folder's conftest, read before any, may load torch, which counts cores only once
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
