@@ -109,8 +109,8 @@ def against_gptqmodel(judge: Judge, folder: Path, pairs: Sequence[Pair], options
     prompts = [judge._encode(pair, "ab").tokens[: options.read] for pair in pairs[: options.turns]]
     read_and_write(readers, prompts, options.write, say)
     return [
-        ratio(*(Contender(f"{each.name}, {verb}", list, getattr(each, f"{verb}ing")) for each in readers))
-        for verb in ("read", "writ")
+        ratio(*(Contender(f"{each.name}, {doing}", list, getattr(each, doing)) for each in readers))
+        for doing in ("reading", "writing")
     ]
 
 
