@@ -13,7 +13,8 @@ from .pair import Order
 THINK_SEQUENCES = 2  # both orders of a pair; more were no faster on two cores
 FEW_SEQUENCES = 3  # with fewer running, votes that may not be needed are taken along
 OPEN_PAIRS = 2  # that may want more votes: those of more do not stay computed, their prompts are read again
-MOST_SEQUENCES = 16  # votes share their prompt: eight an order were 1.1 times as fast in steps of 16 as of 10 (two cores, F16)
+# votes share their prompt: eight an order were 1.1 times as fast in steps of 16 as of 10 (two cores, F16)
+MOST_SEQUENCES = 16
 SAMPLED_TEMPERATURE = 0.75  # what GRAM-R² is published with when it votes
 
 
