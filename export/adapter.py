@@ -26,6 +26,7 @@ from .output import GgufData
 from .peft import Adapter, LowRank, match_modules, open_adapter, read_factor
 from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
 from .report import Advance, judge_command, print_artifact, progress_bar
+from .smoke import smoke_option
 from .stream import is_finite, permute_heads, to_half
 
 DTYPES = ("f16", "q8_0", "f32")
@@ -180,11 +181,16 @@ def check_written(path: Path) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option("--dtype", type=click.Choice(DTYPES, case_sensitive=False), default="f16", show_default=True)
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    peft_folder: Path, base: Path, output: Path, dtype: str, template: str | None, force: bool, as_json: bool
+    peft_folder: Path, base: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
 ) -> None:
     """Write a LoRA adapter (PEFT_FOLDER) as a GGUF file that goes with any GGUF of its base: -m BASE --adapter OUT."""
+    from .smoke_lora import smoke_adapter
+
     manifest = export_adapter(peft_folder, base, output, dtype=dtype, template=template, force=force)
+    if smoke:
+        manifest = smoke_adapter(output, manifest, peft_folder, base, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest, adapter=True), as_json=as_json)

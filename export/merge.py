@@ -24,6 +24,7 @@ from .peft import LowRank, match_modules, open_adapter, read_factor
 from .plan import match_tensors
 from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import Advance, print_artifact, progress_bar
+from .smoke import smoke_option
 from .stream import NUMPY_TYPES, BackgroundHash, convert_checked, is_finite, narrow, read_pieces, to_half
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
@@ -139,12 +140,17 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
 @click.argument("peft_folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, peft_folder: Path, output: Path, template: str | None, force: bool, as_json: bool
+    checkpoint: Path, peft_folder: Path, output: Path, template: str | None, smoke: bool, force: bool, as_json: bool
 ) -> None:
     """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
+    from .smoke_lora import smoke_merged
+
     manifest = merge_adapter(checkpoint, peft_folder, output, template=template, force=force)
+    if smoke:
+        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, force=force)
     next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
     print_artifact(output, manifest, command=next_command, as_json=as_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ PAIRS = Path(gramlite.__file__).with_name("data") / "pairs.jsonl"
 DECIDED = 0.05  # nats; below it a verdict may turn without anything being wrong
 LEAST_DECIDED = 6  # orders, below which an agreement says nothing
 LEAST_AGREEMENT = 0.7
+Margins = Callable[[], Sequence[float]]
 
 
 smoke_option = click.option(
@@ -90,14 +91,16 @@ class Smoke:
 def smoke_judge(
     path: Path,
     manifest: Manifest,
-    source: Path | Sequence[float] | None,
+    source: Path | Sequence[float] | Margins | None,
     *,
+    found: Margins | None = None,
     template: str | None = None,
     force: bool = False,
 ) -> Manifest:
     """Judge with the artifact at `path` and with its `source`, and put the figures into the manifest, which is returned.
 
-    `source` is a model to open or its margins. Where the source or the artifact cannot run on this machine, the
+    `source` is a model to open, its margins, or what computes them; `found` computes the artifact's own where it cannot
+    be opened alone. Where the source or the artifact cannot run on this machine, the
     manifest says so instead. Raises ModelError, and removes the artifact, where it is broken, unless `force`.
     """
     if not manifest.template and template is None:
@@ -105,13 +108,16 @@ def smoke_judge(
     try:
         if source is None:
             raise InputError("its margins were not recorded with this template")
-        expected = judge_margins(source, template) if isinstance(source, Path) else source
+        if isinstance(source, Path):
+            expected: Sequence[float] = judge_margins(source, template)
+        else:
+            expected = source() if callable(source) else source
     except GramliteError as error:
         if isinstance(error, ModelError) and not isinstance(error, CannotRunHere):
             print(f"warning: {path} was compared with nothing, for its source is refused: {error}", file=sys.stderr)
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
-        smoke = Smoke(tuple(expected), tuple(judge_margins(path, template)))
+        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template)))
         collapse = smoke.collapse
     except (ResourceError, InputError, CannotRunHere) as error:
         return _record(path, manifest, {"skipped": f"it does not run here: {error}"})
@@ -129,11 +135,12 @@ def smoke_judge(
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
-def judge_margins(model: Path, template: str | None = None) -> list[float]:
+def judge_margins(model: Path, template: str | None = None, *, adapter: Path | None = None) -> list[float]:
     """The margins of the packaged pairs, both orders, in direct mode; NaN where there is no verdict."""
     pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     margins = []
-    with gramlite.load(model, template=template, settings=gramlite.Settings(mode="direct")) as judge:
+    runtime = gramlite.RuntimeOptions(adapter=str(adapter) if adapter else None)
+    with gramlite.load(model, template=template, settings=gramlite.Settings(mode="direct"), runtime=runtime) as judge:
         for pair in pairs:
             verdict = judge(prompt=pair["prompt"], response_a=pair["response_a"], response_b=pair["response_b"])
             margins += [math.nan if order.margin is None else order.margin for order in verdict.orders]
