@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ def save_tensors(tensors: dict[str, Any], path: Path, *, metadata: dict[str, str
     """Write arrays of numpy, or tensors of torch, to a new file; raises OSError as every other write does."""
     import numpy
 
+    save: Callable[..., None]
     if all(isinstance(tensor, numpy.ndarray) for tensor in tensors.values()):
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save_file as save
     else:
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file as save
     path.touch()
     mode = path.stat().st_mode  # what the umask leaves, which cannot be asked without setting it
     with operating_system_errors():
-        save_file(tensors, path, metadata=metadata)
+        save(tensors, path, metadata=metadata)
     path.chmod(mode)
 
 

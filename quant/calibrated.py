@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest
+from gramlite.backends import Device
 from gramlite.errors import InputError
 
 from .calibration import Transcript, load_calibration
@@ -25,7 +26,7 @@ FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 
 
 def calibrate(
-    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int, device: str = "auto"
+    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int, device: Device = "auto"
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
     if not source.is_dir():

@@ -14,6 +14,7 @@ from gramlite.errors import InputError
 from gramlite.pair import Pair
 
 if TYPE_CHECKING:
+    from gramlite.backends import Device
     from gramlite.judge import Judge
 
 DEFAULT_TOKENS = 65_536
@@ -39,7 +40,7 @@ def load_calibration(
     template: str | None = None,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """Calibration transcripts from a file of transcripts or of pairs, and what the manifest says of them.
 
@@ -177,7 +178,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _judge_pairs(
-    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: str
+    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device
 ) -> list[Transcript]:
     from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings

@@ -232,7 +232,7 @@ class _Descent:
     def _rooms(self, group: list[list[Batch]]) -> list[list[torch.Tensor]]:
         """For each batch room for what enters every layer and leaves the last, [layers + 1, sequences, longest, width]."""
         embedded = iter(self.decoder.embed([batch for unit in group for batch in unit]))
-        rooms = []
+        rooms: list[list[torch.Tensor]] = []
         for unit in group:
             rooms.append([])
             for entering in itertools.islice(embedded, len(unit)):
