@@ -59,6 +59,7 @@ class BudgetTable:
     adapter: str | None
     settings: str
     quantization: str | None = None
+    companion: str | None = None
 
 
 def measure(
@@ -98,7 +99,7 @@ def measure(
     table = BudgetTable(
         chosen=chosen, pairs=len(counted), rows=rows, model=judge.model.get("sha256"),
         adapter=judge.model.get("adapter"), settings=settings_without_budget(judge.settings_record),
-        quantization=judge.model.get("quantization"),
+        quantization=judge.model.get("quantization"), companion=judge.model.get("companion"),
     )  # fmt: skip
     return table, verdicts[chosen]
 

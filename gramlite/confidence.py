@@ -40,9 +40,9 @@ OUTCOMES = {"A": 1.0, "tie": 0.5, "B": 0.0}
 class Calibration:
     """How a model's margins are rescaled, and what they belong to.
 
-    `bias` is in nats and positive where the judge leans to the response shown first. `model` (sha256), `adapter`
-    (sha256 or None), `settings` (see `order_settings`) and `quantization`, as the model was loaded, say what it may be
-    applied to. `report` holds the expected calibration error before and after, as `assess` gives it.
+    `bias` is in nats and positive where the judge leans to the response shown first. `model`, `adapter` and
+    `companion` (sha256 or None), `settings` (see `order_settings`) and `quantization`, as the model was loaded, say what
+    it may be applied to. `report` holds the expected calibration error before and after, as `assess` gives it.
     """
 
     temperature: float
@@ -52,6 +52,7 @@ class Calibration:
     settings: str
     report: Mapping[str, Any]
     quantization: str | None = None
+    companion: str | None = None
 
     def apply(self, margin: float, order: Order) -> float:
         """The calibrated log-odds of an order's un-swapped margin (positive favours response_a), in nats."""
@@ -233,6 +234,7 @@ def calibrate(data: Labelled, model: Mapping[str, Any], settings: Mapping[str, A
     return Calibration(
         temperature=temperature, bias=bias, model=model.get("sha256"), adapter=model.get("adapter"),
         settings=order_settings(settings), report=report | {"folds": FOLDS}, quantization=model.get("quantization"),
+        companion=model.get("companion"),
     )  # fmt: skip
 
 

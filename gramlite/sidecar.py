@@ -80,9 +80,9 @@ def belongs(entry: Mapping[str, Any], model: Mapping[str, Any], settings: str) -
     not say what they became. An entry from before that was recorded still stands for the formats that are run as
     they lie on disk.
     """
-    if (entry.get("model"), entry.get("adapter"), entry.get("settings")) != (
-        model.get("sha256"), model.get("adapter"), settings,
-    ):  # fmt: skip
+    if (entry.get("model"), entry.get("settings")) != (model.get("sha256"), settings):
+        return False
+    if any(entry.get(file) != model.get(file) for file in ("adapter", "companion")):
         return False
     known = entry.get("quantization")
     return bool(known == model.get("quantization") or (known is None and model.get("format") != "hf"))
@@ -90,6 +90,6 @@ def belongs(entry: Mapping[str, Any], model: Mapping[str, Any], settings: str) -
 
 def replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether an entry takes an older one's place: of the same judge, or what is recorded of it does not differ."""
-    if any(old.get(key) != new.get(key) for key in ("model", "adapter", "settings")):
+    if any(old.get(key) != new.get(key) for key in ("model", "adapter", "companion", "settings")):
         return False
     return old.get("quantization") in (None, new.get("quantization"))

@@ -20,18 +20,29 @@ from gramlite.confidence import store as store_calibration
 from gramlite.judge import Judge
 from gramlite.sidecar import require_writable, sidecar_path
 
+JUDGES: dict[str, list[dict[str, str]]] = {  # of the same weights on disk
+    "what a checkpoint became while it was loaded": [
+        {"format": "hf", "quantization": "BF16"},
+        {"format": "hf", "quantization": "NF4"},
+    ],
+    "a low-rank companion": [{"format": "gguf", "companion": "2" * 64}, {"format": "gguf", "companion": "3" * 64}],
+    "an adapter": [{"format": "gguf"}, {"format": "gguf", "adapter": "4" * 64}],
+}
 
-def test_what_a_checkpoint_became_while_it_was_loaded_is_part_of_the_judge(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_what_is_measured_belongs_to_one_judge(name: str, tmp_path: Path) -> None:
     plain = judge_on(Pondering()).with_settings(mode="think")
-    folder = {"sha256": "1" * 64, "format": "hf"}
     whole, small = (
-        Judge(plain.backend, plain.template, plain.scaffold, plain.settings, folder | {"quantization": name})
-        for name in ("BF16", "NF4")
+        Judge(plain.backend, plain.template, plain.scaffold, plain.settings, {"sha256": "1" * 64, **model})
+        for model in JUDGES[name]
     )
     artifact = tmp_path / "judge"
     data = overconfident(100, temperature=2.0, bias=0.1)
     store_calibration(artifact, calibrate(data, whole.model, whole.settings_record))
-    assert stored_calibration(artifact, whole.model, whole.settings_record).quantization == "BF16"
+    assert stored_calibration(artifact, whole.model, whole.settings_record).belongs_to(
+        whole.model, whole.settings_record
+    )
     with pytest.raises(InputError, match="for another model"):
         stored_calibration(artifact, small.model, small.settings_record)
     store_calibration(artifact, calibrate(data, small.model, small.settings_record))
