@@ -226,13 +226,16 @@ def offload_below(
 ) -> Offload | None:
     """Where a model goes when the GPU's memory ran out under `plan`: to half of its layers there, then to the CPU.
 
+    Half of them are passed over where main memory does not hold the others; on the CPU a smaller context may do.
     None where there is nothing below: on the CPU, or where `cuda` was demanded. Raises ResourceError when main memory
     does not hold it.
     """
     if options.device != "auto" or not plan.gpu_layers:
         return None
     half = plan.gpu_layers // 2
-    if half and not plan.reduced:
+    size = context_size(plan.layout, plan.context)
+    others = bytes_beside_gpu(header, size, half, adapters=adapters)
+    if half and not plan.reduced and others <= machine.free_memory:
         words = plan.device.replace(f"({plan.gpu_layers} of", f"({half} of")
         return replace(plan, gpu_layers=half, device=words, reduced=True)
     return _on_cpu(header, options, machine, adapters)

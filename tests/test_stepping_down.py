@@ -13,7 +13,16 @@ from broken_gguf import UINT32, model_pieces
 
 from gramlite.backends import Request, RuntimeOptions
 from gramlite.decoding import Generation
-from gramlite.device import Gpu, Machine, choose_layout, context_size, layers_that_fit, offload_below, plan_offload
+from gramlite.device import (
+    Gpu,
+    Machine,
+    bytes_beside_gpu,
+    choose_layout,
+    context_size,
+    layers_that_fit,
+    offload_below,
+    plan_offload,
+)
 from gramlite.errors import GramliteError, OutOfMemory, ResourceError
 from gramlite.gguf_header import Header, read_header
 from gramlite.memory import predict
@@ -170,8 +179,8 @@ LLAMA = [
               says=("1 of 3 layers", stepped(ONE, LOADING, "cpu"))),
     Situation("OOM at load, cuda", "cuda", loads=1, refused=f"Out of memory on {ALL} {LOADING}: {REASON}. {NEVER}",
               says=(FITS,)),
-    Situation("OOM at load, main memory full too", machine=Machine(1000, (BIG,)), loads=2,
-              refused="No context fits", says=(FITS, stepped(ALL, LOADING, ONE),)),
+    Situation("OOM at load, main memory full too", machine=Machine(1000, (BIG,)), loads=1,
+              refused="No context fits", says=(FITS,)),
     Situation("OOM in mid-run", runs=1, runs_on=ONE, says=(FITS, stepped(ALL, JUDGING, ONE),)),
     Situation("OOM in mid-run, twice", runs=2, runs_on="cpu",
               says=(FITS, stepped(ALL, JUDGING, ONE), stepped(ONE, JUDGING, "cpu"))),
@@ -306,6 +315,19 @@ def test_the_context_may_shrink_while_loading_and_never_while_judging(header: He
     assert lower and (plan.context, lower.context, lower.device) == (8192, 2048, "cpu")
     with pytest.raises(ResourceError, match="largest context that fits is 2,048"):
         offload_below(plan, header, replace(options, context=plan.context), machine)
+
+
+def test_half_of_the_layers_are_passed_over_where_the_others_fit_no_memory(header: Header) -> None:
+    options = RuntimeOptions()
+    plan = plan_offload(header, options, Machine(8 * GiB, (BIG,)))
+    size = context_size(plan.layout, plan.context)
+    others = bytes_beside_gpu(header, size, plan.gpu_layers // 2)
+    assert 0 < others < predict(header, size).total
+    places = [offload_below(plan, header, options, Machine(free, (BIG,))) for free in (others, others - 1)]
+    assert [(place.gpu_layers, place.reduced) for place in places if place] == [(plan.gpu_layers // 2, True), (0, False)]
+    assert places[1] and places[1].context < plan.context
+    with pytest.raises(ResourceError, match="largest context that fits"):
+        offload_below(plan, header, replace(options, context=plan.context), Machine(others - 1, (BIG,)))
 
 
 def test_a_stop_is_not_undone_by_stepping_down_and_a_lost_model_is_not_asked(header: Header) -> None:
