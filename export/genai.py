@@ -169,9 +169,14 @@ def read_initializer(path: Path, name: str) -> Any:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of the graph's weights without the rotary caches, which any decoder can compute."""
-    total = 0
+    """Bytes of the graph's weights without the rotary caches, which any decoder can compute; shared ones count once."""
+    inside, outside = 0, {}
     for name, tensor in initializers(path).items():
-        if name not in ROPE_CACHES:
-            total += external_extent(path, tensor)[1] if tensor.data_location == tensor.EXTERNAL else tensor.ByteSize()
-    return total
+        if name in ROPE_CACHES:
+            continue
+        if tensor.data_location == tensor.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            outside[entries["location"], entries.get("offset", "0")] = external_extent(path, tensor)[1]
+        else:
+            inside += tensor.ByteSize()
+    return inside + sum(outside.values())

@@ -6,6 +6,7 @@ transformers 5 saved with another rope_theta, without a word, and its graphs dec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ from .report import judge_command, print_artifact, progress_bar
 from .smoke import smoke_judge, smoke_option
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight
+QUANTIZED = 2.5  # two 8-bit copies, of which one has the embedding in float32
 TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
 
 
@@ -68,8 +70,12 @@ def publish(
     settings: dict[str, object],
     template: str | None,
     force: bool,
+    finish: Callable[[Path], dict[str, object]] = lambda graph: {},
 ) -> Manifest:
-    """Build the graph and put the whole folder in place, its manifest inside; see `export_onnx` for what is raised."""
+    """Build the graph and put the whole folder in place, its manifest inside; see `export_onnx` for what is raised.
+
+    `finish` may change the graph before it is hashed, and says what to add to the settings.
+    """
     check_output(destination, [source], force=force)
     checkpoint = open_checkpoint(source)
     check_family(checkpoint.config)
@@ -78,17 +84,18 @@ def publish(
     assert target in TARGETS
     judge = judge_template(source, template)
     weights = count_weights(checkpoint)
-    need_bytes = int(weights * DTYPES.get(precision, 1.5)) + (64 << 20)
+    need_bytes = int(weights * DTYPES.get(precision, QUANTIZED)) + (64 << 20)
     layer_bytes = need_bytes // max(1, int(checkpoint.config["num_hidden_layers"]))
     with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
         build(source, folder, precision, target, options, advance, layer_bytes)
+        added = finish(folder / GRAPH)
         manifest = Manifest(
             format="onnx",
             name=destination.name,
             quantization=quantization,
             method=method,
             source=describe_source(source, {file.name: sha256_cached(file) for file in checkpoint.files}),
-            settings={"precision": precision, "target": target, **settings},
+            settings={"precision": precision, "target": target, **settings, **added},
             tools=tool_versions(*TOOLS),
             template=judge,
             bits_per_weight=round(8 * weight_bytes(folder / GRAPH) / weights, 4),

@@ -66,7 +66,18 @@ def read_graph(path: Path) -> OnnxGraph:
         raise ModelError(
             f"{path} has no {ATTENTION}, so its KV cache cannot be shared. Type: gramlite export onnx CHECKPOINT -o OUT"
         )
+    undefined = sorted(undefined_inputs(model.graph))
+    if undefined:
+        raise ModelError(f"{path} has operators that read {undefined[0]!r}, which nothing in it is. Export it again.")
     return describe(path, model, tuple(files), weights)
+
+
+def undefined_inputs(graph: Any) -> set[str]:
+    """What the graph's operators read and neither its inputs, its weights nor its operators are."""
+    known = {"", *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    known |= {name for node in graph.node for name in node.output}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    return {name for node in graph.node for name in node.input} - known
 
 
 def parse(path: Path) -> Any:

@@ -17,6 +17,8 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
 
+from .onnx_embedding import shrink_embedding
+
 TYPES = {"int8": 8, "int4": 4}
 GROUP_SIZES = (16, 32, 64, 128, 256)
 METHODS = ("default", "rtn", "k_quant")
@@ -36,14 +38,15 @@ def quantize_onnx(
     """Quantize a checkpoint's matrices into an ONNX folder with its manifest, and return the manifest.
 
     `group_size` weights share a scale. `method` is the builder's: default and rtn round to nearest, k_quant searches
-    scales. The head takes 8 bits with int4 too: a verdict is read from two of its rows. Graphs for `target` cuda
+    scales. The embedding and the head take 8 bits with int4 too: a verdict is read from two of the head's rows, and
+    where the two are tied they lie in the folder once. Graphs for `target` cuda
     compute in fp16. Raises InputError for settings that don't exist, and what `export_onnx` raises.
     """
     for name, value, known in (("type", type, TYPES), ("group size", group_size, GROUP_SIZES),
                                ("method", method, METHODS), ("target", target, TARGETS)):  # fmt: skip
         if value not in known:
             raise InputError(f"There is no {name} {value!r} for ONNX. Choose one of {', '.join(map(str, known))}.")
-    options = {"block_size": str(group_size), "algo_config": method}
+    options = {"block_size": str(group_size), "algo_config": method, "shared_embeddings": "false"}
     if type == "int4":
         options["matmul_mixed_precision"] = "last_matmul:int8"
     return publish(
@@ -57,6 +60,7 @@ def quantize_onnx(
         settings={"bits": TYPES[type], "group_size": group_size, "method": method},
         template=template,
         force=force,
+        finish=lambda graph: {"embedding": shrink_embedding(graph, group_size)},
     )
 
 

@@ -26,12 +26,14 @@ from gramlite.storage import atomic_output, check_output, sha256_cached
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from .gptq_folder import GptqFolder, open_gptq
 from .linear import QuantizedLinear
+from .onnx_embedding import shrink_embedding
 
 OPERATOR = "MatMulNBits"
 NODE = re.compile(r"^/model/layers\.(\d+)/(attn|mlp)/(\w+)_proj/MatMulNBits$")
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 UNQUANTIZED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 HEAD = "/lm_head"
+EMBEDDING_GROUP = 32  # as Q8_0 has
 TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
 
 
@@ -67,13 +69,15 @@ def pack_onnx(
     judge, origin = judge_template(source, template), read_manifest(source)
     if origin:
         verify_files(source, origin)
-    options = (
-        {"matmul_mixed_precision": "last_matmul:int8"} if embedding == "q8_0" else {"nodes_to_exclude": UNQUANTIZED}
-    )
-    need_bytes = 2 * sum(tensor.bytes for tensor in folder.tensors.values()) + (64 << 20)
+    options = {"nodes_to_exclude": UNQUANTIZED}
+    if embedding == "q8_0":
+        options = {"matmul_mixed_precision": "last_matmul:int8", "shared_embeddings": "false"}
+    need_bytes = 3 * sum(tensor.bytes for tensor in folder.tensors.values()) + (64 << 20)
     layer_bytes = need_bytes // max(1, int(folder.config["num_hidden_layers"]))
     with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as output:
         build(source, output, "int4", "cpu", options, advance, layer_bytes)
+        if embedding == "q8_0":
+            shrink_embedding(output / GRAPH, EMBEDDING_GROUP)
         put_weights(folder, output / GRAPH)
         manifest = Manifest(
             format="onnx",

@@ -206,9 +206,14 @@ def caches_that_differ(model: Any) -> None:
     model.graph.input[3].type.tensor_type.shape.dim[1].dim_value = 1
 
 
+def weight_of_another_name(model: Any) -> None:
+    model.graph.initializer[0].name += "_Q8G32"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (weight_of_another_name, "which nothing in it is"),
         (without_attention, "no GroupQueryAttention"),
         (foreign_operator, "operators of 'evil.custom'"),
         (further_input, "position_ids"),

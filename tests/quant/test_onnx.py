@@ -66,14 +66,23 @@ def distance(found: Any, wanted: Any) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.05), pytest.param("int4", 0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "family", "most"),
+    [
+        ("int8", "qwen3", 0.05),
+        ("int4", "llama-tied", 0.5),
+        pytest.param("int8", "llama-tied", 0.05, marks=pytest.mark.slow),
+        pytest.param("int4", "qwen3", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_quantized_and_the_model_is_the_same(
     kind: str,
+    family: str,
     most: float,
     checkpoint_of: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    source, output = checkpoint_of("qwen3"), tmp_path / "judge"
+    source, output = checkpoint_of(family), tmp_path / "judge"
     arguments = [str(source), "-o", str(output), "--type", kind, "--json"]
     figures = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
     manifest = read_manifest(output)
@@ -84,6 +93,8 @@ def test_weights_are_quantized_and_the_model_is_the_same(
     assert 1e-5 < distance(onnx_logits(output), torch_logits(source)) < most
     operators = [node.op_type for node in parse(output / "model.onnx").graph.node]
     assert operators.count("MatMulNBits") > 8 and "MatMul" not in operators
+    assert manifest.settings["embedding"] == ("head" if family == "llama-tied" else "int8")
+    assert "GatherBlockQuantized" in operators
 
 
 def test_settings_that_do_not_exist_are_refused(tmp_path: Path) -> None:
@@ -135,6 +146,24 @@ def test_packed_weights_are_bit_identical_and_run(
     assert distance(found, wanted) < 0.1
     if settings.bits < 8:  # 8-bit weights cost no more than 8-bit activations
         assert distance(found, wanted) < 0.7 * distance(original, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", pytest.param("llama3.1", marks=pytest.mark.slow)])
+def test_packed_embeddings_of_8_bits_run(
+    family: str,
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source = checkpoint_of(family)
+    gptq = quantize(source, tmp_path / "gptq", GptqSettings(group_size=16))
+    arguments = [str(gptq), "--to", "onnx", "-o", str(tmp_path / "packed"), "--embedding", "q8_0", "--json"]
+    CliRunner().invoke(pack_command, arguments, catch_exceptions=False)
+    assert assert_same_weights(gptq, tmp_path / "packed") == 14
+    manifest = read_manifest(tmp_path / "packed")
+    assert manifest is not None and manifest.settings["embedding"] == "q8_0"
+    verify_files(tmp_path / "packed", manifest)
+    found, wanted = onnx_logits(tmp_path / "packed"), torch_logits(source, gptq)
+    assert distance(found, wanted) < min(0.1, 0.7 * distance(torch_logits(source), wanted))
 
 
 def test_what_the_operator_cannot_hold_is_refused_before_anything_is_built(
