@@ -28,7 +28,7 @@ STEPS = 2  # by which a group's extreme may be cut; another matrix's values are 
 ALIGNMENT = 4096  # bytes, so that weights can be mapped
 PIECE_BYTES = 1 << 24
 FLOAT, UINT8, FLOAT16 = 1, 2, 10  # TensorProto.DataType
-NUMPY_TYPES = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), FLOAT16: np.dtype("<f2")}
+NUMPY_TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), FLOAT16: np.dtype("<f2")}
 
 Array = npt.NDArray[Any]
 
