@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gramlite
+from gramlite.cache_keyword import with_cache
 from gramlite.judge import Judge
 from gramlite.pair import Pair
 
@@ -72,7 +73,8 @@ def through_gptqmodel(folder: Path, threads: int) -> Reader:
 
     def forward(tokens: Sequence[int]) -> None:
         with torch.inference_mode():
-            model(torch.tensor([list(tokens)]), past_key_values=kept["cache"], use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([list(tokens)])
+            model(ids, use_cache=True, logits_to_keep=1, **with_cache(model, kept["cache"]))
 
     def read(tokens: Sequence[int]) -> None:
         kept["cache"] = DynamicCache(config=model.config)

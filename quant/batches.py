@@ -108,7 +108,9 @@ class Shared:
     def __init__(self) -> None:
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *place: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *place: Any, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         if self._kept is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 
+from gramlite.cache_keyword import with_cache
 from gramlite.errors import InputError, ModelError
 
 from .batches import Batch, Shared
@@ -85,7 +86,7 @@ class Decoder:
                 layer.input_layernorm(states),
                 position_embeddings=self.rotary(states, places.unsqueeze(0)),
                 attention_mask=shared.mask(batch, self.device),
-                past_key_values=shared if cached else None,
+                **with_cache(layer.self_attn, shared if cached else None),
             )[0]
         return mixed
 

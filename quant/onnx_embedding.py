@@ -24,6 +24,7 @@ GATHER = "/model/embed_tokens/Gather"
 HEAD = "/lm_head/"
 BITS = 8
 MIDDLE = 1 << (BITS - 1)
+GROUP_SIZES = (256, 128, 64, 32, 16)  # that the operator has
 STEPS = 2  # by which a group's extreme may be cut; another matrix's values are off by dozens
 ALIGNMENT = 4096  # bytes, so that weights can be mapped
 PIECE_BYTES = 1 << 24
@@ -37,7 +38,8 @@ def shrink_embedding(path: Path, group_size: int) -> str:
     """Put 8-bit codes in place of the embedding in the graph at `path`, and return whose they are.
 
     "head" says that they are the head's, "int8" that they are the embedding's own, rounded to nearest in groups of
-    `group_size`, and "float" that its rows are no multiple of that, so that nothing was changed.
+    `group_size` or of half as many and so on, and "float" that its rows are no multiple of 16, so that nothing was
+    changed.
     Raises ModelError for a graph that the builder does not make.
     """
     model = parse(path)
@@ -49,10 +51,12 @@ def shrink_embedding(path: Path, group_size: int) -> str:
     operands, size = head_operands(model, tensors, table)
     if operands and all(same_rows(path, table, operands, size)):
         kind, parts = "head", [alias(table, part, size) for part in operands]
-    elif table.dims[1] % group_size:
-        return "float"
     else:
-        kind, size, parts = "int8", group_size, round_table(path, table, group_size)
+        fitting = (size for size in GROUP_SIZES if size <= group_size and not table.dims[1] % size)
+        size = next(fitting, 0)
+        if not size:
+            return "float"
+        kind, parts = "int8", round_table(path, table, size)
     exchange(model.graph, gathers[0], table, parts, size)
     keep_used(path, model)
     return kind

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from ..artifact import Artifact
+from ..cache_keyword import with_cache
 from ..decoding import Generation, Logits
 from ..device import thread_count
 from ..errors import GramliteError, InputError, ModelError, OutOfMemory
@@ -83,7 +84,7 @@ class HfBackend:
         ids = torch.tensor([list(tokens)], device=self._device)
         try:
             with torch.inference_mode(), quiet():
-                output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                output = self._model(ids, use_cache=True, logits_to_keep=1, **with_cache(self._model, self._cache))
         except BaseException as error:
             self._cache = self._empty()  # some layers may have got further than others
             if isinstance(error, RuntimeError):

@@ -116,8 +116,11 @@ def test_an_embedding_of_its_own_is_rounded_to_nearest(untied: str, external: bo
     assert np.abs(logits - before[1]).max() < 0.5
 
 
-def test_rows_that_are_no_multiple_of_the_groups_stay_floats(tmp_path: Path) -> None:
-    path = write_graph(tmp_path / "graph", table(), table(1))
+def test_groups_are_as_large_as_the_rows_allow(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "groups", table(), table(1))
+    assert shrink_embedding(path, 128) == "int8"
+    assert [each.i for each in parse(path).graph.node[0].attribute if each.name == "block_size"] == [64]
+    path = write_graph(tmp_path / "graph", table()[:, :40].copy(), table(1))
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     assert shrink_embedding(path, 128) == "float"
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
