@@ -11,6 +11,7 @@ from typing import Any
 
 from gramlite.artifact import Manifest
 from gramlite.backends import Device
+from gramlite.decoding import Mode
 from gramlite.errors import InputError
 
 from .calibration import Transcript, load_calibration
@@ -26,7 +27,14 @@ FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 
 
 def calibrate(
-    source: Path, opened: Source, calibration: Path, *, tokens: int, seed: int, device: Device = "auto"
+    source: Path,
+    opened: Source,
+    calibration: Path,
+    *,
+    tokens: int,
+    seed: int,
+    device: Device = "auto",
+    mode: Mode = "think",
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
     if not source.is_dir():
@@ -35,7 +43,7 @@ def calibrate(
             "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
         )
     need_packages("gptq", "torch", "transformers")
-    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed, device=device)
+    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed, device=device, mode=mode)
 
 
 def measure_importance(

@@ -10,14 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from gramlite.errors import InputError
 from gramlite.pair import Pair
 
 if TYPE_CHECKING:
     from gramlite.backends import Device
+    from gramlite.decoding import Mode
     from gramlite.judge import Judge
 
 DEFAULT_TOKENS = 65_536
+
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(["think", "direct"]),
+    default="think",
+    show_default=True,
+    help="How pairs are judged for calibration: as the artifact is to judge.",
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,12 @@ def load_calibration(
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     device: Device = "auto",
+    mode: Mode = "think",
 ) -> tuple[list[Transcript], dict[str, Any]]:
     """Calibration transcripts from a file of transcripts or of pairs, and what the manifest says of them.
 
-    Pairs are judged by `judge`, rationales and all, on `device` and in an order drawn by `seed`, until the budget of
-    `tokens` is used.
+    Pairs are judged by `judge` on `device` and in an order drawn by `seed`, until the budget of `tokens` is used: in
+    think `mode` rationales and all, in direct mode their verdicts alone.
     Raises InputError where the file holds neither, or nothing fits.
     """
     if not path.is_file():
@@ -55,8 +67,9 @@ def load_calibration(
     else:
         pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
-        chosen = _judge_pairs(pairs, judge, template, tokens, device)
-    return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name)
+        chosen = _judge_pairs(pairs, judge, template, tokens, device, mode)
+    described = describe(chosen, tokens=tokens, seed=seed, source=path.name)
+    return chosen, described if holds_transcripts(path) else described | {"mode": mode}
 
 
 def read_transcripts(path: Path) -> list[Transcript]:
@@ -178,14 +191,14 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _judge_pairs(
-    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device
+    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device, mode: Mode
 ) -> list[Transcript]:
     from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings
     from gramlite.loading import load
 
     runtime = RuntimeOptions(device=device)
-    with load(model, template=template, settings=Settings(orders="ab"), runtime=runtime) as judge:
+    with load(model, template=template, settings=Settings(mode=mode, orders="ab"), runtime=runtime) as judge:
         chosen = list(_within(record_transcripts(judge, pairs), tokens))
     if not chosen:
         raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")

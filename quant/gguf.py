@@ -30,7 +30,7 @@ from gramlite.gguf_header import Header, read_header
 from gramlite.quantization import bits_per_weight
 from gramlite.storage import check_output, sha256_file
 
-from .calibration import DEFAULT_TOKENS
+from .calibration import DEFAULT_TOKENS, mode_option
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS, Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, matrix_sha256, read_imatrix, write_imatrix
 from .memory import pick_device
@@ -283,6 +283,7 @@ def parse_override(text: str) -> tuple[str, str]:
     "--low-rank", "rank", type=int, metavar="RANK",
     help="Give back what rounding takes as an adapter of that rank, which goes with the file.",
 )  # fmt: skip
+@mode_option
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
@@ -312,7 +313,7 @@ def command(
         if options["calibration"]:
             need_packages("gptq", "torch", "transformers")
             device = pick_device(options["device"])
-            sizes = {name: options[name] for name in ("tokens", "seed", "device")}
+            sizes = {name: options[name] for name in ("tokens", "seed", "device", "mode")}
             transcripts, described = calibrate(source, opened, options["calibration"], **sizes)
             name = options["calibration"].name
             matrix = matrix or measure_importance(source, opened, transcripts, name, device=device)

@@ -27,7 +27,7 @@ from gramlite.errors import InputError, ModelError
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
-from .calibration import DEFAULT_TOKENS, Transcript, load_calibration
+from .calibration import DEFAULT_TOKENS, Transcript, load_calibration, mode_option
 from .decoder import STAGES, has_own_head, read_tensor
 from .gptq_folder import GptqWriter, open_gptq
 from .linear import QuantizedLinear
@@ -285,6 +285,7 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--focus/--no-focus", default=True, show_default=True, help="Weigh tokens by the verdict's gradient.")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
+@mode_option
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -310,6 +311,7 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
         tokens=options["tokens"],
         seed=options["seed"],
         device=options["device"],
+        mode=options["mode"],
     )
     with layer_bar() as progress:
         report = quantize_gptq(

@@ -83,6 +83,16 @@ def test_pairs_are_judged_until_the_budget_is_used(scripted: Path, tmp_path: Pat
     assert 1 < len(chosen) < 8
     assert described["tokens"] == sum(len(t.ids) for t in chosen) <= 6000
     assert [t.id for t in chosen] != [f"{pair.id}:ab" for pair in PAIRS[: len(chosen)]]
+    assert described["mode"] == "think"
+    short, described = load_calibration(tmp_path / "pairs.jsonl", judge=scripted, tokens=6000, seed=3, mode="direct")
+    assert described["mode"] == "direct" and [t.prompt_ids for t in short[: len(chosen)]] == [
+        t.prompt_ids for t in chosen
+    ]
+    scaffolds = {t.generated_ids[:-1] for t in short}
+    assert len(scaffolds) == 1, "no rationale is written"
+    assert len(scaffolds.pop()) < min(len(t.generated_ids) - 1 for t in chosen)
+    write_transcripts(tmp_path / "transcripts.jsonl", short)
+    assert "mode" not in load_calibration(tmp_path / "transcripts.jsonl", judge=scripted)[1]
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n{}\n")
     with pytest.raises(InputError, match="line 2"):
         load_calibration(tmp_path / "pairs.jsonl", judge=scripted)
