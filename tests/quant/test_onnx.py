@@ -20,7 +20,7 @@ import transformers
 from click.testing import CliRunner
 from gramlite.export.genai import initializers
 from gramlite.quant.gptq_folder import open_gptq
-from gramlite.quant.onnx import command, quantize_onnx
+from gramlite.quant.onnx import choose_method, command, quantize_onnx
 from gramlite.quant.pack import command as pack_command
 from gramlite.quant.pack_onnx import dequantize, pack_onnx, packed_nodes, read
 from gramlite.quant.solve import GptqSettings
@@ -101,6 +101,20 @@ def test_settings_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     for wrong in ({"type": "int3"}, {"group_size": 48}, {"method": "magic"}, {"target": "tpu"}):
         with pytest.raises(InputError, match="There is no"):
             quantize_onnx(tmp_path, tmp_path / "judge", **wrong)  # type: ignore[arg-type]
+
+
+def test_scales_are_searched_where_the_builder_can(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 100, "rms_norm_eps": 1e-5,
+              "max_position_embeddings": 64} | sizes  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert choose_method(tmp_path, "int4", 32, None) == choose_method(tmp_path, "int4", 32, "k_quant") == "k_quant"
+    assert choose_method(tmp_path, "int4", 64, None) == "default", "192 are three groups of 64"
+    assert choose_method(tmp_path, "int4", 64, "rtn") == "rtn"
+    assert choose_method(tmp_path, "int8", 64, None) == "default"
+    assert choose_method(tmp_path, "int8", 64, "k_quant") == "k_quant"
+    with pytest.raises(InputError, match="Rows of 192 weights are an odd number of groups of 64"):
+        choose_method(tmp_path, "int4", 64, "k_quant")
 
 
 def assert_same_weights(gptq: Path, output: Path) -> int:
