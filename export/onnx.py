@@ -14,6 +14,7 @@ import numpy as np
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError
+from gramlite.onnx_graph import read_graph
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .architecture import read_architecture
@@ -25,7 +26,7 @@ from .report import judge_command, print_artifact, progress_bar
 from .smoke import smoke_judge, smoke_option
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight
-QUANTIZED = 2.5  # two 8-bit copies, of which one has the embedding in float32
+QUANTIZED = 2.5  # two copies of 8 bits and their scales, of which one has the embedding in float32 besides
 TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
 
 
@@ -85,10 +86,13 @@ def publish(
     judge = judge_template(source, template)
     weights = count_weights(checkpoint)
     need_bytes = int(weights * DTYPES.get(precision, QUANTIZED)) + (64 << 20)
+    if precision not in DTYPES:
+        need_bytes += 4 * int(checkpoint.config["vocab_size"]) * int(checkpoint.config["hidden_size"])
     layer_bytes = need_bytes // max(1, int(checkpoint.config["num_hidden_layers"]))
     with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
         build(source, folder, precision, target, options, advance, layer_bytes)
         added = finish(folder / GRAPH)
+        read_graph(folder / GRAPH)
         manifest = Manifest(
             format="onnx",
             name=destination.name,

@@ -1,7 +1,7 @@
 """First pairs for a LoRA: laid over its base and merged into it, it has to judge alike.
 
 llama.cpp adds the adapter's share in each forward pass, a merge adds it to the weights once; the two have no code in
-common. The GGUF files that this takes are made beside the output, one at a time, and removed again.
+common. The files that this takes, up to twice the size of the base, are made near the output and removed again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from tempfile import TemporaryDirectory
 
 from gramlite.artifact import Manifest
 from gramlite.errors import ModelError
+from gramlite.storage import lies_in
 
 from .adapter import export_adapter
+from .checkpoint import INDEX
 from .gguf import export_gguf
 from .merge import merge_adapter
 from .publish import judge_template
 from .smoke import CannotRunHere, judge_margins, smoke_judge
+
+WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 
 def smoke_adapter(
@@ -32,7 +36,7 @@ def smoke_adapter(
 
         def merged() -> list[float]:
             need_weights(base)
-            with scratch_folder(output) as scratch:
+            with scratch_folder(output, folder, base) as scratch:
                 merge_adapter(base, folder, scratch / "merged")
                 return gguf_margins(scratch / "merged", scratch, choice)
 
@@ -72,7 +76,7 @@ def gguf_margins(checkpoint: Path, scratch: Path, template: str | None, adapter:
 
 
 def need_weights(base: Path) -> None:
-    if not any(base.glob("*.safetensors")):
+    if not any(any(base.glob(name)) for name in WEIGHTS):
         raise CannotRunHere(f"{base} holds no weights to lay it over")
 
 
@@ -90,7 +94,10 @@ def template_file(output: Path, first: Path, second: Path, choice: str | None) -
 
 
 @contextmanager
-def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder on the output's disk, which has the room for what was just written once more."""
-    with TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder:
+def scratch_folder(output: Path, *sources: Path) -> Iterator[Path]:
+    """A folder near the output, on its disk, and in none of the sources: a checkpoint is not written into one."""
+    place = output.absolute().parent
+    while any(lies_in(place, source) for source in sources) and place != place.parent:
+        place = place.parent
+    with TemporaryDirectory(dir=place, prefix=f".{output.name}.") as folder:
         yield Path(folder)

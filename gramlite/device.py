@@ -234,8 +234,9 @@ def offload_below(
         return None
     half = plan.gpu_layers // 2
     size = context_size(plan.layout, plan.context)
-    others = bytes_beside_gpu(header, size, half, adapters=adapters)
-    if half and not plan.reduced and others <= machine.free_memory:
+    more = bytes_beside_gpu(header, size, half, adapters=adapters)
+    more -= bytes_beside_gpu(header, size, plan.gpu_layers, adapters=adapters)  # which is there already
+    if half and not plan.reduced and more <= machine.free_memory:
         words = plan.device.replace(f"({plan.gpu_layers} of", f"({half} of")
         return replace(plan, gpu_layers=half, device=words, reduced=True)
     return _on_cpu(header, options, machine, adapters)

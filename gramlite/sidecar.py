@@ -90,6 +90,6 @@ def belongs(entry: Mapping[str, Any], model: Mapping[str, Any], settings: str) -
 
 def replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether an entry takes an older one's place: of the same judge, or what is recorded of it does not differ."""
-    if any(old.get(key) != new.get(key) for key in ("model", "adapter", "companion", "settings")):
+    if any(old.get(key) != new.get(key) for key in ("model", "adapter", "settings")):
         return False
-    return old.get("quantization") in (None, new.get("quantization"))
+    return all(old.get(key) in (None, new.get(key)) for key in ("quantization", "companion"))

@@ -67,7 +67,7 @@ def load_calibration(
     else:
         pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
-        chosen = _judge_pairs(pairs, judge, template, tokens, device, mode)
+        chosen, mode = _judge_pairs(pairs, judge, template, tokens, device, mode)
     described = describe(chosen, tokens=tokens, seed=seed, source=path.name)
     return chosen, described if holds_transcripts(path) else described | {"mode": mode}
 
@@ -192,7 +192,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _judge_pairs(
     pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device, mode: Mode
-) -> list[Transcript]:
+) -> tuple[list[Transcript], Mode]:
     from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings
     from gramlite.loading import load
@@ -202,4 +202,4 @@ def _judge_pairs(
         chosen = list(_within(record_transcripts(judge, pairs), tokens))
     if not chosen:
         raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")
-    return chosen
+    return chosen, mode if judge.template.form.thinks else "direct"

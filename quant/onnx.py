@@ -75,7 +75,7 @@ def choose_method(source: Path, type: str, group_size: int, method: str | None) 
         return method or METHODS[0]
     sizes = read_architecture(read_config(source))
     widths = {sizes.hidden, sizes.feed_forward, sizes.heads * sizes.head_size}
-    odd = [width for width in sorted(widths) if width // group_size % 2]
+    odd = [width for width in sorted(widths) if -(-width // group_size) % 2]
     if odd and method:
         raise InputError(
             f"Rows of {odd[0]} weights are an odd number of groups of {group_size}, for which there is no {SEARCH} in 4 "

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import external_extent, parse
+from gramlite.onnx_graph import external_extent, parse, tensors_in
 
 GATHER = "/model/embed_tokens/Gather"
 HEAD = "/lm_head/"
@@ -26,6 +26,7 @@ BITS = 8
 MIDDLE = 1 << (BITS - 1)
 GROUP_SIZES = (256, 128, 64, 32, 16)  # that the operator has
 STEPS = 2  # by which a group's extreme may be cut; another matrix's values are off by dozens
+SMALLEST = {1: 0.0, 10: 2.0**-14}  # float16's least normal number: smaller scales are no longer exact
 ALIGNMENT = 4096  # bytes, so that weights can be mapped
 PIECE_BYTES = 1 << 24
 FLOAT, UINT8, FLOAT16 = 1, 2, 10  # TensorProto.DataType
@@ -67,9 +68,11 @@ def head_operands(model: Any, tensors: dict[str, Any], table: Any) -> tuple[list
     for node in model.graph.node:
         if node.op_type == "MatMulNBits" and node.name.startswith(HEAD):
             found = {attribute.name: attribute.i for attribute in node.attribute}
-            size, operands = found["block_size"], [tensors.get(name) for name in list(node.input)[1:4]]
-            fits = (found["bits"], found["N"], found["K"]) == (BITS, *table.dims) and not table.dims[1] % size
-            if fits and None not in operands:
+            operands = [tensors.get(name) for name in list(node.input)[1:4]]
+            shape, size = tuple(found.get(name, 0) for name in ("bits", "N", "K")), found.get("block_size", 0)
+            fits = shape == (BITS, *table.dims) and size in GROUP_SIZES and not table.dims[1] % size
+            types = [operand and operand.data_type for operand in operands]
+            if fits and types in ([UINT8, table.data_type], [UINT8, table.data_type, UINT8]):
                 return operands, size
     return [], 0
 
@@ -85,7 +88,7 @@ def same_rows(path: Path, table: Any, operands: Sequence[Any], size: int) -> Ite
         others = [read_rows(path, tensor, table.dims[0], start, stop).astype(np.float32) for tensor in operands[1:]]
         scales, *zeros = (each.reshape(*shape[:2], 1) for each in others)
         error = np.abs((codes - (zeros[0] if zeros else MIDDLE)) * scales - values)
-        yield bool((error <= STEPS * np.abs(scales)).all())
+        yield bool((error <= STEPS * np.abs(scales) + SMALLEST[table.data_type]).all())
 
 
 def alias(table: Any, operand: Any, size: int) -> Any:
@@ -130,7 +133,7 @@ def round_table(path: Path, table: Any, size: int) -> list[Any]:
             start = align(output)
             for piece in data:
                 output.write(piece)
-            place(tensor, file.name, start, output.tell() - start)
+            place(tensor, location_of(table), start, output.tell() - start)
     return tensors
 
 
@@ -153,7 +156,7 @@ def exchange(graph: Any, gather: Any, table: Any, parts: Sequence[Any], size: in
 def keep_used(path: Path, model: Any) -> None:
     """Write the data files anew with what the graph's weights still use, once what two of them share; then the graph."""
     kept: dict[Path, dict[tuple[int, int], list[Any]]] = {}
-    for tensor in model.graph.initializer:
+    for tensor in tensors_in(model):
         if tensor.data_location == tensor.EXTERNAL:
             file, size = external_extent(path, tensor)
             kept.setdefault(file, {}).setdefault((offset_of(tensor), size), []).append(tensor)
@@ -166,7 +169,7 @@ def keep_used(path: Path, model: Any) -> None:
                 for done in range(0, size, PIECE_BYTES):
                     output.write(source.read(min(PIECE_BYTES, size - done)))
                 for tensor in tensors:
-                    place(tensor, file.name, start, size)
+                    place(tensor, location_of(tensor), start, size)
         os.replace(fresh, file)
     path.write_bytes(model.SerializeToString())
 
@@ -194,6 +197,10 @@ def read_rows(path: Path, tensor: Any, rows: int, start: int, stop: int) -> Arra
 
 def offset_of(tensor: Any) -> int:
     return next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
+
+
+def location_of(tensor: Any) -> str:
+    return next(str(entry.value) for entry in tensor.external_data if entry.key == "location")
 
 
 def align(output: BinaryIO) -> int:

@@ -20,7 +20,7 @@ from gramlite.export.report import progress_bar
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import external_extent, parse
+from gramlite.onnx_graph import external_extent, parse, read_graph
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
@@ -79,6 +79,7 @@ def pack_onnx(
         if embedding == "q8_0":
             shrink_embedding(output / GRAPH, EMBEDDING_GROUP)
         put_weights(folder, output / GRAPH)
+        read_graph(output / GRAPH)
         manifest = Manifest(
             format="onnx",
             name=destination.name,

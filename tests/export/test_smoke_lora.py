@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,21 @@ def test_what_is_broken_is_not_kept(
     assert run(kind, checkpoint, folder, tmp_path / "other", "--no-smoke").exit_code == 0
 
 
+def test_an_adapter_may_be_written_into_its_own_folder(
+    judged: list[dict[str, Any]], checkpoint_of: MakeAdapter, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of("qwen2")
+    folder = make_adapter(tmp_path / "peft", checkpoint, MODULES)
+    result = run("adapter", checkpoint, folder, folder / "judge.gguf")
+    assert result.exit_code == 0 and json.loads(result.stdout)["smoke"]["flips"] == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"] and len(list(folder.iterdir())) == 4
+
+
 def test_a_base_without_weights_is_no_fault(tmp_path: Path) -> None:
-    result = run("adapter", PACKAGED / "hf", PACKAGED, tmp_path / "judge.lora.gguf")
+    base = Path(shutil.copytree(PACKAGED / "hf", tmp_path / "base"))
+    shutil.copy(PACKAGED / "adapter_model.safetensors", base)
+    result = run("adapter", base, PACKAGED, tmp_path / "judge.lora.gguf")
+    shutil.rmtree(base)
     assert result.exit_code == 0, result.output
     assert "holds no weights" in json.loads(result.stdout)["smoke"]["skipped"] and "warning" not in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"judge.lora.gguf", "judge.lora.gguf.json"}
@@ -96,8 +110,6 @@ def test_a_base_without_weights_is_no_fault(tmp_path: Path) -> None:
 def test_values_beyond_float16_are_judged_as_bfloat16(
     judged: list[dict[str, Any]], checkpoint_of: MakeAdapter, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     checkpoint = Path(shutil.copytree(checkpoint_of("qwen2"), tmp_path / "checkpoint"))

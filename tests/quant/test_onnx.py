@@ -110,11 +110,14 @@ def test_scales_are_searched_where_the_builder_can(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert choose_method(tmp_path, "int4", 32, None) == choose_method(tmp_path, "int4", 32, "k_quant") == "k_quant"
     assert choose_method(tmp_path, "int4", 64, None) == "default", "192 are three groups of 64"
+    assert choose_method(tmp_path, "int4", 256, None) == "default", "a group that is not full is one"
     assert choose_method(tmp_path, "int4", 64, "rtn") == "rtn"
     assert choose_method(tmp_path, "int8", 64, None) == "default"
     assert choose_method(tmp_path, "int8", 64, "k_quant") == "k_quant"
     with pytest.raises(InputError, match="Rows of 192 weights are an odd number of groups of 64"):
         choose_method(tmp_path, "int4", 64, "k_quant")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 448, "intermediate_size": 512}))
+    assert choose_method(tmp_path, "int4", 128, None) == "k_quant", "three and a half groups are four"
 
 
 def assert_same_weights(gptq: Path, output: Path) -> int:

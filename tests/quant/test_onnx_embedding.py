@@ -38,7 +38,9 @@ def eight_bits(values: Any) -> tuple[Any, Any]:
     return np.clip(np.rint(grouped / steps) + 128, 0, 255).astype(np.uint8), scales[..., 0]
 
 
-def write_graph(folder: Path, values: Any, head: Any, *, bits: int = 8, external: bool = True) -> Path:
+def write_graph(
+    folder: Path, values: Any, head: Any, *, bits: int = 8, external: bool = True, dtype: str = "float32"
+) -> Path:
     """The two ends of a decoder as the model builder writes them, nothing between them."""
     codes, scales = eight_bits(head)
     nodes = [
@@ -48,11 +50,13 @@ def write_graph(folder: Path, values: Any, head: Any, *, bits: int = 8, external
             domain="com.microsoft", K=WIDTH, N=ROWS, bits=bits, block_size=SIZE,
         ),
     ]  # fmt: skip
-    weights = {"unused": np.zeros(10, np.float32), "embed": values, "head_Q8": codes, "head_scales": scales}
+    kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[dtype]
+    weights = {"unused": np.zeros(10, np.float32), "embed": values.astype(dtype), "head_Q8": codes,
+               "head_scales": scales.astype(dtype)}  # fmt: skip
     graph = helper.make_graph(
         nodes, "ends",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "length"])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "length", width])
+        [helper.make_tensor_value_info(name, kind, [1, "length", width])
          for name, width in (("states", WIDTH), ("logits", ROWS))],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )  # fmt: skip
@@ -93,6 +97,17 @@ def test_a_tied_head_and_the_embedding_are_the_same_bytes(external: bool, tmp_pa
         ]
         assert len(places) - len({tuple(place) for place in places}) == 2
         assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+def test_graphs_for_cuda_share_too(tmp_path: Path) -> None:
+    values = table()
+    values[11] *= 1e-5  # a token that was never trained: its scales are no normal numbers in float16
+    path = write_graph(tmp_path / "graph", values, values, dtype="float16")
+    before = run(path)
+    assert shrink_embedding(path, SIZE) == "head"
+    states, logits = run(path)
+    assert states.dtype == np.float16 and np.abs(states - before[0]).max() < 0.05
+    assert np.abs(logits - before[1]).max() < 0.3
 
 
 @pytest.mark.parametrize("external", [True, False])
