@@ -14,7 +14,6 @@ import numpy as np
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
 from gramlite.errors import InputError
-from gramlite.onnx_graph import read_graph
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .architecture import read_architecture
@@ -92,7 +91,6 @@ def publish(
     with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
         build(source, folder, precision, target, options, advance, layer_bytes)
         added = finish(folder / GRAPH)
-        read_graph(folder / GRAPH)
         manifest = Manifest(
             format="onnx",
             name=destination.name,

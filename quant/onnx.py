@@ -6,6 +6,7 @@ rounds activations too, moves a judge's verdicts far (KL 0.8 against 0.006 nats)
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
+from gramlite.onnx_graph import read_graph
 
 from .onnx_embedding import shrink_embedding
 
@@ -65,8 +67,15 @@ def quantize_onnx(
         settings={"bits": TYPES[type], "group_size": group_size, "method": method},
         template=template,
         force=force,
-        finish=lambda graph: {"embedding": shrink_embedding(graph, group_size)},
+        finish=partial(finish, group_size),
     )
+
+
+def finish(group_size: int, graph: Path) -> dict[str, object]:
+    """Round the embedding too, read the graph again, and say whose codes the embedding has."""
+    kind = shrink_embedding(graph, group_size)
+    read_graph(graph)
+    return {"embedding": kind}
 
 
 def choose_method(source: Path, type: str, group_size: int, method: str | None) -> str:
