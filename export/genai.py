@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gramlite.errors import InputError, ModelError, ResourceError
-from gramlite.onnx_graph import external_extent, parse, read_graph
+from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import remove_path
 
 from .architecture import FAMILIES
@@ -175,8 +175,8 @@ def weight_bytes(path: Path) -> int:
         if name in ROPE_CACHES:
             continue
         if tensor.data_location == tensor.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            outside[entries["location"], entries.get("offset", "0")] = external_extent(path, tensor)[1]
+            file, size = external_extent(path, tensor)
+            outside[file, external_offset(tensor)] = size
         else:
             inside += tensor.ByteSize()
     return inside + sum(outside.values())

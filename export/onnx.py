@@ -25,7 +25,7 @@ from .report import judge_command, print_artifact, progress_bar
 from .smoke import smoke_judge, smoke_option
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight
-QUANTIZED = 2.5  # two copies of 8 bits and their scales, of which one has the embedding in float32 besides
+QUANTIZED = 2.5  # bytes a weight for two copies of 8 bits and scales, since the graph's data are written anew
 TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
 
 
@@ -85,7 +85,7 @@ def publish(
     judge = judge_template(source, template)
     weights = count_weights(checkpoint)
     need_bytes = int(weights * DTYPES.get(precision, QUANTIZED)) + (64 << 20)
-    if precision not in DTYPES:
+    if precision not in DTYPES:  # the first copy has the embedding in float32
         need_bytes += 4 * int(checkpoint.config["vocab_size"]) * int(checkpoint.config["hidden_size"])
     layer_bytes = need_bytes // max(1, int(checkpoint.config["num_hidden_layers"]))
     with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as folder:

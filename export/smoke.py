@@ -100,8 +100,8 @@ def smoke_judge(
     """Judge with the artifact at `path` and with its `source`, and put the figures into the manifest, which is returned.
 
     `source` is a model to open, its margins, or what computes them; `found` computes the artifact's own where it cannot
-    be opened alone. Where the source or the artifact cannot run on this machine, the
-    manifest says so instead. Raises ModelError, and removes the artifact, where it is broken, unless `force`.
+    be opened alone. Where the source or the artifact cannot run on this machine, the manifest says so instead. Raises
+    ModelError, and removes the artifact, where it is broken, unless `force`.
     """
     if not manifest.template and template is None:
         return _record(path, manifest, {"skipped": "no judge's template is known"})

@@ -20,7 +20,7 @@ DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 ATTENTION = "GroupQueryAttention"
 PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
 ITEM_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
-FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # TensorProto.DataType
+FLOAT, UINT8, FLOAT16, BFLOAT16 = 1, 2, 10, 16  # TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,16 @@ def external_extent(path: Path, tensor: Any) -> tuple[Path, int]:
     if length != needed or offset + length > size:
         raise ModelError(f"{file} does not hold the {needed:,} bytes of {tensor.name!r}. Export or download it again.")
     return file, length
+
+
+def external_offset(tensor: Any) -> int:
+    """Where in its file a tensor's external data begin, once `external_extent` has accepted them."""
+    return next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
+
+
+def external_location(tensor: Any) -> str:
+    """The file of a tensor's external data as the graph names it."""
+    return next(str(entry.value) for entry in tensor.external_data if entry.key == "location")
 
 
 def _count(path: Path, tensor: Any, text: str | None, key: str) -> int:

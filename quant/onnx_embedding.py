@@ -18,7 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import external_extent, parse, tensors_in
+from gramlite.onnx_graph import (
+    FLOAT,
+    FLOAT16,
+    UINT8,
+    external_extent,
+    external_location,
+    external_offset,
+    parse,
+    tensors_in,
+)
 
 GATHER = "/model/embed_tokens/Gather"
 HEAD = "/lm_head/"
@@ -26,10 +35,9 @@ BITS = 8
 MIDDLE = 1 << (BITS - 1)
 GROUP_SIZES = (256, 128, 64, 32, 16)  # that the operator has
 STEPS = 2  # by which a group's extreme may be cut; another matrix's values are off by dozens
-SMALLEST = {1: 0.0, 10: 2.0**-14}  # float16's least normal number: smaller scales are no longer exact
+SMALLEST = {FLOAT: 0.0, FLOAT16: 2.0**-14}  # float16's least normal number: smaller scales are no longer exact
 ALIGNMENT = 4096  # bytes, so that weights can be mapped
 PIECE_BYTES = 1 << 24
-FLOAT, UINT8, FLOAT16 = 1, 2, 10  # TensorProto.DataType
 NUMPY_TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), FLOAT16: np.dtype("<f2")}
 
 Array = npt.NDArray[Any]
@@ -51,7 +59,7 @@ def shrink_embedding(path: Path, group_size: int) -> str:
         raise ModelError(f"{path} has no embedding where the model builder puts it. Is this version of it supported?")
     operands, size = head_operands(model, tensors, table)
     if operands and all(same_rows(path, table, operands, size)):
-        kind, parts = "head", [alias(table, part, size) for part in operands]
+        kind, parts = "head", [alias(table, part) for part in operands]
     else:
         fitting = (size for size in GROUP_SIZES if size <= group_size and not table.dims[1] % size)
         size = next(fitting, 0)
@@ -91,7 +99,7 @@ def same_rows(path: Path, table: Any, operands: Sequence[Any], size: int) -> Ite
         yield bool((error <= STEPS * np.abs(scales) + SMALLEST[table.data_type]).all())
 
 
-def alias(table: Any, operand: Any, size: int) -> Any:
+def alias(table: Any, operand: Any) -> Any:
     """Another name and shape for the bytes of a head's operand."""
     import onnx
 
@@ -124,7 +132,10 @@ def round_table(path: Path, table: Any, size: int) -> list[Any]:
             found = np.rint(np.divide(values, steps, where=steps > 0, out=np.zeros_like(values)))
             yield (found.clip(-MIDDLE, MIDDLE - 1) + MIDDLE).astype(np.uint8).tobytes()
 
-    for tensor, data in ((tensors[0], codes()), (tensors[1], (scales.tobytes() for _ in range(1)))):
+    def known() -> Iterator[bytes]:  # once the codes are
+        yield scales.tobytes()
+
+    for tensor, data in zip(tensors, (codes(), known()), strict=True):
         if table.data_location != table.EXTERNAL:
             tensor.raw_data = b"".join(data)
             continue
@@ -133,7 +144,7 @@ def round_table(path: Path, table: Any, size: int) -> list[Any]:
             start = align(output)
             for piece in data:
                 output.write(piece)
-            place(tensor, location_of(table), start, output.tell() - start)
+            place(tensor, external_location(table), start, output.tell() - start)
     return tensors
 
 
@@ -159,7 +170,7 @@ def keep_used(path: Path, model: Any) -> None:
     for tensor in tensors_in(model):
         if tensor.data_location == tensor.EXTERNAL:
             file, size = external_extent(path, tensor)
-            kept.setdefault(file, {}).setdefault((offset_of(tensor), size), []).append(tensor)
+            kept.setdefault(file, {}).setdefault((external_offset(tensor), size), []).append(tensor)
     for file, extents in kept.items():
         fresh = file.with_name(file.name + ".new")
         with file.open("rb") as source, fresh.open("wb") as output:
@@ -169,7 +180,7 @@ def keep_used(path: Path, model: Any) -> None:
                 for done in range(0, size, PIECE_BYTES):
                     output.write(source.read(min(PIECE_BYTES, size - done)))
                 for tensor in tensors:
-                    place(tensor, location_of(tensor), start, size)
+                    place(tensor, external_location(tensor), start, size)
         os.replace(fresh, file)
     path.write_bytes(model.SerializeToString())
 
@@ -190,17 +201,9 @@ def read_rows(path: Path, tensor: Any, rows: int, start: int, stop: int) -> Arra
         return whole[start:stop]
     file, size = external_extent(path, tensor)
     with file.open("rb") as source:
-        source.seek(offset_of(tensor) + start * (size // rows))
+        source.seek(external_offset(tensor) + start * (size // rows))
         data = source.read((stop - start) * (size // rows))
     return np.frombuffer(data, dtype=NUMPY_TYPES[tensor.data_type]).reshape(stop - start, -1)
-
-
-def offset_of(tensor: Any) -> int:
-    return next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
-
-
-def location_of(tensor: Any) -> str:
-    return next(str(entry.value) for entry in tensor.external_data if entry.key == "location")
 
 
 def align(output: BinaryIO) -> int:

@@ -20,7 +20,7 @@ from gramlite.export.report import progress_bar
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import external_extent, parse, read_graph
+from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
@@ -187,9 +187,8 @@ def put(path: Path, tensor: Any, values: npt.NDArray[Any]) -> None:
     data = values.tobytes()
     if len(data) != size:
         raise ModelError(f"{tensor.name} takes {size:,} bytes in the graph and {len(data):,} in the folder.")
-    offset = next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
     with file.open("r+b") as stream:
-        stream.seek(offset)
+        stream.seek(external_offset(tensor))
         stream.write(data)
 
 
