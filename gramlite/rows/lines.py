@@ -1,0 +1,80 @@
+"""JSON lines, read one at a time: each comes out with its number, a digest of its bytes, and a value or an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Generic, TypeVar
+
+from ..errors import InputError
+from ..pair import FIELD_LIMIT_BYTES, Pair
+from .shapes import pair_from_json
+
+LINE_LIMIT_BYTES = 8 * FIELD_LIMIT_BYTES
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of input: its number from 1, a digest of its bytes, and the pair on it or what is wrong with it."""
+
+    line: int
+    digest: str
+    pair: Pair | None
+    error: str | None = None
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Line(Generic[Value]):
+    """A line of any input, as in Row, with what was made of it."""
+
+    number: int
+    digest: str
+    value: Value | None
+    error: str | None = None
+
+
+def read_rows(stream: BinaryIO) -> Iterator[Row]:
+    """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds."""
+    for line in read_lines(stream, pair_from_json):
+        yield Row(line.number, line.digest, line.value, line.error)
+
+
+def read_lines(stream: BinaryIO, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:
+    """Read JSON lines and make something of each object with `build(object, default id)`; see `read_rows`."""
+    for number, line in enumerate(_lines(stream), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        text = line.strip()
+        if not text:
+            continue
+        digest = hashlib.sha256(text).hexdigest()[:16]
+        try:
+            if len(line) > LINE_LIMIT_BYTES:
+                raise InputError(f"the line has more than {LINE_LIMIT_BYTES:,} bytes.")
+            yield Line(number, digest, build(_parse(text), str(number)))
+        except InputError as error:
+            yield Line(number, digest, None, f"line {number}: {error}")
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    while line := stream.readline(LINE_LIMIT_BYTES + 1):
+        yield line
+        while len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):  # pass over the rest unread
+            line = stream.readline(LINE_LIMIT_BYTES + 1)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"not valid UTF-8 at byte {error.start}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"a JSON object is needed, not {type(value).__name__}.")
+    return value
