@@ -238,7 +238,7 @@ def describe_artifact(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     return {
         "path": str(path.resolve()),
-        "bytes": artifact_bytes(path, manifest),
+        "bytes": artifact_bytes(path),
         "manifest": asdict(manifest) if manifest else None,
     }
 

@@ -299,7 +299,7 @@ def read_samples(text: str | None, suites: int) -> list[int | None]:
 
 OPTIONS = (
     click.option("--types", required=True, metavar="TYPES",
-                 help="F16,Q8_0,Q4_K_M,Q4_1+low-rank32,gptq:4x64,...; the first is the base."),
+                 help="F16,Q8_0,Q4_K_M,Q4_K_M+imatrix,gptq:4x64,...; the first is the base."),
     click.option("--suite", "suites", multiple=True, required=True, metavar="SUITE[/SUBSET][:FILE]",
                  help="What to judge; may be given several times."),
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs of each suite."),
@@ -354,7 +354,7 @@ def command(**options: Any) -> int:
     """Quantize CHECKPOINT in many ways, judge the suites with each, and compare all with the first type.
 
     One command, to be left alone: it goes on where it was stopped when it is typed again. A type is F16, BF16 or F32;
-    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated, with +low-rank32 an adapter beside; auto:4.5bpw;
+    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated; auto:4.5bpw;
     gptq:BITSxGROUP with the options :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a
     model of any format that is there already.
     """

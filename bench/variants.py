@@ -4,7 +4,6 @@ F16, BF16, F32              the checkpoint exported, with nothing lost beyond th
 Q4_K_M, Q4_0, IQ4_XS, ...   the F16 file quantized by llama.cpp
 Q4_K_M+imatrix, ...         each matrix with or without the importance matrix, as the calibration finds it better
 auto:4.5bpw                 the types, too, chosen by the calibration
-Q4_1+low-rank32, ...        an adapter of that rank beside it, which gives back what the rounding takes
 gptq:BITSxGROUP[:OPTION]... GPTQ, packed into GGUF; the options are `asym`, `no-focus`, `no-search`, `q8_0` (the
                             embedding's type; F16 otherwise) and PART=BITS (`v_proj=8`)
 """
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 EXPORTED = ("F16", "BF16", "F32")
 AUTO = re.compile(r"^auto:\d+(\.\d+)?bpw$", re.IGNORECASE)
-LOW_RANK = re.compile(r"^low-rank(\d+)$")
 GPTQ = re.compile(r"^gptq:(\d+)x(\d+)((?::[^:]+)*)$", re.IGNORECASE)
 SWITCHES: dict[str, dict[str, Any]] = {
     "asym": {"symmetric": False},
@@ -49,7 +47,6 @@ class Variant:
     name: str
     kind: str
     calibrated: bool = False
-    rank: int | None = None
     gptq: Mapping[str, Any] = field(default_factory=dict)
     embedding: str = "f16"
     path: Path | None = None
@@ -88,15 +85,16 @@ def parse_variant(text: str) -> Variant:
         return Variant(text.lower(), text.lower(), calibrated=True)
     kind, plus, extra = text.partition("+")
     kind, extra = kind.upper(), extra.lower()
-    low_rank = LOW_RANK.match(extra)
-    if kind not in FILE_TYPES.values() or (plus and (kind in EXPORTED or not (low_rank or extra == "imatrix"))):
+    if extra.startswith("low-rank"):
+        raise InputError(f"{text!r}: +low-rank was removed. Take {kind}+imatrix or auto:4.5bpw, with --calibration.")
+    if kind not in FILE_TYPES.values() or (plus and (kind in EXPORTED or extra != "imatrix")):
         raise InputError(
-            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, Q4_1+low-rank32, ...), "
+            f"There is no type {text!r}. Types are F16, llama.cpp's (Q8_0, Q4_K_M, Q4_0+imatrix, ...), "
             "auto:4.5bpw, gptq:4x64, gptq:4x32:asym, ... (bits, weights that share a scale, options), and NAME=PATH for "
             "a model that is there."
         )
     name = f"{kind}+{extra}" if plus else kind
-    return Variant(name, kind, calibrated=extra == "imatrix", rank=int(low_rank[1]) if low_rank else None)
+    return Variant(name, kind, calibrated=extra == "imatrix")
 
 
 def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
@@ -167,11 +165,8 @@ def artifact_part(variant: Variant, source: Source, folder: Path) -> Part:
     if variant.calibrated:
         return _calibrated_part(path, variant.kind, source, folder)
     exported = _exported_part("F16", source, folder)
-    recipe = {"made": "quantize", "kind": variant.kind} | ({"rank": variant.rank} if variant.rank else {})
-    build = partial(
-        build_quantized, exported=exported.path, kind=variant.kind, rank=variant.rank, threads=source.threads
-    )
-    return Part(path, recipe, build, (exported,))
+    build = partial(build_quantized, exported=exported.path, kind=variant.kind, threads=source.threads)
+    return Part(path, {"made": "quantize", "kind": variant.kind}, build, (exported,))
 
 
 def _calibrated_part(path: Path, kind: str, source: Source, folder: Path) -> Part:
@@ -225,14 +220,11 @@ def build_exported(path: Path, *, checkpoint: Path, dtype: str, template: str | 
     return export_gguf(checkpoint, path, dtype=dtype, template=template, force=True)
 
 
-def build_quantized(path: Path, *, exported: Path, kind: str, rank: int | None, threads: int | None) -> Manifest:
+def build_quantized(path: Path, *, exported: Path, kind: str, threads: int | None) -> Manifest:
     from gramlite.quant.gguf import quantize_source
-    from gramlite.quant.low_rank import quantize_low_rank
     from gramlite.quant.source import open_source
 
     with open_source(exported, beside=path) as opened:
-        if rank:
-            return quantize_low_rank(opened, path, rank=rank, kind=kind, force=True, threads=threads)
         return quantize_source(opened, path, kind=kind, force=True, threads=threads)
 
 

@@ -54,13 +54,13 @@ def source_bytes(manifest: Manifest) -> int | None:
 
 def compression(path: Path, manifest: Manifest) -> float | None:
     """How many times smaller an artifact is than the weights it goes back to; None where those are not known."""
-    before, after = source_bytes(manifest), artifact_bytes(path, manifest)
+    before, after = source_bytes(manifest), artifact_bytes(path)
     return before / after if before and after else None
 
 
 def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: bool) -> None:
     """Print what was written to stdout: a table on a terminal, else one JSON object."""
-    size = artifact_bytes(path, manifest)
+    size = artifact_bytes(path)
     template = manifest.template or {}
     smaller = compression(path, manifest)
     if as_json or not sys.stdout.isatty():

@@ -185,8 +185,6 @@ def _record(path: Path, manifest: Manifest, smoke: dict[str, Any]) -> Manifest:
 
 
 def _withdraw(path: Path, manifest: Manifest) -> None:
-    if manifest.companion:
-        remove_path(path.with_name(manifest.companion))
     if manifest.format == "gptq" and path.is_dir():
         from gramlite.backends.gptq import twin_path
 

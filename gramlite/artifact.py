@@ -27,8 +27,7 @@ class Manifest:
     where it has a name for it; `source` names the checkpoint and its sha256; `settings` are the method's own
     options; `calibration` says what data calibrated it, with its hash; `tools` maps package to version;
     `template` holds `name`, `sha256` and, where the artifact cannot hold it itself, `text`; `files` maps each
-    relative path to its sha256; `companion` names the one among them that is a LoRA adapter which the model is always
-    run with; `smoke` holds the figures of the smoke judging.
+    relative path to its sha256; `smoke` holds the figures of the smoke judging.
     """
 
     format: str
@@ -42,7 +41,6 @@ class Manifest:
     template: dict[str, Any] | None = None
     bits_per_weight: float | None = None
     files: dict[str, str] = field(default_factory=dict)
-    companion: str | None = None
     smoke: dict[str, Any] | None = None
     manifest_version: int = MANIFEST_VERSION
 
@@ -88,8 +86,18 @@ def read_manifest(artifact_path: Path) -> Manifest | None:
         raise ModelError(
             f"{path} is no gramlite manifest: it lacks 'format' or 'name'. Delete it to use the bare model."
         )
+    if raw.get("companion"):
+        raise companion_refusal(artifact_path, raw["companion"])
     known = {f.name for f in fields(Manifest)}
     return Manifest(**{key: value for key, value in raw.items() if key in known})
+
+
+def companion_refusal(artifact_path: Path, companion: object) -> ModelError:
+    """The refusal of a file that version 0.1 wrote with --low-rank: without its adapter it would judge wrongly."""
+    return ModelError(
+        f"{artifact_path} is only right together with the adapter {ascii(companion):.80}, its companion, and companions "
+        "are no longer run. Quantize the source again: gramlite quantize gguf SOURCE -o OUT --type Q4_K_M"
+    )
 
 
 def hash_files(artifact_path: Path) -> dict[str, str]:
@@ -103,14 +111,11 @@ def hash_files(artifact_path: Path) -> dict[str, str]:
     }
 
 
-def artifact_bytes(artifact_path: Path, manifest: Manifest | None) -> int:
-    """The size of an artifact, its companion included and its manifest not."""
-    if artifact_path.is_dir():
-        files = [path for path in artifact_path.rglob("*") if path.is_file() and path.name != FOLDER_MANIFEST]
-    else:
-        files = [artifact_path]
-        if manifest and manifest.companion:
-            files.append(artifact_path.with_name(manifest.companion))
+def artifact_bytes(artifact_path: Path) -> int:
+    """The size of an artifact, its manifest not included."""
+    if artifact_path.is_file():
+        return artifact_path.stat().st_size
+    files = [path for path in artifact_path.rglob("*") if path.is_file() and path.name != FOLDER_MANIFEST]
     return sum(path.stat().st_size for path in files)
 
 

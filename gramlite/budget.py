@@ -59,7 +59,6 @@ class BudgetTable:
     adapter: str | None
     settings: str
     quantization: str | None = None
-    companion: str | None = None
 
 
 def measure(
@@ -99,7 +98,7 @@ def measure(
     table = BudgetTable(
         chosen=chosen, pairs=len(counted), rows=rows, model=judge.model.get("sha256"),
         adapter=judge.model.get("adapter"), settings=settings_without_budget(judge.settings_record),
-        quantization=judge.model.get("quantization"), companion=judge.model.get("companion"),
+        quantization=judge.model.get("quantization"),
     )  # fmt: skip
     return table, verdicts[chosen]
 

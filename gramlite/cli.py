@@ -17,6 +17,12 @@ from .errors import INTERRUPTED, GramliteError, InputError, ResourceError
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
 
+REMOVED = {
+    "quantize distill": "quantize distill was removed. Judge with a GPTQ folder as it is: "
+    "gramlite quantize gptq CHECKPOINT -o OUT --calibration PAIRS.jsonl"
+}
+
+
 class LazyGroup(click.Group):
     """A group whose commands live in modules that are imported only when they are used.
 
@@ -31,6 +37,8 @@ class LazyGroup(click.Group):
         return [*self._commands_in, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if removed := REMOVED.get(f"{self.name} {name}"):
+            raise InputError(removed)
         if name not in self._commands_in:
             return super().get_command(ctx, name)
         module = importlib.import_module(self._commands_in[name][0])
@@ -83,10 +91,6 @@ GROUPS = {
         {
             "gguf": ("gramlite.quant.gguf", "A checkpoint or GGUF file in any of llama.cpp's types."),
             "gptq": ("gramlite.quant.gptq", "A checkpoint as a GPTQ folder."),
-            "distill": (
-                "gramlite.quant.distill",
-                "A GPTQ folder with its scales tuned to the source model's verdicts.",
-            ),
             "onnx": ("gramlite.quant.onnx", "A checkpoint as an ONNX folder with weights in 8 or 4 bits."),
             "bnb": ("gramlite.quant.bnb", "A checkpoint as a bitsandbytes folder, NF4 or int8."),
         },

@@ -40,9 +40,9 @@ OUTCOMES = {"A": 1.0, "tie": 0.5, "B": 0.0}
 class Calibration:
     """How a model's margins are rescaled, and what they belong to.
 
-    `bias` is in nats and positive where the judge leans to the response shown first. `model`, `adapter` and
-    `companion` (sha256 or None), `settings` (see `order_settings`) and `quantization`, as the model was loaded, say what
-    it may be applied to. `report` holds the expected calibration error before and after, as `assess` gives it.
+    `bias` is in nats and positive where the judge leans to the response shown first. `model` and `adapter`
+    (sha256 or None), `settings` (see `order_settings`) and `quantization`, as the model was loaded, say what it may be
+    applied to. `report` holds the expected calibration error before and after, as `assess` gives it.
     """
 
     temperature: float
@@ -52,7 +52,6 @@ class Calibration:
     settings: str
     report: Mapping[str, Any]
     quantization: str | None = None
-    companion: str | None = None
 
     def apply(self, margin: float, order: Order) -> float:
         """The calibrated log-odds of an order's un-swapped margin (positive favours response_a), in nats."""
@@ -234,7 +233,6 @@ def calibrate(data: Labelled, model: Mapping[str, Any], settings: Mapping[str, A
     return Calibration(
         temperature=temperature, bias=bias, model=model.get("sha256"), adapter=model.get("adapter"),
         settings=order_settings(settings), report=report | {"folds": FOLDS}, quantization=model.get("quantization"),
-        companion=model.get("companion"),
     )  # fmt: skip
 
 
@@ -254,14 +252,14 @@ def stored_calibration(artifact: Path, model: Mapping[str, Any], settings: Mappi
     """The calibration stored for a judge; raises InputError that says what is there and what to type."""
     entries = read_sidecar(artifact).get("calibrations", [])
     try:
-        found = [Calibration(**entry) for entry in entries]
+        found = [Calibration(**{key: entry[key] for key in entry if key != "companion"}) for entry in entries]
         usable = all(float(c.temperature) > 0 and np.isfinite(float(c.temperature) + float(c.bias)) for c in found)
     except (TypeError, ValueError):
         usable = False
     if not usable:
         raise ModelError(f"{sidecar_path(artifact)} is no calibration. Delete it, and run gramlite calibrate again.")
-    for calibration in found:
-        if calibration.belongs_to(model, settings):
+    for entry, calibration in zip(entries, found, strict=True):
+        if belongs(entry, model, order_settings(settings)):
             return calibration
     has = (
         f"{sidecar_path(artifact)} holds {len(found)} for another model or other settings"

@@ -16,11 +16,12 @@ from typing import Literal
 
 import numpy
 
+from .artifact import companion_refusal
 from .errors import ModelError
 from .ggml_types import GGML_TYPES
 from .gguf_format import Header, Tensor, Value, parse_header, shown
 
-__all__ = ["Header", "COMPANION", "Hyperparameters", "Tensor", "check_adapter_fits", "hyperparameters", "read_header"]
+__all__ = ["Header", "Hyperparameters", "Tensor", "check_adapter_fits", "hyperparameters", "read_header"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 TOKENIZERS = ("gpt2", "llama")
@@ -32,7 +33,7 @@ UNSUPPORTED = (
     "expert_group_used_count",
     "nextn_predict_layers",
 )
-COMPANION = "gramlite.companion"  # the adapter file without which a model is not to be used
+COMPANION = "gramlite.companion"  # the adapter file without which version 0.1 did not use a model
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
@@ -64,6 +65,8 @@ def read_header(path: Path, *, expect: Literal["model", "adapter"] = "model") ->
     if expect == "adapter":
         _check_adapter(header)
         return header
+    if COMPANION in header.metadata:
+        raise companion_refusal(path, header.metadata[COMPANION])
     _check_tokenizer(header)
     sizes = hyperparameters(header)
     _check_rope_and_norm(header, sizes)

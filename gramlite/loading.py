@@ -48,12 +48,6 @@ def load(
     asked = runtime.parallel or 1
     runtime = replace(runtime, parallel=runtime.parallel or settings.sequences)
     artifact = open_artifact(Path(model))
-    if artifact.manifest and artifact.manifest.companion:
-        if artifact.manifest.companion not in artifact.manifest.files:  # which are checked, and lie beside the file
-            raise ModelError(
-                f"The manifest of {artifact.path} does not list its companion. Export or download it again."
-            )
-        runtime = replace(runtime, companion=str(artifact.path.parent / artifact.manifest.companion))
     backend = open_backend(artifact, runtime)
     if asked > 1 and getattr(backend, "one_at_a_time", False):
         told = (asked, artifact.path, artifact.format)
@@ -141,8 +135,7 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: Run
         else quantization or metadata.get("quantization"),
         "sha256": artifact_sha256(artifact.path),
     }
-    files = {"companion": runtime.companion, "adapter": runtime.adapter}
-    return described | {key: sha256_cached(Path(path)) for key, path in files.items() if path}
+    return described | ({"adapter": sha256_cached(Path(runtime.adapter))} if runtime.adapter else {})
 
 
 def artifact_sha256(path: Path, *, manifest: bool = True) -> str:

@@ -82,7 +82,11 @@ def belongs(entry: Mapping[str, Any], model: Mapping[str, Any], settings: str) -
     """
     if (entry.get("model"), entry.get("settings")) != (model.get("sha256"), settings):
         return False
-    if any(entry.get(file) != model.get(file) for file in ("adapter", "companion")):
+    if entry.get("companion"):
+        raise ModelError(
+            "What is stored was measured with a companion, and those are no longer run. Run gramlite calibrate again."
+        )
+    if entry.get("adapter") != model.get("adapter"):
         return False
     known = entry.get("quantization")
     return bool(known == model.get("quantization") or (known is None and model.get("format") != "hf"))
@@ -92,4 +96,4 @@ def replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether an entry takes an older one's place: of the same judge, or what is recorded of it does not differ."""
     if any(old.get(key) != new.get(key) for key in ("model", "adapter", "settings")):
         return False
-    return all(old.get(key) in (None, new.get(key)) for key in ("quantization", "companion"))
+    return old.get("quantization") in (None, new.get("quantization"))

@@ -31,7 +31,6 @@ FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 TYPE_NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
 # of some of these llama.cpp ends the process without an importance matrix, the others it refuses to write
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
-TEXT = 3  # LLAMA_KV_OVERRIDE_TYPE_STR
 STARTED = re.compile(r"^\[ *(\d+)/ *(\d+)\]", re.MULTILINE)
 FELL_BACK = re.compile(r"warning: (\S+) +- ncols.*?required for type +(\w+)\).*?falling back to +(\w+)")
 PLANNED = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) .*-> .*MiB \((\w+)\)$", re.MULTILINE)
@@ -45,7 +44,7 @@ class Job:
     """One file to quantize: `kind` names llama.cpp's file type; `overrides` are pairs of a pattern and a tensor type.
 
     `importance` has how many floats of the importance matrix belong to each tensor, in the order in which they follow;
-    with `dry_run` nothing is written. `notes` are keys and texts of up to 127 bytes for the file's metadata.
+    with `dry_run` nothing is written.
     """
 
     source: str
@@ -55,7 +54,6 @@ class Job:
     threads: int = 1
     importance: tuple[tuple[str, int], ...] = ()
     dry_run: bool = False
-    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,10 +148,6 @@ def main() -> int:
     ]
     if overrides:  # both lists end with an entry of zeros
         parameters.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))(*overrides)
-    if job["notes"]:
-        parameters.kv_overrides = (llama_cpp.llama_model_kv_override * (len(job["notes"]) + 1))()
-        for entry, (key, text) in zip(parameters.kv_overrides, job["notes"], strict=False):
-            entry.tag, entry.key, entry.value.val_str = TEXT, key.encode(), text.encode()
     if entries:
         parameters.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     failed: int = llama_cpp.llama_model_quantize(

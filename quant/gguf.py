@@ -10,9 +10,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +42,6 @@ NEEDS_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XX
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 NEARLY_NOTHING = 1 << 20  # bytes free on a disk that a write has just filled
 TYPICAL_BITS = re.compile(r"(\d)")
-
-
-@dataclass(frozen=True)
-class Refined:
-    """What was done to a file after its quantization: what to record, and an adapter that goes with it, by sha256."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    files: dict[str, str] = field(default_factory=dict)
-    companion_bytes: int = 0
-
-
-Refine = Callable[[Path], Refined]
 
 
 def quantize_gguf(
@@ -93,15 +78,10 @@ def quantize_source(
     threads: int | None = None,
     calibration: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
-    name: str | None = None,
-    refine: Refine | None = None,
-    notes: tuple[tuple[str, str], ...] = (),
 ) -> Manifest:
     """What `quantize_gguf` does with a source that is open already.
 
-    `calibration` is what is known of the transcripts; `settings` are added to the manifest's, and `name` is what the
-    manifest calls the quantization where that is not the file's type. `refine` may change the written file's weights
-    and add a companion to it; `notes` go into its metadata.
+    `calibration` is what is known of the transcripts; `settings` are added to the manifest's.
     """
     kind = file_type(kind)
     wanted = check_overrides(source, kind, overrides)
@@ -117,32 +97,23 @@ def quantize_source(
                 overrides=wanted,
                 threads=thread_count(threads),
                 importance=tuple((name, len(values)) for name, values in matrix.items()),
-                notes=notes,
             )
             outcome = _run(job, matrix, progress)
             written = read_header(temporary)
-            refined = refine(temporary) if refine else Refined()
-            bits = bits_per_weight(written) * (
-                1 + refined.companion_bytes / sum(each.bytes for each in written.tensors)
-            )
-            described = describe_types(written, outcome)
-            described["notes"] = [*described.get("notes", []), *refined.notes]
             return Manifest(
                 format="gguf",
                 name=destination.stem,
-                quantization=name or kind,
+                quantization=kind,
                 method="llama.cpp",
                 source=source.described,
                 settings={"type": kind, "overrides": [list(pair) for pair in wanted]}
-                | described
-                | (settings or {})
-                | refined.settings,
+                | describe_types(written, outcome)
+                | (settings or {}),
                 calibration=describe_matrix(imatrix, calibration) if imatrix else calibration,
                 tools=tool_versions("llama-cpp-python", "gguf", "numpy"),
                 template=source.template,
-                bits_per_weight=round(bits, 4),
-                files={destination.name: sha256_file(temporary)} | refined.files,
-                companion=next(iter(refined.files), None),
+                bits_per_weight=round(bits_per_weight(written), 4),
+                files={destination.name: sha256_file(temporary)},
             )
 
         return publish_file(destination, build, force=force, need_bytes=_room(source.header, kind))
@@ -261,6 +232,14 @@ def parse_override(text: str) -> tuple[str, str]:
     return pattern, tensor_type(kind)
 
 
+def no_low_rank(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Tell who asks for a companion what there is in its place."""
+    if value is not None:
+        raise InputError(
+            "--low-rank was removed. Take --type Q4_K_M --calibration PAIRS.jsonl, or --type auto:4.5bpw with the same."
+        )
+
+
 @click.command("gguf", short_help="checkpoint or GGUF -> GGUF in any of llama.cpp's types")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
@@ -280,9 +259,8 @@ def parse_override(text: str) -> tuple[str, str]:
 @click.option("--embedding-type", metavar="TYPE", help="Another type for the embedding.")
 @click.option("--output-type", metavar="TYPE", help="Another type for the head, which may be the embedding.")
 @click.option(
-    "--low-rank", "rank", type=int, metavar="RANK",
-    help="Give back what rounding takes as an adapter of that rank, which goes with the file.",
-)  # fmt: skip
+    "--low-rank", hidden=True, is_flag=False, flag_value="", is_eager=True, expose_value=False, callback=no_low_rank
+)
 @mode_option
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
@@ -291,15 +269,10 @@ def parse_override(text: str) -> tuple[str, str]:
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    source: Path, output: Path, kind: str, rank: int | None, smoke: bool, as_json: bool, **options: Any
-) -> None:
+def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
     from .calibrated import calibrate, measure_importance, quantize_calibrated
-    from .low_rank import quantize_low_rank
 
-    if rank is not None and (options["calibration"] or target_bits(kind)):
-        raise InputError("--low-rank works without calibration. Leave out --calibration, and take a type, not auto.")
     if options["save_imatrix"] and not options["calibration"]:
         raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
     check_output(output, [source], force=options["force"], file=True)
@@ -334,8 +307,9 @@ def command(
         elif target_bits(kind):
             raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
         else:
-            quantize = partial(quantize_low_rank, rank=rank) if rank is not None else quantize_source
-            manifest = quantize(opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"])
+            manifest = quantize_source(
+                opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"]
+            )
         if smoke:
             template = options["template"]
             manifest = smoke_judge(output, manifest, opened.path, template=template, force=options["force"])

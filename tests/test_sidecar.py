@@ -25,7 +25,6 @@ JUDGES: dict[str, list[dict[str, str]]] = {  # of the same weights on disk
         {"format": "hf", "quantization": "BF16"},
         {"format": "hf", "quantization": "NF4"},
     ],
-    "a low-rank companion": [{"format": "gguf", "companion": "2" * 64}, {"format": "gguf", "companion": "3" * 64}],
     "an adapter": [{"format": "gguf"}, {"format": "gguf", "adapter": "4" * 64}],
 }
 

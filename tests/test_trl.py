@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from test_ranking import Strengths, judge_on
 
 from gramlite import InputError
 from gramlite.decoding import softmax_first
-from gramlite.integrations.trl import PairwiseJudge, text_of, win_rate_reward
+from gramlite.integrations.trl import text_of, win_rate_reward
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -61,26 +60,6 @@ def test_no_verdict_is_no_reward() -> None:
     assert reward(prompts=["q"] * 2, completions=["", ""]) == [0.5, 0.5]
     with pytest.raises(InputError, match="2 prompts came with 1"):
         reward(prompts=["q"] * 2, completions=["1"])
-
-
-def test_the_pairwise_judge_gives_indices() -> None:
-    judge = PairwiseJudge(judge_on(Strengths(lean=5)))
-    pairs = [["1", "3"], ["3", "1"], ["2", "2"], ["1", "\0"]]
-    assert judge.judge(["q"] * 4, pairs) == [1, 0, 0, -1], "judged in both orders, so the lean does not matter"
-    assert judge.judge(prompts=["q"], completions=[[said("1"), said("3")]], shuffle_order=False) == [1]
-    assert list(inspect.signature(PairwiseJudge.judge).parameters)[1:] == ["prompts", "completions", "shuffle_order"]
-    with pytest.raises(InputError, match="exactly two"):
-        judge.judge(["q"], [["1", "2", "3"]])
-
-
-def test_shuffling_takes_turns_for_a_judge_of_one_order() -> None:
-    leaning = PairwiseJudge(judge_on(Strengths(lean=100), orders="ab"))
-    prompts, pairs = [str(n) for n in range(200)], [["1", "2"]] * 200
-    assert leaning.judge(prompts, pairs, shuffle_order=False) == [0] * 200
-    shuffled = leaning.judge(prompts, pairs)
-    assert shuffled == leaning.judge(prompts, pairs) and 60 < sum(shuffled) < 140
-    fair = PairwiseJudge(judge_on(Strengths(), orders="ab"))
-    assert fair.judge(prompts, pairs) == [1] * 200
 
 
 @pytest.mark.slow

@@ -38,9 +38,8 @@ class RuntimeOptions:
 
     `context` is the most tokens a sequence may hold (None: the model's own, at most 8,192, less where memory is
     short); `parallel` the most sequences decoded together (None: one, and `load` has more where the settings think or
-    vote); `adapter` a LoRA file, `companion` another one that belongs to the artifact and is always applied, too;
-    `deterministic` keeps to one sequence at a time so that the same input gives the same bits; `load_in` quantizes a
-    full-precision checkpoint's linear layers while it is loaded.
+    vote); `adapter` a LoRA file; `deterministic` keeps to one sequence at a time so that the same input gives the same
+    bits; `load_in` quantizes a full-precision checkpoint's linear layers while it is loaded.
     """
 
     device: Device = "auto"
@@ -48,7 +47,6 @@ class RuntimeOptions:
     context: int | None = None
     parallel: int | None = None
     adapter: str | None = None
-    companion: str | None = None
     deterministic: bool = False
     load_in: LoadIn | None = None
 

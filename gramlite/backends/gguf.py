@@ -20,8 +20,7 @@ from ..artifact import Artifact
 from ..decoding import Generation, Logits
 from ..device import DRAFT_TOKENS, GPU_MARGIN, MOST_DRAFTED, Offload, offload_below, plan_offload
 from ..drafting import CONTEXT_TOKENS, Drafter
-from ..errors import ModelError
-from ..gguf_header import COMPANION, Header, check_adapter_fits, read_header
+from ..gguf_header import Header, check_adapter_fits, read_header
 from ..prompt import common_prefix
 from ..stepping_down import Finished, Steps
 from . import Request, RuntimeOptions
@@ -48,7 +47,7 @@ class GgufBackend:
         self._options = options
         self._separate = options.deterministic
         self._drafter = None if options.deterministic else Drafter()
-        self._wanted = self._together(options.adapter)
+        self._wanted = options.adapter
         self._vocabulary: LlamaVocabulary | None = None
         plan = plan_offload(header, options, machine(), adapters=adapters)
         self._layout = plan.layout
@@ -100,23 +99,19 @@ class GgufBackend:
     def device(self) -> str:
         return self._steps.place.device + self.note
 
-    def _together(self, adapter: str | None) -> tuple[str, ...]:
-        return tuple(path for path in (self._options.companion, adapter) if path)
-
     def use_adapter(self, path: str | None) -> None:
-        """Judge with a LoRA adapter, or with none, from the next request on; the model's companion stays in force.
+        """Judge with a LoRA adapter, or with none, from the next request on.
 
         An adapter is loaded once; see Adapters for what stays computed. Raises ModelError for one that does not fit
         the model, ResourceError when memory does not hold it.
         """
         self._steps.require_loaded()
-        wanted = self._together(path)
-        if wanted != self._adapters.active:
-            self._trunk = self._adapters.switch(wanted, sequence=TRUNK, root=self._trunk[: self._root])
+        if path != self._adapters.active:
+            self._trunk = self._adapters.switch(path, sequence=TRUNK, root=self._trunk[: self._root])
             self._root = len(self._trunk)
             self._stem = Stem(len(self._trunk))
             self._held.let_go(*self._held.prompts)
-            self._wanted = wanted
+            self._wanted = path
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         """See Backend.generate; the order of what is yielded is that of finishing."""
@@ -386,13 +381,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> GgufBackend:
     Raises ModelError for a file that is refused, ResourceError when it does not fit.
     """
     header = read_header(artifact.path)
-    companion = header.metadata.get(COMPANION)
-    if companion and not options.companion:
-        raise ModelError(
-            f"{artifact.path} is only right together with the adapter {companion!r}, and its manifest, which says so, is "
-            f"missing. Put both beside it, under their own names, or make the file again."
-        )
-    adapters = [read_header(Path(path), expect="adapter") for path in (options.companion, options.adapter) if path]
+    adapters = [read_header(Path(options.adapter), expect="adapter")] if options.adapter else []
     for adapter in adapters:
         check_adapter_fits(adapter, header)
     return GgufBackend(header, options, adapters)

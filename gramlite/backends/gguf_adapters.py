@@ -1,7 +1,7 @@
 """LoRA adapters over one open GGUF model: each is loaded once, and judges with different ones take turns.
 
-The beginning that all prompts share is computed once for every set of adapters. While another set judges it lies in
-main memory. It is not left in the KV cache: where other cells lie before a prompt's own, attention adds up in other
+The beginning that all prompts share is computed once for every adapter. While another one judges it lies in main
+memory. It is not left in the KV cache: where other cells lie before a prompt's own, attention adds up in other
 groups, and the same pair's margin came out up to 0.35 nats away. Copied back it lies where it lay before.
 """
 
@@ -15,50 +15,49 @@ from ..errors import OutOfMemory, ResourceError
 from ..gguf_header import Header, check_adapter_fits, read_header
 from .gguf_context import LlamaContext, Saved
 
-PARKED = 4  # sets of adapters whose beginning of the prompt stays computed while another one judges
+PARKED = 4  # adapters whose beginning of the prompt stays computed while another one judges
 
 Tokens = tuple[int, ...]
 
 
 class Adapters:
-    """The adapters of one model; those in `active` are in force, all of them together.
+    """The adapters of one model; `active` is in force, None where none is.
 
     `room` says how many bytes an adapter that is opened later may take. A path that is loaded stays what it was when
     it was loaded.
     """
 
     def __init__(self, context: LlamaContext, header: Header, room: Callable[[], int]) -> None:
-        self.active: tuple[str, ...] = ()
+        self.active: str | None = None
         self._context = context
         self._header = header
         self._room = room
         self._opened: dict[str, Any] = {}
-        self._parked: dict[tuple[str, ...], tuple[Tokens, Saved]] = {}
+        self._parked: dict[str | None, tuple[Tokens, Saved]] = {}
 
-    def load(self, paths: tuple[str, ...]) -> None:
-        """Open adapters that the memory was already planned for, and put them in force."""
-        for path in paths:
+    def load(self, path: str | None) -> None:
+        """Open an adapter that the memory was already planned for, and put it in force."""
+        if path:
             self._opened[path] = self._context.open_adapter(path)
-        self._apply(paths)
+        self._apply(path)
 
-    def switch(self, paths: tuple[str, ...], *, sequence: int, root: Tokens) -> Tokens:
-        """Put other adapters in force, and return the tokens that `sequence` then holds.
+    def switch(self, path: str | None, *, sequence: int, root: Tokens) -> Tokens:
+        """Put another adapter in force, and return the tokens that `sequence` then holds.
 
         `root` is what it holds now; every other sequence is forgotten. Raises ModelError for an adapter that does not
         fit the model, ResourceError when memory does not hold it; then nothing has changed.
         """
-        for path in paths:
-            if path not in self._opened:
-                self._open(path)
+        if path and path not in self._opened:
+            self._open(path)
         before = self.active
-        self._apply(paths)
+        self._apply(path)
         self._park(before, sequence, root)
         self._context.clear()
-        tokens, saved = self._parked.pop(paths, ((), None))
+        tokens, saved = self._parked.pop(path, ((), None))
         if saved is None or not self._context.restore(sequence, saved):
             self._context.clear()
             return ()
-        self._parked[paths] = tokens, saved  # used last
+        self._parked[path] = tokens, saved  # used last
         return tokens
 
     def _open(self, path: str) -> None:
@@ -74,19 +73,19 @@ class Adapters:
                 f"The adapter {path} does not fit the GPU: {error}. Free some of its memory."
             ) from error
 
-    def _apply(self, paths: tuple[str, ...]) -> None:
-        self._context.set_adapters([self._opened[path] for path in paths])
-        self.active = paths
+    def _apply(self, path: str | None) -> None:
+        self._context.set_adapters([self._opened[path]] if path else [])
+        self.active = path
 
-    def _park(self, paths: tuple[str, ...], sequence: int, root: Tokens) -> None:
+    def _park(self, path: str | None, sequence: int, root: Tokens) -> None:
         """Keep a copy of what the sequence holds, unless the same is kept already."""
-        if not root or self._parked.get(paths, ((), None))[0] == root:
+        if not root or self._parked.get(path, ((), None))[0] == root:
             return
         self._context.cut(sequence, len(root))
         saved = self._context.save(sequence)
         if saved is None:
             return
-        self._parked.pop(paths, None)
-        self._parked[paths] = root, saved
+        self._parked.pop(path, None)
+        self._parked[path] = root, saved
         while len(self._parked) > PARKED:
             del self._parked[next(iter(self._parked))]

@@ -30,7 +30,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> Backend:
 
     Raises ModelError for a folder that is refused or cannot be packed, ResourceError when it does not fit.
     """
-    if options.device != "cpu" and not (options.adapter or options.companion):
+    if options.device != "cpu" and not options.adapter:
         reason, level = no_cuda_reason(), logging.INFO
         if reason is None:
             try:

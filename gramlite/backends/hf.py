@@ -134,7 +134,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> HfBackend:
 
     Raises ModelError for a folder that is refused, InputError for an adapter, ResourceError when it does not fit.
     """
-    if options.adapter or options.companion:
+    if options.adapter:
         raise InputError("The hf backend takes no --adapter. Merge it: gramlite export merge CHECKPOINT ADAPTER -o OUT")
     if not artifact.path.is_dir():
         raise ModelError(f"{artifact.path} is no checkpoint's folder.")

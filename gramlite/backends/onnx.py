@@ -180,7 +180,7 @@ def open_artifact(artifact: Artifact, options: RuntimeOptions) -> OnnxBackend:
 
     Raises ModelError for a folder that is refused, InputError for an adapter, ResourceError when it does not fit.
     """
-    if options.adapter or options.companion:
+    if options.adapter:
         raise InputError("The onnx backend takes no --adapter. Merge it, then export the merged checkpoint.")
     if not artifact.path.is_dir():
         raise ModelError(f"{artifact.path} is no folder. Name the one with {GENAI} in it.")

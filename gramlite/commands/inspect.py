@@ -29,18 +29,15 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself and the memory it needs, in bytes; raises ModelError when it is refused."""
     from ..backends import RuntimeOptions
     from ..device import choose_layout, context_size
-    from ..gguf_header import COMPANION, hyperparameters, read_header
+    from ..gguf_header import hyperparameters, read_header
     from ..memory import predict
     from ..quantization import bits_per_weight, quantization_name
 
     header = read_header(path)
     sizes = hyperparameters(header)
-    name = str(header.metadata.get(COMPANION) or "")
-    beside = path.with_name(Path(name).name) if name else None
-    companions = [read_header(beside, expect="adapter")] if beside and beside.is_file() else []
     memory = {}
     for context in contexts_up_to(sizes.context):
-        needed = predict(header, context_size(choose_layout(RuntimeOptions()), context), adapters=companions)
+        needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
         memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),
@@ -50,8 +47,6 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         "quantization": quantization_name(header),
         "bits_per_weight": round(bits_per_weight(header), 3),
         "bytes": header.file_bytes,
-        "companion": name or None,
-        "companion_bytes": sum(each.file_bytes for each in companions) or None,
         "layers": sizes.blocks,
         "embedding": sizes.embedding,
         "heads": sizes.heads,

@@ -1,14 +1,12 @@
-"""Rewards for TRL: a reward function for GRPOTrainer and a pairwise judge.
+"""Rewards for TRL: a reward function for GRPOTrainer.
 
-Both follow TRL's documented signatures by their shape alone, so TRL need not be installed to import this file:
+It follows TRL's documented signature by its shape alone, so TRL need not be installed to import this file:
 
     trainer = GRPOTrainer(model=..., reward_funcs=win_rate_reward(judge), ...)   # TRL 0.16 and later
-    trainer = OnlineDPOTrainer(model=..., judge=PairwiseJudge(judge), ...)       # older versions; 1.16 has no judges
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal
@@ -21,6 +19,18 @@ from ..rows import conversation
 
 Text = str | Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., list[float | None]]
+
+
+class Removed(InputError, ImportError):
+    """A name of an earlier version; the message says what there is in its place."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PairwiseJudge":
+        raise Removed(
+            "PairwiseJudge was removed, as TRL has removed judges. Use win_rate_reward(judge) with GRPOTrainer."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def win_rate_reward(
@@ -80,38 +90,6 @@ def _outcome(verdict: Verdict, kind: str) -> float | None:
     if verdict.winner is None or verdict.p_a is None:
         return None
     return verdict.p_a if kind == "probability" else {"A": 1.0, "tie": 0.5, "B": 0.0}[verdict.winner]
-
-
-class PairwiseJudge:
-    """The shape of TRL's BasePairwiseJudge: `judge(prompts, completions)` gives the better one's index."""
-
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
-
-    def judge(
-        self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]], shuffle_order: bool = True
-    ) -> list[int]:
-        """0 or 1 for each pair of completions, and -1 where there is no verdict.
-
-        With `shuffle_order`, a judge of a single order is shown about half of the pairs swapped, always the same ones;
-        a judge of both orders needs no shuffling. Equal completions give 0. Raises InputError unless there are two
-        completions for each prompt.
-        """
-        if len(prompts) != len(completions) or any(len(pair) != 2 for pair in completions):
-            raise InputError("A pairwise judge needs exactly two completions for each prompt.")
-        shuffles = shuffle_order and self._judge.settings.orders == "ab"
-        pairs, swapped = [], []
-        for prompt, (first, second) in zip(prompts, completions, strict=True):
-            texts = [text_of(first), text_of(second)]
-            swapped.append(shuffles and hashlib.sha256(repr([prompt, *texts]).encode()).digest()[0] % 2 == 1)
-            pairs.append(Pair(text_of(prompt), *(reversed(texts) if swapped[-1] else texts)))
-        with closing(self._judge.many(pairs)) as verdicts:
-            return [_index(verdict, swap) for verdict, swap in zip(verdicts, swapped, strict=True)]
-
-
-def _index(verdict: Verdict, swapped: bool) -> int:
-    index = {"A": 0, "tie": 0, "B": 1, None: -1}[verdict.winner]
-    return 1 - index if swapped and verdict.winner in ("A", "B") else index
 
 
 def text_of(value: Text) -> str:

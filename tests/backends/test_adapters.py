@@ -98,18 +98,6 @@ def test_several_threads_with_an_adapter_each(tiny: Path, adapters: list[str]) -
     assert found == {adapter: [margins] * 3 for adapter, margins in wanted.items()}
 
 
-def test_a_companion_is_in_force_together_with_every_adapter(tiny: Path, adapters: list[str]) -> None:
-    companion, own = adapters[:2]
-    alone = {adapter: margins_alone(tiny, adapter) for adapter in (None, companion, own)}
-    together = margins_alone(tiny, own, companion=companion)
-    assert together not in alone.values()
-    assert together == margins_alone(tiny, companion, companion=own), "the order of the two does not matter"
-    with tiny_judge(tiny, companion=companion) as base:
-        for adapter, wanted in ((None, alone[companion]), (own, together), (None, alone[companion])):
-            judge = base.with_adapter(adapter)
-            assert [[margin for margin, _ in orders_of(judge, pair)] for pair in PAIRS] == wanted
-
-
 def test_what_was_half_way_is_forgotten_and_the_parked_stay(tiny: Path, adapters: list[str]) -> None:
     wanted = margins_alone(tiny, adapters[0])
     with tiny_judge(tiny, parallel=2) as base:

@@ -30,19 +30,13 @@ from .test_run import rows_without_times, wait_for_rows, write_pairs
 
 
 def test_types_are_spelled_as_llama_cpp_spells_them() -> None:
-    found = parse_types(
-        "f16, q8_0,Q4_0+IMATRIX,Auto:4.5BPW,q4_1+low-rank32,gptq:4x64,GPTQ:4x32:asym:q8_0,gptq:3x64:v_proj=8:no-focus"
-    )
+    found = parse_types("f16, q8_0,Q4_0+IMATRIX,Auto:4.5BPW,gptq:4x64,GPTQ:4x32:asym:q8_0,gptq:3x64:v_proj=8:no-focus")
     assert [variant.name for variant in found] == [
-        "F16", "Q8_0", "Q4_0+imatrix", "auto:4.5bpw", "Q4_1+low-rank32", "gptq:4x64", "gptq:4x32:asym:q8_0", "gptq:3x64:v_proj=8:no-focus",
+        "F16", "Q8_0", "Q4_0+imatrix", "auto:4.5bpw", "gptq:4x64", "gptq:4x32:asym:q8_0", "gptq:3x64:v_proj=8:no-focus",
     ]  # fmt: skip
-    assert [variant.is_calibrated for variant in found] == [False, False, True, True, False, True, True, True]
-    assert (
-        found[4].rank == 32
-        and found[6].gptq == {"bits": 4, "group_size": 32, "symmetric": False}
-        and found[6].embedding == "q8_0"
-    )
-    assert found[7].gptq == {"bits": 3, "group_size": 64, "focus": False, "exceptions": (("v_proj", 8),)}
+    assert [variant.is_calibrated for variant in found] == [False, False, True, True, True, True, True]
+    assert found[5].gptq == {"bits": 4, "group_size": 32, "symmetric": False} and found[5].embedding == "q8_0"
+    assert found[6].gptq == {"bits": 3, "group_size": 64, "focus": False, "exceptions": (("v_proj", 8),)}
 
 
 @pytest.mark.parametrize(
@@ -51,8 +45,6 @@ def test_types_are_spelled_as_llama_cpp_spells_them() -> None:
         "Q9_0",
         "F16+imatrix",
         "Q4_0+",
-        "F16+low-rank32",
-        "Q4_0+low-rank",
         "auto:many",
         "Q4_0+hessian",
         "gptq:4",

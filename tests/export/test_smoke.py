@@ -19,9 +19,8 @@ EXPECTED = [1.0, -2.0, 0.5, -0.01, 3.0, -1.5, 0.8, -0.9]
 def made(tmp_path: Path) -> tuple[Path, Manifest]:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
-    (tmp_path / "model.low-rank.gguf").write_bytes(b"more weights")
     template = {"name": "gramlite", "sha256": "…"}
-    manifest = Manifest(format="gguf", name="model", template=template, companion="model.low-rank.gguf")
+    manifest = Manifest(format="gguf", name="model", template=template)
     write_manifest(path, manifest)
     return path, manifest
 
