@@ -34,6 +34,12 @@ def keep_to_own_cores() -> None:
 keep_to_own_cores()  # not in a hook: a folder's conftest, read before any, may load torch, which counts cores only once
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let reports tell which fault a test is about (see compare_versions.py)."""
+    for mark in item.iter_markers("fault"):
+        item.user_properties.append(("fault", mark.args[0]))
+
+
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     with opened as file:
