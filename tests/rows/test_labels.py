@@ -5,45 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_jsonl
-from gramlite.bench.suites import open_suite, suite_names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from labelled_files import Row, bench_labels, pairs_file
 
-from gramlite.backends.scripted import ScriptedBackend
 from gramlite.cli import run
-from gramlite.decoding import Generation
 from gramlite.errors import InputError
 from gramlite.rows import label_from, pair_from_json, read_rows
 
-Row = dict[str, Any]
 fault = pytest.mark.fault("labels")
 REFUSED = "refused"
 NAN = float("nan")
-
-
-def pairs_file(path: Path, labels: Sequence[Any], column: str = "label") -> Path:
-    """One pair a label; a label that is a dict is a row's columns."""
-    rows: list[Row] = [
-        {"prompt": f"q{n}", "response_a": f"x{n}", "response_b": f"y{n}"}
-        | (label if isinstance(label, dict) else {column: label})
-        for n, label in enumerate(labels)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def bench_labels(tmp_path: Path, model: Path, labels: Sequence[Any], column: str = "label", said: str = "") -> list[Any]:
-    """What `bench run` takes for the labels of a file."""
-    pairs, folder = pairs_file(tmp_path / "pairs.jsonl", labels, column), tmp_path / "run"
-    command = ["bench", "run", f"pairs:{pairs}", "-m", str(model), "--mode", "direct", "-o", str(folder)]
-    assert run([*command, *([f"--labels={said}"] if said else [])]) == 0
-    return [row["label"] for row in read_jsonl(folder / "rows.jsonl")]
 
 
 def one_hot(a: Any, b: Any, tie: Any) -> Row:
@@ -188,98 +165,6 @@ def test_labels_said_badly_are_a_usage_error(said: str, tmp_path: Path, capsys: 
 
 
 @fault
-def test_bench_and_calibrate_are_right_on_zero_based_labels(
-    shared: Path, tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of these pairs the longer response is the better one; so says the file, and so says the judge."""
-    monkeypatch.setattr(ScriptedBackend, "_run", prefers_the_longer)
-    rows = list(read_jsonl(shared / "faults/labels-zero-based.jsonl"))
-    many = tmp_path / "zero.jsonl"
-    many.write_text("".join(json.dumps(row | {"id": f"{row['id']}-{n}"}) + "\n" for n in range(5) for row in rows))
-    judging = ["-m", str(scripted), "--mode", "direct"]
-    assert run(["bench", "run", f"pairs:{many}", *judging, "-o", str(tmp_path / "run")]) == 2
-    assert run(["calibrate", str(many), *judging]) == 2
-    capsys.readouterr()
-    assert run(["bench", "run", f"pairs:{many}", *judging, "-o", str(tmp_path / "run"), "--labels", "0=A,1=B"]) == 0
-    score = json.loads(capsys.readouterr().out)["score"]
-    assert score["scores"]["accuracy"] == 1.0 and score["scores"]["agreement_with_ties"] == 1.0 and score["notes"] == []
-    assert run(["calibrate", str(many), *judging, "--labels", "0=A,1=B"]) == 0
-    captured = capsys.readouterr()
-    calibration = json.loads(captured.out)["calibration"]
-    assert calibration["temperature"] < 0.2 and calibration["report"]["accuracy_before"] == 1.0
-    assert captured.err == ""
-
-
-def prefers_the_longer(self: ScriptedBackend, request: Any) -> Generation:
-    text = bytes(token for token in request.prompt if token < 256).decode()
-    shown = [text.rpartition(f"[The Start of Assistant {side}'s Response]")[2] for side in "AB"]
-    first, second = (part.partition("[The End")[0] for part in shown)
-    return Generation(margin=math.copysign(2.0, len(first) - len(second)), thinking="", forced=False, generated=0)
-
-
-@fault
-@pytest.mark.parametrize("budget", [[], ["--budget", "auto"]])
-def test_calibrate_warns_of_labels_the_other_way_round(
-    budget: list[str], tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(ScriptedBackend, "_run", prefers_the_longer)
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [
-        {"prompt": f"q{n}", "response_a": "x" * (1 + n % 2), "response_b": "x" * (2 - n % 2),
-         "label": "tie" if n > 29 else "AB"[n % 2]}
-        for n in range(36)
-    ]  # fmt: skip
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mode = budget or ["--mode", "direct"]
-    assert run(["calibrate", str(pairs), "-m", str(scripted), *mode]) == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["calibration"]["report"]["ties"] == 6
-    assert "Warning" in captured.err and "right on 0 of 30 pairs" in captured.err and "the other way round" in captured.err
-    assert run(["calibrate", str(pairs), "-m", str(scripted), *mode, "--labels", "A=B,B=A"]) == 0
-    assert capsys.readouterr().err == ""
-
-
-@fault
-@pytest.mark.parametrize("right", range(0, 31, 3))
-@pytest.mark.parametrize("orders", ["both", "ab"])
-def test_the_warning_is_the_exact_binomial_test(right: int, orders: str) -> None:
-    import numpy as np
-    from scipy.stats import binomtest
-
-    from gramlite.confidence import Labelled, below_chance
-
-    outcomes = np.array([1.0, 0.0] * 15 + [0.5] * 4 + [1.0])
-    margins = np.where(np.arange(35) < right, 1.0, -1.0) * np.where(outcomes > 0, 1, -1)
-    margins[-1] = 0.0  # the judge's tie
-    data = Labelled(margins, margins if orders == "both" else margins * np.nan, outcomes, np.arange(35))
-    p = binomtest(right, 30).pvalue
-    expected = right < 15 and p < 0.05
-    found = below_chance(data)
-    assert (found is not None) == expected
-    if found:
-        assert found[:2] == (right, 30) and found[2] == pytest.approx(p)
-
-
-@fault
-def test_only_rows_without_a_label_or_a_pair_are_left_out(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = pairs_file(tmp_path / "pairs.jsonl", ["[[A]]", "assistant_b", "A>>B", "second", "draw"] * 8 + [None, "", {}])
-    with pairs.open("a") as file:
-        file.write('{"prompt": "q", "label": "garbage"}\n{"prompt": "q", "response_a": 1, "response_b": 2, "label": 0}\n')
-    command = ["calibrate", str(pairs), "-m", str(scripted), "--mode", "direct"]
-    assert run(command) == 0
-    captured = capsys.readouterr()
-    report = json.loads(captured.out)["calibration"]["report"]
-    assert (report["pairs"], report["ties"]) == (40, 8) and "5 of 45 rows are left out" in captured.err
-    assert run([*command, "--ties", "drop"]) == 0
-    captured = capsys.readouterr()
-    report = json.loads(captured.out)["calibration"]["report"]
-    assert (report["pairs"], report["ties"]) == (32, 0) and "5 of 45 rows are left out" in captured.err
-
-
-@fault
 def test_an_unreadable_row_still_says_how_its_file_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = pairs_file(tmp_path / "pairs.jsonl", [1, 2])
     with pairs.open("a") as file:
@@ -307,175 +192,6 @@ def test_judge_and_rank_carry_a_label_along(command: str, scripted: Path, tmp_pa
         assert run([command, str(pairs), "-m", str(scripted), "--mode", "direct", "-o", str(output)]) == 0
         rows.append({key: value for key, value in json.loads(output.read_text()).items() if key != "input"})
     assert all(row == rows[0] for row in rows)
-
-
-@fault
-def test_a_run_goes_on_only_with_what_was_said_of_its_labels(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs, folder = pairs_file(tmp_path / "pairs.jsonl", [0, 1, 0, 1]), tmp_path / "run"
-    command = ["bench", "run", f"pairs:{pairs}", "-m", str(scripted), "--mode", "direct", "-o", str(folder), "--labels"]
-    assert run([*command, "0=A,1=B"]) == 0
-    before = (folder / "rows.jsonl").read_bytes()
-    capsys.readouterr()
-    assert run([*command, "0=B,1=A", "--resume"]) == 6
-    assert "labels" in capsys.readouterr().err and (folder / "rows.jsonl").read_bytes() == before
-    assert run([*command, "1=b, 0 = A", "--resume"]) == 0 and (folder / "rows.jsonl").read_bytes() == before
-    assert json.loads((folder / "run.json").read_text())["suite"]["labels"] == {"0": "A", "1": "B"}
-
-
-@fault
-def test_a_calibration_goes_on_with_labels_read_anew(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs, rows = pairs_file(tmp_path / "pairs.jsonl", [0, 1, 1] * 10), tmp_path / "rows.jsonl"
-    command = ["calibrate", str(pairs), "-m", str(scripted), "--mode", "direct", "--labels"]
-    assert run([*command, "0=B,1=A"]) == 0
-    anew = json.loads(capsys.readouterr().out)
-    assert run([*command, "0=A,1=B", "-o", str(rows)]) == 0
-    capsys.readouterr()
-    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:17]))
-    assert run([*command, "0=B,1=A", "-o", str(rows), "--resume"]) == 0
-    assert json.loads(capsys.readouterr().out) == anew and len(rows.read_bytes().splitlines()) == 30
-
-
-@fault
-@pytest.mark.parametrize("suite", sorted({*suite_names()} - {"pairs"}))
-def test_a_suite_that_knows_its_labels_is_told_nothing(
-    suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = pairs_file(tmp_path / "pairs.jsonl", ["A", "B"])
-    command = ["bench", "run", f"{suite}:{pairs}", "--labels", "0=A,1=B", "-m", "absent", "-o", str(tmp_path / "run")]
-    assert run(command) == 2
-    assert f"The suite {suite} knows" in (message := capsys.readouterr().err) and f"pairs:{pairs}" in message
-
-
-MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
-OFFICIAL: dict[str, Row] = {
-    "autoj": {"scenario": "chitchat", "prompt": "q", "response 1": "x", "response 2": "y", "label": 0},
-    "pandalm": {"idx": 0, "instruction": "q", "input": "", "response1": "x", "response2": "y",
-                "annotator1": 1, "annotator2": 1, "annotator3": 1},
-    "llmbar": {"input": "q", "output_1": "x", "output_2": "y", "label": 1},
-    "judgebench": {"pair_id": "1", "source": "livebench-math", "question": "q", "response_A": "x", "response_B": "y",
-                   "label": "A>B"},
-    "mtbench": {"question_id": 1, "model_a": "m", "model_b": "n", "winner": "model_a", "judge": "expert_1", "turn": 1,
-                "conversation_a": MESSAGES, "conversation_b": MESSAGES},
-    "hhh": {"input": "q", "targets": {"choices": ["x", "y"], "labels": [1, 0]}},
-}  # fmt: skip
-OFFICIAL_REFUSED = [
-    *[("autoj", value) for value in (3, "0", 1.0, 2.0, True, None, "A", [0])],
-    *[("pandalm", value) for value in (7, "1", 1.0, True, None, "Tie", [0])],
-    *[("llmbar", value) for value in (0, 3, "0", 1.0, True, None, "A", [1])],
-    *[("judgebench", value) for value in ("A=B", "a>b", None, 1, ["A>B"])],
-    *[("mtbench", value) for value in ("error", "model_1", "m", "", None, 1)],
-    *[("hhh", value) for value in ([1, 1], [0, 0], [1, 0, 0], [1], "10", None, [0, "1"], [{}, []])],
-]
-
-
-def with_label(suite: str, value: Any) -> Row:
-    if suite == "hhh":
-        return OFFICIAL[suite] | {"targets": {"choices": ["x", "y"], "labels": value}}
-    return OFFICIAL[suite] | {{"mtbench": "winner", "pandalm": "annotator2"}.get(suite, "label"): value}
-
-
-@fault
-@pytest.mark.parametrize(("suite", "value"), OFFICIAL_REFUSED)
-def test_a_suites_own_label_is_read_by_its_rule_or_named(
-    suite: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "suite.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (OFFICIAL[suite], with_label(suite, value))))
-    assert run(["bench", "run", f"{suite}:{path}", "-m", "absent", "-o", str(tmp_path / "run")]) == 2
-    message = capsys.readouterr().err
-    named = {True: "true", None: "null"}.get(value if value is None or value is True else "", json.dumps(value))
-    assert "record 2: " in message and (named in message or (isinstance(value, list) and str(value) in message))
-
-
-@pytest.mark.parametrize(
-    ("suite", "labels", "expected"),
-    [
-        ("autoj", [0, 1, 2], ["A", "B", "tie"]),
-        ("pandalm", [1, 2], ["A", "A"]),
-        ("llmbar", [1, 2, "1", "2"], ["A", "B", "A", "B"]),
-        ("mtbench", ["model_a", "model_b", "tie", "tie (inconsistent)"], ["A", "B", "tie", "tie"]),
-    ],
-)
-def test_a_suites_own_encoding(suite: str, labels: list[Any], expected: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "suite.jsonl"
-    rows = [with_label(suite, label) | {"question_id": n, "idx": n} for n, label in enumerate(labels)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, module, found = open_suite(f"{suite}:{path}")
-    assert [pair.label for pair in module.load(found)] == expected
-
-
-@fault
-@pytest.mark.parametrize("value", [[1, 0], {"x": 1}, 0, "garbage"])
-@pytest.mark.parametrize("suite", ["autoj", "pandalm", "rmbench"])
-def test_gramlites_own_schema_in_a_suite_follows_the_rule(
-    suite: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = pairs_file(tmp_path / "suite.jsonl", ["Response A", {"label": value}])
-    if value == [1, 0]:
-        _, module, found = open_suite(f"{suite}:{path}")
-        assert [pair.label for pair in module.load(found)] == ["A", "A"]
-    else:
-        assert run(["bench", "run", f"{suite}:{path}", "-m", "absent", "-o", str(tmp_path / "run")]) == 2
-        assert "record 2: the label" in capsys.readouterr().err
-
-
-@fault
-@pytest.mark.parametrize("value", [0, 1, "garbage", True])
-def test_judged_rows_with_other_labels_are_not_compared(
-    value: Any, scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench_labels(tmp_path, scripted, ["A", "B"])
-    rows = [row | {"label": value} for row in read_jsonl(tmp_path / "run/rows.jsonl")]
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    capsys.readouterr()
-    assert run(["bench", "compare", str(tmp_path / "run"), str(other)]) == 2
-    assert f"line 1: the label {json.dumps(value)} is not understood" in capsys.readouterr().err
-    other.write_text("".join(json.dumps(row | {"label": "Response A"}) + "\n" for row in rows[:1]))
-    assert run(["bench", "compare", str(tmp_path / "run"), str(other)]) == 0
-
-
-@fault
-def test_a_report_finds_the_pairs_whose_labels_were_explained(scripted: Path, tmp_path: Path) -> None:
-    from gramlite.bench.flips import pair_texts
-    from gramlite.bench.folder import read_run
-
-    bench_labels(tmp_path, scripted, [0, 1], said="0=A,1=B")
-    assert set(pair_texts([read_run(tmp_path / "run")])) == {"1", "2"}
-
-
-def sweep_command(tmp_path: Path, scripted: Path, *suites: str) -> list[str]:
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir(exist_ok=True)
-    (checkpoint / "config.json").write_text("{}")
-    asked = [part for suite in suites for part in ("--suite", suite)]
-    return ["bench", "sweep", str(checkpoint), "--types", f"base={scripted}", *asked, "-o", str(tmp_path / "sweep")]
-
-
-@fault
-def test_a_sweep_explains_the_labels_of_own_pairs_alone(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs, autoj = pairs_file(tmp_path / "pairs.jsonl", [0, 1]), tmp_path / "autoj.jsonl"
-    autoj.write_text("".join(json.dumps(with_label("autoj", label)) + "\n" for label in (0, 1, 2)))
-    command = sweep_command(tmp_path, scripted, f"pairs:{pairs}", f"autoj:{autoj}")
-    assert run(command) == 2
-    assert "line 1: the label 0 " in capsys.readouterr().err and not (tmp_path / "sweep").exists()
-    assert run([*command, "--labels", "0=B,1=A"]) == 0
-    labels = {
-        suite: [row["label"] for row in read_jsonl(tmp_path / f"sweep/runs/{suite}/base/rows.jsonl")]
-        for suite in ("pairs", "autoj")
-    }
-    assert labels == {"pairs": ["B", "A"], "autoj": ["A", "B", "tie"]}
-    capsys.readouterr()
-    assert run([*command, "--labels", "0=A,1=B"]) == 6
-    assert "labels" in capsys.readouterr().err
-    only = sweep_command(tmp_path, scripted, f"autoj:{autoj}")
-    assert run([*only, "--labels", "0=A,1=B"]) == 2 and "The suite autoj knows" in capsys.readouterr().err
 
 
 # --- properties ----------------------------------------------------------------------------------------------
