@@ -12,7 +12,7 @@ from typing import Any
 from gramlite.errors import InputError
 from gramlite.pair import Pair, Winner
 from gramlite.rows import LabelError, label_of
-from gramlite.rows.labels import shown
+from gramlite.rows.labels import label_in, shown
 from gramlite.storage import cache_folder
 
 WHOLE_FOLDER = "."  # among a suite's FILES: a folder that is named is read as a whole
@@ -107,8 +107,9 @@ def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
     """A record of gramlite's own schema as a pair, its subset under meta."""
     try:
         winner = label_of(record)
-    except LabelError as error:
-        raise InputError(f"{where}: {error}") from None
+    except LabelError:
+        said = shown(label_in(record)[1])
+        raise InputError(f"{where}: the label {said} is not understood; in gramlite's own schema it is A, B or tie.") from None
     meta = {k: v for k, v in (record.get("meta") or {}).items() if k not in PLANTED}
     return make_pair(
         identifier=str(record.get("id") or where),
