@@ -27,14 +27,14 @@ def embedded(value: object) -> str:
 
 def pair_texts(runs: Sequence[Run]) -> dict[str, Pair]:
     """The judged pairs, read again from the suite's file where it still is what the run read; empty otherwise."""
-    from .suites import open_suite
+    from .suites import load_pairs, open_suite
 
     for run in runs:
         suite = run.suite
         try:
             name, module, path = open_suite(f"{suite['name']}:{suite['path']}")
             if path.is_dir() or sha256_cached(path) == suite.get("sha256"):
-                return {str(pair.id): pair for pair in module.load(path)}
+                return {str(pair.id): pair for pair in load_pairs(name, module, path, labels=suite.get("labels"))}
         except (InputError, KeyError, OSError):
             continue
     return {}

@@ -18,6 +18,8 @@ from typing import Any, TypeGuard
 
 from gramlite.errors import InputError
 from gramlite.judge import mean_log_odds, winner_of
+from gramlite.rows import LabelError, label_from
+from gramlite.rows.labels import shown
 
 from .records import read_records
 
@@ -70,7 +72,7 @@ def is_number(value: object) -> TypeGuard[float]:
 def read_run(path: Path) -> Run:
     """Read a run folder or a file of rows; of several rows with one id the last counts.
 
-    Raises InputError where there is nothing to read or no row in it.
+    Raises InputError where there is nothing to read or no row in it, and for a label that is not understood.
     """
     rows_path = path / ROWS if path.is_dir() else path
     if not rows_path.is_file():
@@ -94,10 +96,17 @@ def _name(path: Path, record: Mapping[str, Any]) -> str:
 
 def _rows(path: Path) -> Iterator[Row]:
     if path.suffix == ".gz":
-        found: Iterator[Row] = (record for _, record in read_records(path))
+        found: Iterator[tuple[int, Row]] = read_records(path)
     else:
         found = _whole_rows(path)
-    for row in found:
+    for number, row in found:
+        try:
+            row["label"] = label_from(row.get("label"))
+        except LabelError:
+            raise InputError(
+                f"{path}, line {number}: the label {shown(row['label'])} is not understood; a judged row's is A, B or tie. "
+                "Correct it, or judge the pairs again: gramlite bench run pairs:FILE"
+            ) from None
         if GOLD_KEYS <= row.keys():
             yield gold_row(row)
         elif "verdict" in row:
@@ -106,11 +115,11 @@ def _rows(path: Path) -> Iterator[Row]:
             raise InputError(f"{path} holds a line that is no judged row (keys: {', '.join(sorted(row)[:6])}).")
 
 
-def _whole_rows(path: Path) -> Iterator[Row]:
+def _whole_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """The whole lines of a file that may end in a torn one."""
     from gramlite.journal import read_journal
 
-    return (row for row, _ in read_journal(path) if row is not None)
+    return ((number, row) for number, (row, _) in enumerate(read_journal(path), 1) if row is not None)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

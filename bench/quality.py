@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from gramlite.artifact import read_manifest
+from gramlite.commands.options import labels_option
 from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
@@ -28,7 +29,7 @@ from gramlite.quantization import bits_per_weight
 from .folder import ROWS, Row, Run, read_run
 from .run import Work, describe_artifact, run_suite
 from .statistics import Estimate, bootstrap_mean
-from .suites import open_suite
+from .suites import Said, load_pairs, open_suite
 from .tables import markdown_table
 
 
@@ -201,6 +202,7 @@ def table_row(quality: Quality, *, is_first: bool) -> dict[str, str]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the runs.")
 @click.option("--rows", type=click.IntRange(1), default=150, show_default=True, help="Pairs to judge.")
 @click.option("--longest", type=click.IntRange(1), metavar="N", help="Only pairs whose prompts have at most N tokens.")
+@labels_option
 @click.option("--seconds", type=float, metavar="F", help="Stop after this time; the same command goes on.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a model instead of the table.")
 def command(
@@ -210,6 +212,7 @@ def command(
     output: Path,
     rows: int,
     longest: int | None,
+    labels: Said | None,
     seconds: float | None,
     as_json: bool,
 ) -> None:
@@ -220,8 +223,8 @@ def command(
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     name, module, path = open_suite(suite)
     gold = read_gold(gold_path)
-    chosen = choose_pairs(list(module.load(path)), gold, rows=rows, longest=longest)
-    work = Work(name, module, path, chosen, limit=None)
+    chosen = choose_pairs(list(load_pairs(name, module, path, labels=labels)), gold, rows=rows, longest=longest)
+    work = Work(name, module, path, chosen, limit=None, labels=labels)
     done = [judge_model(model, work, output / model.stem, deadline=deadline) for model in models]
     if not any(done) and all(not (output / model.stem / ROWS).is_file() for model in models):
         raise InputError("The time was up before the first pair. Give more --seconds.")

@@ -11,9 +11,10 @@ from typing import Any
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair, Winner
+from gramlite.rows import LabelError, label_of
+from gramlite.rows.labels import label_in, shown
 from gramlite.storage import cache_folder
 
-LABELS: dict[str, Winner] = {"A": "A", "B": "B", "tie": "tie"}
 WHOLE_FOLDER = "."  # among a suite's FILES: a folder that is named is read as a whole
 PLANTED = ("error", "error_key")  # which mistake RM-Bench planted: nothing that may travel with a pair
 
@@ -61,7 +62,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
         with opener(path, "rb") as file:
             if name.endswith(".json"):
                 value = json.loads(file.read())
-                yield from enumerate(value if isinstance(value, list) else [value], 1)
+                for number, element in enumerate(value if isinstance(value, list) else [value], 1):
+                    yield number, _object(element, path, number)
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -86,6 +88,16 @@ def text(record: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
+def label(record: Mapping[str, Any], key: str, meanings: Mapping[str, Winner], where: str, source: str) -> Winner:
+    """A label by what its suite says that each JSON text means; raises InputError that names any other."""
+    value = record.get(key)
+    winner = meanings.get(json.dumps(value))
+    if winner is None:
+        known = ", ".join(meanings)
+        raise InputError(f"{where}: {key} is {shown(value)}, and this suite's labels are {known}. {source}")
+    return winner
+
+
 def is_plain(record: Mapping[str, Any]) -> bool:
     """Whether a record has gramlite's own schema: id, subset, prompt, response_a, response_b, label, meta."""
     return {"prompt", "response_a", "response_b"} <= record.keys()
@@ -93,16 +105,18 @@ def is_plain(record: Mapping[str, Any]) -> bool:
 
 def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
     """A record of gramlite's own schema as a pair, its subset under meta."""
-    label = record.get("label")
-    if label is not None and label not in LABELS:
-        raise InputError(f"{where}: the label must be A, B or tie, not {label!r}.")
+    try:
+        winner = label_of(record)
+    except LabelError:
+        said = shown(label_in(record)[1])
+        raise InputError(f"{where}: the label {said} is not understood; in gramlite's own schema it is A, B or tie.") from None
     meta = {k: v for k, v in (record.get("meta") or {}).items() if k not in PLANTED}
     return make_pair(
         identifier=str(record.get("id") or where),
         prompt=text(record, "prompt", where),
         response_a=text(record, "response_a", where),
         response_b=text(record, "response_b", where),
-        label=label,
+        label=winner,
         meta={"subset": str(record.get("subset") or "all"), **meta},
     )
 

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from gramlite.commands.options import JudgeOptions, judge_options
+from gramlite.commands.options import JudgeOptions, judge_options, labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
 from gramlite.journal import Journal
 from gramlite.pair import Pair, Verdict
 from gramlite.storage import sha256_cached, write_json
 
 from .folder import RECORD, ROWS, RUN_VERSION, read_run
-from .suites import Suite, open_suite, suite_names
+from .suites import Said, Suite, load_pairs, open_suite, suite_names
 
 if TYPE_CHECKING:
     from gramlite.judge import Judge
@@ -57,7 +57,7 @@ class Shows(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A suite that is to be judged: its name, module, file and pairs, and how these were chosen."""
+    """A suite that is to be judged: its name, module, file and pairs, how these were chosen and labels explained."""
 
     name: str
     module: Suite
@@ -67,6 +67,7 @@ class Work:
     sample: int | None = None
     longest: int | None = None
     subset: str | None = None
+    labels: Said | None = None
 
     @property
     def title(self) -> str:
@@ -83,25 +84,28 @@ class Work:
             "limit": self.limit,
             "sample": self.sample,
             "longest": self.longest,
+            "labels": self.labels,
             "pairs": len(self.pairs),
             "pairs_sha256": hashlib.sha256("".join(map(pair_digest, self.pairs)).encode()).hexdigest(),
         }
 
 
 def load_work(
-    specification: str, limit: int | None = None, *, sample: int | None = None, longest: int | None = None
-) -> Work:
+    specification: str, limit: int | None = None, *, sample: int | None = None, longest: int | None = None,
+    labels: Said | None = None,
+) -> Work:  # fmt: skip
     """The pairs of `SUITE[/SUBSET][:FILE]`: all, the first `limit`, or `sample` drawn by a hash of their ids.
 
-    Only pairs of at most `longest` characters count. The larger of two samples holds the smaller. Raises InputError
-    for a suite or subset without such pairs, or with an id that is there twice.
+    Only pairs of at most `longest` characters count; `labels` says what labels of one's own pairs mean. The larger of
+    two samples holds the smaller. Raises InputError for a suite or subset without such pairs, or with an id that is
+    there twice.
     """
     if limit and sample:
         raise InputError("--limit takes the first pairs and --sample draws some. Give one of them.")
     suite, colon, file = specification.partition(":")
     suite, slash, subset = suite.partition("/")
     name, module, path = open_suite(suite + colon + file)
-    pairs = list(module.load(path, limit=None if subset or sample or longest else limit))
+    pairs = list(load_pairs(name, module, path, limit=None if subset or sample or longest else limit, labels=labels))
     if slash:
         pairs = of_subset(pairs, subset, specification)
     if longest:
@@ -115,7 +119,7 @@ def load_work(
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
     if subset or sample or longest:
         pairs = chosen_pairs(pairs, limit=limit, sample=sample)
-    return Work(name, module, path, pairs, limit, sample, longest, subset or None)
+    return Work(name, module, path, pairs, limit, sample, longest, subset or None, labels)
 
 
 def item_of(pair: Pair) -> str:
@@ -174,7 +178,7 @@ def run_suite(
     """
     record = {
         "settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model,
-        "suite": {key: work.to_json()[key] for key in ("name", "sha256")},
+        "suite": {key: work.to_json()[key] for key in ("name", "sha256", "labels")},
     }  # fmt: skip
     started = now()
     with Journal(folder / ROWS, record=record, resume=resume, force=force) as journal:
@@ -314,6 +318,7 @@ def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> No
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs only.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Judge N pairs drawn by a hash of their ids.")
 @click.option("--longest", type=click.IntRange(1), metavar="N", help="Leave out pairs of more than N characters.")
+@labels_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, or with a larger --limit.")
 @click.option("--force", is_flag=True, help="Start an existing run anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
@@ -324,6 +329,7 @@ def command(
     limit: int | None,
     sample: int | None,
     longest: int | None,
+    labels: Said | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -332,7 +338,7 @@ def command(
     from gramlite.display import Display
     from gramlite.interrupt import on_interrupt
 
-    work = load_work(suite, limit, sample=sample, longest=longest)
+    work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
     if (output / ROWS).exists() and not (resume or force):
         raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
     path = model_path(options)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gramlite.commands.options import labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
 from gramlite.storage import write_json
 
@@ -53,7 +54,7 @@ class Plan:
             **self.source.record(),
             "settings": judge_settings(self.options),
             "suites": {
-                key: {name: suite[name] for name in ("name", "subset", "sha256")} for key, suite in suites.items()
+                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")} for key, suite in suites.items()
             },
         }
 
@@ -259,6 +260,7 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
     from gramlite.commands.options import JudgeOptions
 
     from .run import load_work
+    from .suites import takes_labels
     from .variants import Source, parse_types
 
     variants = parse_types(types)
@@ -280,10 +282,14 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         )},
     )  # fmt: skip
     samples = read_samples(options["sample"], len(suites))
+    explained = [suite for suite in suites if takes_labels(suite)] or suites
     works = [
-        load_work(suite, options["limit"], sample=count, longest=options["longest"])
+        load_work(
+            suite, options["limit"], sample=count, longest=options["longest"],
+            labels=options["labels"] if suite in explained else None,
+        )
         for suite, count in zip(suites, samples, strict=True)
-    ]
+    ]  # fmt: skip
     return Plan(output.resolve(), source, variants, name_works(works), judging, options["force"])
 
 
@@ -302,6 +308,7 @@ OPTIONS = (
                  help="F16,Q8_0,Q4_K_M,Q4_K_M+imatrix,gptq:4x64,...; the first is the base."),
     click.option("--suite", "suites", multiple=True, required=True, metavar="SUITE[/SUBSET][:FILE]",
                  help="What to judge; may be given several times."),
+    labels_option,
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge the first N pairs of each suite."),
     click.option("--sample", metavar="N[,N...]",
                  help="Judge N pairs of each suite, drawn by a hash of their ids; or one N for each --suite."),

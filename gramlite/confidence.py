@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -163,6 +164,20 @@ def expected_calibration_error(p_a: Floats, outcomes: Floats, *, bins: int = BIN
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
     gaps = np.bincount(place, weights=confidence - accuracy, minlength=bins)
     return float(np.abs(gaps).sum() / len(p_a))
+
+
+def below_chance(data: Labelled) -> tuple[int, int, float] | None:
+    """Where the judge is right on significantly fewer than half of the pairs: on how many, of how many, and the p.
+
+    Pairs that are a tie by their label or by the judge do not count. The test is the exact binomial one, two-sided,
+    at 5 %.
+    """
+    p_a = probabilities(data)
+    told = (data.outcomes != 0.5) & (p_a != 0.5)
+    right, count = int(np.sum((p_a > 0.5) == (data.outcomes > 0.5), where=told)), int(told.sum())
+    logs = (math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(right + 1))
+    p = 2 * sum(math.exp(log - count * math.log(2)) for log in logs)
+    return (right, count, p) if p < 0.05 else None
 
 
 def held_out(data: Labelled, *, folds: int = FOLDS, seed: int = 0) -> Floats:

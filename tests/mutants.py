@@ -40,11 +40,11 @@ KINDS = {
 PARTS: dict[str, Sequence[str]] = {
     "gramlite/rows/*.py": ("tests/rows", "tests/test_rows.py", "tests/test_trl.py"),
     "gramlite/delimiters.py": ("tests/test_delimiters.py", "tests/test_prompt.py"),
-    "gramlite/confidence.py": ("tests/test_confidence.py",),
+    "gramlite/confidence.py": ("tests/test_confidence.py", "tests/commands/test_calibrate.py"),
     "gramlite/journal.py": ("tests/test_journal.py",),
     "bench/scoring.py": ("tests/bench/test_suites.py",),
-    "bench/records.py": ("tests/bench/test_suites.py",),
-    "bench/suites/*.py": ("tests/bench/test_suites.py",),
+    "bench/records.py": ("tests/bench/test_suites.py", "tests/bench/test_suite_labels.py"),
+    "bench/suites/*.py": ("tests/bench/test_suites.py", "tests/bench/test_suite_labels.py"),
 }
 TIME_LIMIT = 300  # seconds; a mutant that takes longer is counted as noticed
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.errors import InputError
 from gramlite.pair import Pair, Winner
 
 SOURCE = (
@@ -24,7 +23,7 @@ SOURCE = (
     "'response 1', 'response 2' and a label of 0 (first), 1 (second) or 2 (tie)."
 )
 FILES = ("testdata_pairwise.jsonl", "autoj.jsonl")
-LABELS: tuple[Winner, ...] = ("A", "B", "tie")
+LABELS: dict[str, Winner] = {"0": "A", "1": "B", "2": "tie"}
 GROUPS = {
     "Summarization": "post_summarization text_summarization note_summarization",
     "Exam Questions": "math_reasoning solving_exam_question_with_math solving_exam_question_without_math",
@@ -62,16 +61,13 @@ def _pairs(path: Path) -> Iterator[Pair]:
             meta = {**(record.get("meta") or {}), "scenario": scenario}
             yield records.plain_pair({**record, "subset": group, "meta": meta}, where)
             continue
-        label = record.get("label")
-        if isinstance(label, bool) or label not in (0, 1, 2):
-            raise InputError(f"{where}: no Auto-J pair. {SOURCE}")
         scenario = records.text(record, "scenario", where)
         yield records.make_pair(
             identifier=f"autoj:{number - 1:04d}",
             prompt=records.text(record, "prompt", where),
             response_a=records.text(record, "response 1", where),
             response_b=records.text(record, "response 2", where),
-            label=LABELS[label],
+            label=records.label(record, "label", LABELS, where, SOURCE),
             meta={"subset": GROUP_OF.get(scenario, scenario), "scenario": scenario},
         )
 

@@ -16,6 +16,7 @@ from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.rows.labels import shown
 
 SOURCE = (
     "Get hhh_alignment_eval.json from github.com/prometheus-eval/prometheus-eval (eval/benchmark/data), or "
@@ -78,14 +79,14 @@ def _example(example: Mapping[str, Any], category: str | None, where: str) -> tu
             return source, better["instruction"], better["response"], worse["response"]
         except KeyError:
             raise InputError(f"{where}: no prompt of prometheus-eval. {SOURCE}") from None
-    targets = example.get("targets") or {}
-    scores = example.get("target_scores") or dict(
-        zip(targets.get("choices", ()), targets.get("labels", ()), strict=False)
-    )
-    if len(scores) != 2 or sorted(scores.values()) != [0, 1]:
-        raise InputError(f"{where}: no HHH example. {SOURCE}")
-    worse_text, better_text = sorted(scores, key=lambda choice: scores[choice])
-    return category or "other", records.text(example, "input", where), better_text, worse_text
+    scores, targets = example.get("target_scores"), example.get("targets")
+    if isinstance(scores, dict):
+        targets = {"choices": list(scores), "labels": list(scores.values())}
+    choices, labels = (targets.get("choices"), targets.get("labels")) if isinstance(targets, dict) else (None, None)
+    if labels not in ([0, 1], [1, 0]) or not isinstance(choices, list) or [str, str] != [*map(type, choices)]:
+        raise InputError(f"{where}: the labels {shown(labels)} don't say which of two choices is better. {SOURCE}")
+    better, worse = choices if labels[0] else choices[::-1]
+    return category or "other", records.text(example, "input", where), better, worse
 
 
 def sections_of(prompt: str) -> dict[str, str]:

@@ -15,8 +15,7 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.pair import Pair, Winner
 
 SOURCE = (
     "Get data/dataset=judgebench,response_model=….jsonl from github.com/ScalerLab/JudgeBench: JSON lines "
@@ -29,6 +28,7 @@ FILES = (
     "judgebench_gpt.jsonl",
     "judgebench_claude.jsonl",
 )
+LABELS: dict[str, Winner] = {'"A>B"': "A", '"B>A"': "B"}
 GROUPS = ("knowledge", "reasoning", "math", "coding")
 
 
@@ -43,15 +43,12 @@ def _pairs(path: Path) -> Iterator[Pair]:
         if records.is_plain(record):
             yield records.plain_pair(record, where)
             continue
-        label = {"A>B": "A", "B>A": "B"}.get(str(record.get("label")))
-        if label is None:
-            raise InputError(f"{where}: no JudgeBench record. {SOURCE}")
         yield records.make_pair(
             identifier=records.text(record, "pair_id", where),
             prompt=records.text(record, "question", where),
             response_a=records.text(record, "response_A", where),
             response_b=records.text(record, "response_B", where),
-            label="A" if label == "A" else "B",
+            label=records.label(record, "label", LABELS, where, SOURCE),
             meta={"subset": records.text(record, "source", where)},
         )
 

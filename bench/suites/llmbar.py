@@ -16,7 +16,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.pair import Pair, Winner
 
 SOURCE = (
     "Get the folder Dataset/LLMBar (or Dataset/Processed) from github.com/princeton-nlp/LLMBar: a "
@@ -24,6 +24,7 @@ SOURCE = (
     "subset's folder, a list of objects with input, output_1, output_2 and a label of 1 or 2."
 )
 FILES = ("LLMBar", "Processed", "llmbar.jsonl", "llmbar_processed.jsonl", records.WHOLE_FOLDER)
+LABELS: dict[str, Winner] = {"1": "A", "2": "B", '"1"': "A", '"2"': "B"}
 ADVERSARIAL = tuple(f"Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual"))
 
 
@@ -50,14 +51,12 @@ def file_pairs(path: Path, subset: str) -> Iterator[Pair]:
         if records.is_plain(record):
             yield records.plain_pair(record, where)
             continue
-        if str(record.get("label")) not in ("1", "2"):
-            raise InputError(f"{where}: no LLMBar instance. {SOURCE}")
         yield records.make_pair(
             identifier=f"llmbar:{subset}:{number - 1:04d}",
             prompt=records.text(record, "input", where),
             response_a=records.text(record, "output_1", where),
             response_b=records.text(record, "output_2", where),
-            label="A" if str(record["label"]) == "1" else "B",
+            label=records.label(record, "label", LABELS, where, SOURCE),
             meta={"subset": subset},
         )
 

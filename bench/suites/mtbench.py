@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from gramlite.bench import records, scoring
 
@@ -29,7 +29,10 @@ SOURCE = (
     "works too."
 )
 FILES = ("mtbench.jsonl", "human.jsonl", "MT-Bench/dataset.json", "llmbar_processed.jsonl")
-REVERSED = {"A": "B", "B": "A", "tie": "tie"}
+LABELS: dict[str, Winner] = {
+    '"model_a"': "A", '"model_b"': "B", '"tie"': "tie", '"tie (inconsistent)"': "tie", '"tie (bothbad)"': "tie",
+}  # fmt: skip
+REVERSED: dict[Winner, Winner] = {"A": "B", "B": "A", "tie": "tie"}
 
 
 def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
@@ -50,14 +53,14 @@ def _pairs(path: Path) -> Iterator[Pair]:
 
 
 def _grouped(path: Path) -> Iterator[Pair]:
-    votes: dict[tuple[str, int, str, str], list[str]] = {}
+    votes: dict[tuple[str, int, str, str], list[Winner]] = {}
     shown: dict[tuple[str, int, str, str], tuple[list[Any], list[Any]]] = {}
     for number, record in records.read_records(path):
         where = f"{path.name}, record {number}"
         if not records.text(record, "judge", where).startswith("expert"):
             continue
         models = records.text(record, "model_a", where), records.text(record, "model_b", where)
-        winner = {"model_a": "A", "model_b": "B"}.get(records.text(record, "winner", where), "tie")
+        winner = records.label(record, "winner", LABELS, where, SOURCE)
         sides = record["conversation_a"], record["conversation_b"]
         if models[0] > models[1]:
             models, sides, winner = models[::-1], sides[::-1], REVERSED[winner]
@@ -68,7 +71,7 @@ def _grouped(path: Path) -> Iterator[Pair]:
         yield _pair(key, shown[key], said, path)
 
 
-def _pair(key: tuple[str, int, str, str], sides: tuple[list[Any], list[Any]], votes: list[str], path: Path) -> Pair:
+def _pair(key: tuple[str, int, str, str], sides: tuple[list[Any], list[Any]], votes: list[Winner], path: Path) -> Pair:
     question, turn, first, second = key
     try:
         prompt, response_a = _turns(sides[0], turn)
@@ -82,7 +85,7 @@ def _pair(key: tuple[str, int, str, str], sides: tuple[list[Any], list[Any]], vo
         prompt=prompt,
         response_a=response_a,
         response_b=response_b,
-        label=cast(Winner, "tie" if tied else ranked[0][0]),
+        label="tie" if tied else ranked[0][0],
         meta={"subset": f"turn {turn}", "turn": turn, "votes": votes, "models": [first, second]},
     )
 

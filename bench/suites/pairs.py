@@ -6,7 +6,7 @@ correct; agreement also counts the pairs labelled a tie.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,23 +15,28 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
-from gramlite.rows import SHAPES, pair_from_json
+from gramlite.pair import Pair, Winner
+from gramlite.rows import SHAPES, Labels, pair_from_json
 
 SOURCE = f"Give a file of JSON lines as pairs:FILE. Accepted shapes: {SHAPES}; a label is A, B or tie."
 FILES = ("pairs.jsonl",)
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
-    """The pairs, labelled or not; the subset is the row's `subset`, or that of its meta."""
-    return islice(_pairs(path), limit)
+def load(path: Path, *, limit: int | None = None, labels: Mapping[str, Winner | None] | None = None) -> Iterator[Pair]:
+    """The pairs, labelled or not; the subset is the row's `subset`, or that of its meta.
+
+    `labels` says what labels mean that don't say it themselves (see `gramlite.rows.Labels`).
+    """
+    return islice(_pairs(path, labels), limit)
 
 
-def _pairs(path: Path) -> Iterator[Pair]:
+def _pairs(path: Path, said: Mapping[str, Winner | None] | None) -> Iterator[Pair]:
     seen: set[str | None] = set()
-    for number, record in records.read_records(path):
+    rows = list(records.read_records(path))
+    labels = Labels((record for _, record in rows), said)
+    for number, record in rows:
         try:
-            pair = pair_from_json(record, default_id=str(number))
+            pair = pair_from_json(record, default_id=str(number), read_label=labels.read)
         except InputError as error:
             raise InputError(f"{path.name}, line {number}: {error}") from None
         if pair.id in seen:

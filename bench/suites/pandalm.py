@@ -15,7 +15,6 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.errors import InputError
 from gramlite.pair import Pair, Winner
 
 SOURCE = (
@@ -24,6 +23,7 @@ SOURCE = (
     "response1, response2, cmp_key and annotator1 to annotator3 (0 tie, 1, 2)."
 )
 FILES = ("testset-v1.json", "pandalm.jsonl")
+LABELS: dict[str, Winner] = {"0": "tie", "1": "A", "2": "B"}
 CLASSES: tuple[Winner, ...] = ("tie", "A", "B")
 
 
@@ -38,17 +38,18 @@ def _pairs(path: Path) -> Iterator[Pair]:
         if records.is_plain(record):
             yield records.plain_pair(record, where)
             continue
-        votes = [vote for i in (1, 2, 3) if isinstance(vote := record.get(f"annotator{i}"), int)]
-        if len(votes) != 3 or not set(votes) <= {0, 1, 2}:
-            raise InputError(f"{where}: no PandaLM pair. {SOURCE}")
+        votes = [records.label(record, f"annotator{i}", LABELS, where, SOURCE) for i in (1, 2, 3)]
         instruction, extra = records.text(record, "instruction", where), str(record.get("input") or "")
         yield records.make_pair(
             identifier=f"pandalm:{record.get('idx', number - 1)}",
             prompt=f"{instruction}\n\n{extra}" if extra.strip() else instruction,
             response_a=records.text(record, "response1", where),
             response_b=records.text(record, "response2", where),
-            label=CLASSES[Counter(votes).most_common(1)[0][0]],
-            meta={"subset": str(record.get("cmp_key", "all")), "annotators": votes},
+            label=Counter(votes).most_common(1)[0][0],
+            meta={
+                "subset": str(record.get("cmp_key", "all")),
+                "annotators": [record[f"annotator{i}"] for i in (1, 2, 3)],
+            },
         )
 
 

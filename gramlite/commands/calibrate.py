@@ -15,30 +15,42 @@ import click
 
 from ..errors import INTERRUPTED, InputError
 from .judge import judge_rows, open_input, resume_command
-from .options import JudgeOptions, judge_options
+from .options import JudgeOptions, judge_options, labels_option
 
 if TYPE_CHECKING:
     from ..budget import BudgetTable
     from ..confidence import Calibration, Labelled
     from ..judge import Judge
-    from ..pair import Verdict
+    from ..pair import Verdict, Winner
     from ..rows import Row
 
 
-def labelled_rows(source: str, *, ties: bool) -> list[Row]:
+def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] | None) -> list[Row]:
     """The rows of a file that hold a pair with a label; how many are left out is said on standard error."""
-    from ..rows import read_rows
+    from ..rows import read_labelled
 
     stream, _, _ = open_input(source)
     with stream:
-        rows = list(read_rows(stream))
-    labels = ("A", "B", "tie") if ties else ("A", "B")
-    wanted = [row for row in rows if row.pair and row.pair.label in labels]
+        rows = read_labelled(stream, said)
+    wanted = [row for row in rows if row.pair and row.pair.label]
     if len(wanted) < len(rows):
         click.echo(
             f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.", err=True
         )
-    return wanted
+    return [row for row in wanted if ties or (row.pair and row.pair.label != "tie")]
+
+
+def warn_of_labels(data: Labelled) -> None:
+    """Say so where the judge agrees with fewer labels than a coin would."""
+    from ..confidence import below_chance
+
+    if found := below_chance(data):
+        right, count, p = found
+        click.echo(
+            f"Warning: the judge is right on {right} of {count} pairs, fewer than a coin would be (exact binomial test, "
+            f"p = {p:.2g}). Most likely the labels are the other way round: say what they mean, as in --labels 1=B,2=A.",
+            err=True,
+        )
 
 
 def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
@@ -131,6 +143,7 @@ def run(
                 return INTERRUPTED
             data = collected
         calibration = calibrate(data, judge.model, judge.settings_record)
+        warn_of_labels(data)
         path = store_calibration(artifact, calibration)
     show(calibration, table, path, as_json=as_json or not sys.stdout.isatty())
     return 0
@@ -178,12 +191,20 @@ def _show_budgets(table: BudgetTable) -> None:
     show_default=True,
     help="A pair labelled a tie counts as half a win for each side, or is left out.",
 )
+@labels_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Keep the judged rows.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted -o file.")
 @click.option("--force", is_flag=True, help="Start an existing -o file anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
 def command(
-    options: JudgeOptions, pairs: str, ties: str, output: Path | None, resume: bool, force: bool, as_json: bool
+    options: JudgeOptions,
+    pairs: str,
+    ties: str,
+    labels: Mapping[str, Winner | None] | None,
+    output: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
 ) -> int:
     """Fit a judge's confidence to labelled pairs, for --calibrated.
 
@@ -196,4 +217,4 @@ def command(
         raise InputError("--resume goes on with an output file; add -o ROWS.jsonl.")
     if output and options.budget == "auto":
         raise InputError("-o keeps the rows of one judging, and --budget auto takes several. Drop one of them.")
-    return run(options, labelled_rows(pairs, ties=ties == "half"), output, resume, force, as_json)
+    return run(options, labelled_rows(pairs, ties=ties == "half", said=labels), output, resume, force, as_json)

@@ -14,6 +14,7 @@ from ..settings import MOST_SEQUENCES, THINK_SEQUENCES
 
 if TYPE_CHECKING:
     from ..judge import Judge
+    from ..pair import Winner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,18 @@ OPTIONS = (
                       f"time.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"),
     click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
+)  # fmt: skip
+
+
+def said_labels(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Winner | None] | None:
+    from ..rows import parse_labels
+
+    return None if text is None else parse_labels(text)
+
+
+labels_option = click.option(
+    "--labels", callback=said_labels, metavar="0=A,1=B,2=tie",
+    help="What the labels of your own pairs mean where they don't say it themselves; error=none is no label.",
 )  # fmt: skip
 
 

@@ -5,20 +5,25 @@ reads labels. A bad line never stops the others: it comes out as a row with an e
 """
 
 from .conversations import conversation
-from .labels import label_from
-from .lines import LINE_LIMIT_BYTES, Line, Row, read_lines, read_rows
+from .labels import LabelError, Labels, label_from, label_of, parse_labels
+from .lines import LINE_LIMIT_BYTES, Line, Row, read_labelled, read_lines, read_rows
 from .shapes import SHAPES, Item, item_from_json, pair_from_json
 
 __all__ = [
     "LINE_LIMIT_BYTES",
     "SHAPES",
     "Item",
+    "LabelError",
+    "Labels",
     "Line",
     "Row",
     "conversation",
     "item_from_json",
     "label_from",
+    "label_of",
     "pair_from_json",
+    "parse_labels",
+    "read_labelled",
     "read_lines",
     "read_rows",
 ]

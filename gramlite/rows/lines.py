@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..errors import InputError
-from ..pair import FIELD_LIMIT_BYTES, Pair
+from ..pair import FIELD_LIMIT_BYTES, Pair, Winner
+from .labels import LabelError, Labels, carried_label
 from .shapes import pair_from_json
 
 LINE_LIMIT_BYTES = 8 * FIELD_LIMIT_BYTES
@@ -39,9 +41,36 @@ class Line(Generic[Value]):
 
 
 def read_rows(stream: BinaryIO) -> Iterator[Row]:
-    """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds."""
-    for line in read_lines(stream, pair_from_json):
+    """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds.
+
+    A label that needs its file to be understood, or isn't, is left out: see `read_labelled`.
+    """
+    for line in read_lines(stream, partial(pair_from_json, read_label=carried_label)):
         yield Row(line.number, line.digest, line.value, line.error)
+
+
+def read_labelled(stream: BinaryIO, said: Mapping[str, Winner | None] | None = None) -> list[Row]:
+    """All rows with their labels, which are understood only together: see `Labels`, also for what is `said` of them.
+
+    Raises LabelError that names the label and the line of a pair whose label is not understood.
+    """
+    labels = Labels(said=said)
+
+    def noted(row: Mapping[str, Any], default_id: str) -> tuple[Mapping[str, Any], str]:
+        labels.note(row)
+        return row, default_id
+
+    rows = []
+    for line in list(read_lines(stream, noted)):
+        pair, problem = None, line.error
+        try:
+            pair = pair_from_json(*line.value, read_label=labels.read) if line.value else None
+        except LabelError as error:
+            raise LabelError(f"line {line.number}: {error}") from None
+        except InputError as error:
+            problem = f"line {line.number}: {error}"
+        rows.append(Row(line.number, line.digest, pair, problem))
+    return rows
 
 
 def read_lines(stream: BinaryIO, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
 from ..pair import Pair, Winner
 from .conversations import completion_text, conversation, messages_of
-from .labels import label_from
+from .labels import label_of
 
 SHAPES = (
     "prompt + response_a + response_b; prompt + chosen + rejected (strings or message lists); "
@@ -17,10 +17,16 @@ SHAPES = (
 )
 
 Built = tuple[str, str, str, Winner | None]
+ReadLabel = Callable[[Mapping[str, Any]], Winner | None]
 
 
-def pair_from_json(row: Mapping[str, Any], default_id: str | None = None) -> Pair:
-    """The pair on a row of any accepted shape, checked; raises InputError that names the accepted shapes."""
+def pair_from_json(
+    row: Mapping[str, Any], default_id: str | None = None, *, read_label: ReadLabel = label_of
+) -> Pair:
+    """The pair on a row of any accepted shape, checked; raises InputError that names the accepted shapes.
+
+    `read_label` reads the label of a row whose shape doesn't tell it, after all else.
+    """
     for keys, build in _BUILDERS:
         if all(key in row for key in keys):
             prompt, response_a, response_b, label = build(row)
@@ -35,7 +41,7 @@ def pair_from_json(row: Mapping[str, Any], default_id: str | None = None) -> Pai
         raise InputError("meta must be an object.")
     pair = Pair(prompt, response_a, response_b, id=_identifier(row, default_id), label=label, meta=meta)
     pair.check()
-    return pair
+    return pair if label else replace(pair, label=read_label(row))
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def _plain(prompt: str, first: str, second: str) -> Callable[[Mapping[str, Any]]
         question = _text(row, prompt)
         if prompt == "instruction" and isinstance(row.get("input"), str) and row["input"]:
             question = f"{question}\n\n{row['input']}"
-        return question, _text(row, first), _text(row, second), label_from(row.get("label", row.get("preference")))
+        return question, _text(row, first), _text(row, second), None
 
     return build
 
