@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 from gramlite.errors import InputError
+from gramlite.terminal import note, say, say_json, visible
 
 from . import statistics
 from .folder import Row, Run
@@ -206,28 +207,17 @@ def _setting(side: Run, key: str) -> object:
 
 def show(base: Run, comparisons: Sequence[Comparison], runs: Mapping[str, Run]) -> None:
     """Print the comparisons for people."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from gramlite.console import console, table
 
     from .tables import sentences, subset_table, summary_table
 
-    console = Console(highlight=False)
-
-    def table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-        grid = Table(title=Text(title), title_justify="left")
-        for position, name in enumerate(rows[0]):
-            grid.add_column(Text(name), justify="left" if position == 0 else "right", overflow="fold")
-        for row in rows:
-            grid.add_row(*map(Text, row.values()))
-        console.print(grid)
-
-    table(f"Compared with {base.name}", summary_table(base, comparisons, runs))
+    out = console()
+    out.print(table(f"Compared with {base.name}", summary_table(base, comparisons, runs)))
     for comparison in comparisons:
         for said in (*sentences(comparison), *comparison.notes):
-            console.print(Text(f"{comparison.run}: {said}"))
+            out.print(visible(f"{comparison.run}: {said}"))
         if comparison.subsets:
-            table(f"{comparison.run} by subset", subset_table(comparison))
+            out.print(table(f"{comparison.run} by subset", subset_table(comparison)))
 
 
 @click.command()
@@ -267,7 +257,6 @@ def command(
 
     BASE_RUN and RUN are folders of `gramlite bench run`, or files of judged rows or of gold margins.
     """
-    import json
     import sys
 
     from .folder import distinct_names, read_run
@@ -288,20 +277,18 @@ def command(
             own = [finding.to_json() for finding in findings if finding.run == comparison.run]
             extra: dict[str, Any] = {"gate": own} if clauses else {}
             extra |= {"pairs_needed": {f"{need:g}": comparison.pairs_needed(need / 100)}} if need is not None else {}
-            click.echo(json.dumps({**comparison.to_json(), **extra}, ensure_ascii=False))
+            say_json({**comparison.to_json(), **extra})
     else:
         show(base, comparisons, {other.name: other for other in others})
-        for sentence in (*needs, *(finding.sentence for finding in findings)):
-            click.echo(sentence)
+        say(*needs, *(finding.sentence for finding in findings))
     if report:
         from .report import write_report
 
         written = write_report(report, base, others, comparisons)
-        click.echo(f"Report: {', '.join(map(str, written))}", err=True)
+        note(f"Report: {', '.join(map(str, written))}")
     if junit:
         write_junit(junit, findings, undecided=undecided)
     if github:
-        for line in github_annotations(findings, undecided=undecided):
-            click.echo(line, err=True)
+        note(*github_annotations(findings, undecided=undecided))
     enforce(findings, undecided=undecided)
     return 0

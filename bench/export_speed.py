@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy
 
+from gramlite.terminal import say_json
+
 TURNS = ("first", "again")  # with the source's sha256 to be computed, and with it remembered
 
 EXPORT = """
@@ -126,7 +128,7 @@ def main() -> None:
             export(checkpoint, output, dtype)
             rows = [measure(checkpoint, output, dtype) for _ in range(options.repeats)]
             for row in rows:
-                print(json.dumps({"dtype": dtype, **row}), flush=True)
+                say_json({"dtype": dtype, **row})
             summary: dict[str, Any] = {"dtype": dtype, "n": len(rows)}
             for turn in TURNS:
                 shares = [row["copy_seconds"] / row[f"{turn}_seconds"] for row in rows]
@@ -134,7 +136,7 @@ def main() -> None:
                     "median": statistics.median(shares), "low": min(shares), "high": max(shares)
                 }  # fmt: skip
             summary["peak_bytes"] = max(row[f"{turn}_peak_bytes"] for row in rows for turn in TURNS)
-            print(json.dumps(summary | {"allowed_peak_bytes": 1.5 * largest + 300e6}), flush=True)
+            say_json(summary | {"allowed_peak_bytes": 1.5 * largest + 300e6})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from gramlite.errors import InputError
 from gramlite.pair import Pair
 from gramlite.storage import sha256_cached
+from gramlite.terminal import visible
 
 from .folder import Row, Run, is_number
 from .measures import label_of, right_change, subset_of
@@ -72,8 +73,8 @@ def flip_data(
             {"id": i, "direction": direction_of(first, row), "run": judgement(row, text_limit)}
             for i, row, first in flips[:flip_limit]
         ]
-        listed.append({"name": run.name, "flips": entries, "all": len(flips)})
-    return {"base": base.name, "runs": listed, "pairs": shown, "judged": judged}
+        listed.append({"name": visible(run.name), "flips": entries, "all": len(flips)})
+    return {"base": visible(base.name), "runs": listed, "pairs": shown, "judged": judged}
 
 
 def _changed(base: Row, run: Row) -> bool:
@@ -87,7 +88,7 @@ def _margin_change(base: Row, run: Row) -> float:
 
 
 def _pair_data(pair: Pair | None, base: Row, run: Row, limit: int) -> dict[str, Any]:
-    known = {"label": label_of(base, run), "subset": subset_of(base, run)}
+    known = {"label": label_of(base, run), "subset": visible(subset_of(base, run))}
     if pair is None:
         return known
     texts = {"prompt": pair.prompt, "a": pair.response_a, "b": pair.response_b}

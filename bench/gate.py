@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from gramlite.errors import GateError, InputError
 from gramlite.storage import atomic_output
+from gramlite.terminal import visible
 
 from .compare import Comparison
 from .measures import MEASURES
@@ -119,7 +120,7 @@ def enforce(findings: Sequence[Finding], *, undecided: str = "fail") -> None:
     """Raise GateError with a sentence for each clause that does not hold."""
     failed = [finding.sentence for finding in findings if fails(finding, undecided)]
     if failed:
-        raise GateError("The gate failed.\n" + "\n".join(failed))
+        raise GateError("\n".join(["The gate failed.", *map(visible, failed)]))
 
 
 def github_annotations(findings: Iterable[Finding], *, undecided: str = "fail") -> list[str]:

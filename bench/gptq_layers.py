@@ -6,7 +6,6 @@ transcripts, each counting once. So folders of any quantizer are measured alike,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gramlite.quant.solve import output_energy, relative_error
 from gramlite.quant.stream import Stage, stream_decoder
 
 from gramlite.errors import InputError
+from gramlite.terminal import say_json
 
 Errors = dict[str, float]  # by the layer's name
 
@@ -85,4 +85,4 @@ def command(
         )
     for folder in folders:
         figures = summary(folder, errors[folder], errors[folders[0]]) | {"tokens": described["tokens"]}
-        print(json.dumps(figures | ({"errors": errors[folder]} if each else {})))
+        say_json(figures | ({"errors": errors[folder]} if each else {}))

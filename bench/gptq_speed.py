@@ -10,7 +10,6 @@ ratios, median and middle half.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import gramlite
 from gramlite.cache_keyword import with_cache
 from gramlite.judge import Judge
 from gramlite.pair import Pair
+from gramlite.terminal import say_json
 
 from .speed import read_pairs
 from .turns import Contender, Ratio, ratio, take_turns
@@ -159,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
 
     def say(row: dict[str, Any]) -> None:
-        print(json.dumps(row), flush=True)
+        say_json(row)
 
     settings = gramlite.Settings(budget=options.budget)
     runtime = gramlite.RuntimeOptions(device="cpu", threads=options.threads)

@@ -11,6 +11,7 @@ from typing import Any
 
 from gramlite.errors import GramliteError
 from gramlite.storage import atomic_output
+from gramlite.terminal import visible
 
 from .compare import Comparison
 from .folder import Run
@@ -219,8 +220,8 @@ def inline_svg(panel: Panel) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{panel.key}-", svg)  # ids are unique in a page
     for colour, variable in THEME.items():
         svg = svg.replace(colour, variable)
-    described = escape(panel.describe(), quote=True)
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{described}" ', svg, count=1)
+    described = escape(visible(panel.describe()), quote=True)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{described}" ', 1)
 
 
 def write_pictures(stem: Path, panels: Sequence[Panel]) -> list[Path]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from gramlite.display import row_progress
+from gramlite.console import Words, progress
 from gramlite.pair import Verdict
+from gramlite.terminal import note
 
 
 class SweepProgress:
-    """A bar on a terminal's standard error, else a line for each finished step.
+    """A bar on a terminal's standard error, and a line for each finished step.
 
     `types` is how many types there are and `pairs` how many pairs each of them judges.
     """
@@ -30,21 +29,18 @@ class SweepProgress:
         self._making = [0.0, 0.0]  # seconds spent making, and for how many types
         self._judging = [0.0, 0.0]  # seconds spent judging, and how many pairs
         self._last = 0.0
+        self._stack = ExitStack()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                       TextColumn("pairs"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))  # fmt: skip
-            self._bar = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
-            self._task = self._bar.add_task("Sweeping", total=types * pairs, left="")
 
     def __enter__(self) -> SweepProgress:
-        if self._bar:
-            self._bar.start()
+        columns = (Words(), BarColumn(bar_width=24), MofNCompleteColumn(), Words("pairs"), TimeElapsedColumn(),
+                   Words("{task.fields[left]}"))  # fmt: skip
+        self._bar = self._stack.enter_context(progress(*columns))
+        self._task = self._bar.add_task("Sweeping", total=self._types * self._pairs, left="")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._stack.close()
 
     def start(self, name: str) -> None:
         """A type begins."""
@@ -53,7 +49,7 @@ class SweepProgress:
 
     def make(self, name: str) -> None:
         """A part is being made, and nothing else until the next word."""
-        self._say(f"{self._type}: making {name}")
+        note(f"{self._type}: making {name}")
         self._update(f"making {name}")
 
     def made(self) -> None:
@@ -79,7 +75,7 @@ class SweepProgress:
         """The suite is done; pairs that were kept from before count as done too."""
         rate = "" if seconds_per_pair is None else f", {seconds_per_pair:.2f} s a pair"
         kept = self._suite_pairs - self._suite_done
-        self._say(f"{self._type}: {self._step}, {self._suite_pairs} pairs ({kept} from before){rate}")
+        note(f"{self._type}: {self._step}, {self._suite_pairs} pairs ({kept} from before){rate}")
         self._done_pairs += self._suite_pairs
         self._suite_done = 0
         self._update("")
@@ -89,7 +85,7 @@ class SweepProgress:
         self._done_types += 1
         self._done_pairs = self._done_types * self._pairs
         if failure:
-            self._say(f"{name} failed: {failure}")
+            note(f"{name} failed: {failure}")
         self._update("")
 
     def seconds_left(self) -> float | None:
@@ -100,12 +96,6 @@ class SweepProgress:
         making = self._making[0] / self._making[1] if self._making[1] else 0.0
         left = self._types - self._done_types - 1
         return pairs * self._judging[0] / self._judging[1] + max(left, 0) * making
-
-    def _say(self, line: str) -> None:
-        if self._bar:
-            self._bar.console.print(line, markup=False, soft_wrap=True)
-        else:
-            click.echo(line, err=True)
 
     def _update(self, step: str) -> None:
         self._step = step
@@ -121,21 +111,17 @@ class TurnProgress:
     """A bar over a mode's turns with a rate and an estimate, on a terminal's standard error only."""
 
     def __init__(self) -> None:
-        self._bar = row_progress(Console(stderr=True)) if sys.stderr.isatty() else None
+        self._stack = ExitStack()
 
     def __enter__(self) -> TurnProgress:
-        if self._bar:
-            self._bar.start()
+        self._bar = self._stack.enter_context(progress())
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._stack.close()
 
     def begin(self, mode: str, turns: int) -> None:
-        if self._bar:
-            self._task = self._bar.add_task(f"Timing {mode} mode", total=turns)
+        self._task = self._bar.add_task(f"Timing {mode} mode", total=turns)
 
     def tick(self) -> None:
-        if self._bar:
-            self._bar.advance(self._task)
+        self._bar.advance(self._task)

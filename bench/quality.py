@@ -7,9 +7,7 @@ in nats; intervals are 95 % bootstraps over pairs.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
 from gramlite.quantization import bits_per_weight
+from gramlite.terminal import note, say, say_json
 
 from .folder import ROWS, Row, Run, read_run
 from .run import Work, describe_artifact, run_suite
@@ -232,8 +231,8 @@ def command(
     first = next(iter(runs.values()))
     found = [assess(model.stem, model, run, gold, work.pairs, first) for model, run in runs.items()]
     for quality in found if as_json else ():
-        print(json.dumps(quality.to_json()))
+        say_json(quality.to_json())
     if not as_json:
-        print("\n".join(markdown_table([table_row(each, is_first=not number) for number, each in enumerate(found)])))
+        say(*markdown_table([table_row(each, is_first=not number) for number, each in enumerate(found)]))
     if not all(done):
-        print("The time is up; the same command goes on.", file=sys.stderr)
+        note("The time is up; the same command goes on.")

@@ -11,11 +11,12 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escape_markup
 from pathlib import Path
 
 from gramlite.errors import GramliteError
 from gramlite.storage import atomic_output
+from gramlite.terminal import visible
 
 from . import page
 from .compare import Comparison
@@ -28,6 +29,12 @@ from .tables import csv_table, markdown, p_value, percent, sentences
 LARGEST_PAGE = 2_800_000
 TEXT_LIMITS = (20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
 FLIP_LIMITS = (1_000_000, 1_000, 500, 250, 120, 60, 30)
+
+
+def escape(text: str) -> str:
+    """Text as it is to be read in HTML, in an element or an attribute."""
+    return escape_markup(visible(text))
+
 
 Cell = tuple[str, float | str | None]  # what is shown, and what it is sorted by
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
+from urllib.parse import quote
 
 from gramlite.storage import atomic_output
+from gramlite.terminal import note, say_json, visible
 
 from .compare import Comparison
 from .gate import Finding
 from .statistics import Estimate, holm, pareto_front
 from .swept import POOLED, Entry, Swept
-from .tables import escaped, markdown_table, megabytes, p_value, percent, points, rate, seconds_text
+from .tables import escaped, markdown_table, megabytes, p_value, percent, plain, points, rate, seconds_text
 
 if TYPE_CHECKING:
     from .sweep import Plan
@@ -42,13 +41,13 @@ def write_results(
                 base, *runs = swept.runs_of(suite).values()
                 name = "report.html" if len(plan.works) == 1 else f"report-{suite}.html"
                 written = write_report(plan.folder / name, base, runs, [comparisons[run.name] for run in runs])
-                click.echo(f"Report: {', '.join(map(str, written))}", err=True)
+                note(f"Report: {', '.join(map(str, written))}")
     if page:
         write_page(page, plan, swept)
-        click.echo(f"Page: {page}", err=True)
+        note(f"Page: {page}")
     if as_json or not sys.stdout.isatty():
         for row in json_rows(swept, findings):
-            click.echo(json.dumps(row, ensure_ascii=False))
+            say_json(row)
     else:
         show(swept, findings)
 
@@ -154,37 +153,33 @@ def measured_figures(swept: Swept, comparisons: Mapping[str, Comparison], entry:
     return {name: estimate.to_json() if estimate else None for name, estimate in found.items()}
 
 
+def cell(value: object) -> object:
+    return plain(value) if isinstance(value, str) else value
+
+
 def csv_results(swept: Swept) -> str:
     """The table with nothing rounded, a line for each suite and type; rates as fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    plain = ("suite", "type", "bytes", "bits_per_weight", "pairs", "seconds_per_pair")
+    names = ("suite", "type", "bytes", "bits_per_weight", "pairs", "seconds_per_pair")
     estimates = ("accuracy", "accuracy_change", "margin_error", "flips", "agreement")
     bounds = [f"{name}{end}" for name in estimates for end in ("", "_low", "_high", "_n")]
-    writer.writerow([*plain, *bounds, "failure"])
+    writer.writerow([*names, *bounds, "failure"])
     for row in json_rows(swept, []):
         figures = [(row[name] or {}).get(key) for name in estimates for key in ("value", "low", "high", "n")]
-        writer.writerow([*(row[name] for name in plain), *figures, row["failure"]])
+        writer.writerow([*(cell(row[name]) for name in names), *figures, cell(row["failure"])])
     return out.getvalue()
 
 
 def show(swept: Swept, findings: Sequence[Finding]) -> None:
     """Print the tables and what they say for people."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from gramlite.console import console, table
 
-    console = Console(highlight=False)
+    out = console()
     for suite in swept.comparisons:
-        rows = table_rows(swept, suite)
-        grid = Table(title=Text(title_of(swept, suite)), title_justify="left")
-        for position, name in enumerate(rows[0]):
-            grid.add_column(Text(name), justify="left" if position == 0 else "right", overflow="fold")
-        for row in rows:
-            grid.add_row(*map(Text, row.values()))
-        console.print(grid)
+        out.print(table(title_of(swept, suite), table_rows(swept, suite)))
     for said in (*what_it_says(swept), *(finding.sentence for finding in findings)):
-        console.print(Text(said))
+        out.print(visible(said))
 
 
 # --- in words ------------------------------------------------------------------------------------------------
@@ -292,7 +287,7 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
         "",
         *(f"- {escaped(said)}" for said in what_it_says(swept)),
         "",
-        *(f"![{escaped(panels[0].describe())}]({picture.name})\n" for picture in pictures),
+        *(f"![{escaped(panels[0].describe())}]({quote(picture.name)})\n" for picture in pictures),
         *tables_markdown(swept),
         "## Made with",
         "",
@@ -335,4 +330,4 @@ def made_with(plan: Plan, swept: Swept) -> list[str]:
             f"(sha256 {calibration['sha256'][:16]}…), seed {calibration['seed']}."
         )
     lines += ["- Seconds a pair are wall-clock times of this run; other work on the machine shows in them.", ""]
-    return [*lines, "```", shlex.join(["gramlite", *sys.argv[1:]]), "```"]
+    return [*lines, "```", visible(shlex.join(["gramlite", *sys.argv[1:]])), "```"]

@@ -29,6 +29,7 @@ from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
 from gramlite.journal import Journal
 from gramlite.pair import Pair, Verdict
 from gramlite.storage import sha256_cached, write_json
+from gramlite.terminal import note, say, say_json, visible
 
 from .folder import RECORD, ROWS, RUN_VERSION, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
@@ -301,14 +302,15 @@ def print_score(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> No
     score = record["score"]
     if as_json or not sys.stdout.isatty():
         summary = {key: record[key] for key in ("name", "rows", "no_verdict", "seconds", "seconds_per_pair", "score")}
-        click.echo(json.dumps({"run": str(folder), **summary}, ensure_ascii=False))
+        say_json({"run": str(folder), **summary})
         return
     for name, value in score["scores"].items():
         shown = "–" if value is None else f"{100 * value:.2f} %"
-        click.echo(f"{name:<40} {shown}{'  *' if name == score['headline'] else ''}")
-    click.echo(f"n = {score['n']:,}, without a verdict {score['no_verdict']:,}, not judged {score['missing']:,}")
-    for note in score["notes"]:
-        click.echo(note)
+        say(f"{visible(name):<40} {shown}{'  *' if name == score['headline'] else ''}")
+    say(
+        f"n = {score['n']:,}, without a verdict {score['no_verdict']:,}, not judged {score['missing']:,}",
+        *score["notes"],
+    )
 
 
 @click.command(help=HELP)
@@ -353,9 +355,7 @@ def command(
             from gramlite.commands.judge import resume_command
 
             display.close()
-            click.echo(
-                f"Interrupted. {display.shown} rows more are in {output}. To go on: {resume_command()}", err=True
-            )
+            note(f"Interrupted. {display.shown} rows more are in {output}. To go on: {resume_command()}")
             return INTERRUPTED
         display.close()
     print_score(output, record, as_json=as_json)

@@ -9,7 +9,6 @@ together.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ import click
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.terminal import say, say_json
 
 from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
 
@@ -285,21 +285,13 @@ def speed_table(report: SpeedReport) -> list[dict[str, str]]:
 
 def show(report: SpeedReport) -> None:
     """Print a report as one readable table."""
-    from rich.console import Console
-    from rich.table import Table
+    from gramlite.console import console, table
 
-    console = Console(highlight=False)
-    table = Table(title="Both orders of a pair; contenders take turns in one run", title_justify="left")
-    rows = speed_table(report)
-    for heading in rows[0]:
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    console().print(table("Both orders of a pair; contenders take turns in one run", speed_table(report)))
     for mode, kernels in report.kernels.items():
         rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
-        console.print(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
-    console.print(", ".join(f"{key} {value}" for key, value in report.settings.items() if key != "versions"))
+        say(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
+    say(", ".join(f"{key} {value}" for key, value in report.settings.items() if key != "versions"))
 
 
 @click.command()
@@ -366,6 +358,6 @@ def command(
             model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress
         )
     if as_json or not sys.stdout.isatty():
-        click.echo(json.dumps(report.to_json()))
+        say_json(report.to_json())
     else:
         show(report)

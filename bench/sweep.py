@@ -22,6 +22,7 @@ import click
 from gramlite.commands.options import labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
 from gramlite.storage import write_json
+from gramlite.terminal import note
 
 if TYPE_CHECKING:
     from gramlite.commands.options import JudgeOptions
@@ -376,7 +377,7 @@ def command(**options: Any) -> int:
     try:
         swept = run_sweep(plan, seed=options["seed"])
     except KeyboardInterrupt:
-        click.echo(f"Interrupted. What is done is in {plan.folder}; type the same command to go on.", err=True)
+        note(f"Interrupted. What is done is in {plan.folder}; type the same command to go on.")
         return INTERRUPTED
     suites = [suite for suite in swept.comparisons if suite != POOLED]
     findings = [
@@ -389,8 +390,7 @@ def command(**options: Any) -> int:
     if options["junit"]:
         write_junit(options["junit"], findings, undecided=options["undecided"])
     if options["github"]:
-        for line in github_annotations(findings, undecided=options["undecided"]):
-            click.echo(line, err=True)
+        note(*github_annotations(findings, undecided=options["undecided"]))
     enforce(findings, undecided=options["undecided"])
     missing = any(
         row.get("verdict") is None for e in swept.entries for run in e.runs.values() for row in run.rows.values()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
+
+from gramlite.terminal import visible
 
 from .compare import Comparison
 from .folder import Run
 from .statistics import Estimate
 
 SIGNIFICANT = 0.05
+MARKDOWN = re.compile(r"[\\`*_|<>#]|\](?=[(\[:])")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -176,10 +180,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text as it is to be read in Markdown, on one line."""
-    for character in "\\`*_<>|[]#":
-        text = text.replace(character, f"\\{character}") if character in "\\`*_|<>#" else text
-    return " ".join(text.split())
+    """Text as it is to be read in Markdown, on one line; the brackets of an interval need no escape, a link's do."""
+    return MARKDOWN.sub(r"\\\g<0>", visible(" ".join(text.split())))
 
 
 def csv_table(comparisons: Sequence[Comparison]) -> str:

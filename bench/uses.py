@@ -25,6 +25,7 @@ from gramlite.device import thread_count
 from gramlite.judge import Judge, Settings
 from gramlite.loading import load
 from gramlite.pair import Pair
+from gramlite.terminal import say_json
 
 from .neighbours import both_orders, question
 from .turns import Contender, ratio, take_turns
@@ -148,7 +149,7 @@ def main() -> None:
         contest = ranking_contest(options.model, threads=options.threads)
         tasks = ranking_tasks(rows, options.responses, options.limit)
         options.group = 1
-    measure(contest, tasks, options.group, lambda row: print(json.dumps(row), flush=True))
+    measure(contest, tasks, options.group, say_json)
 
 
 if __name__ == "__main__":

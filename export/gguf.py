@@ -8,7 +8,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy
 
 from gramlite.artifact import Manifest
 from gramlite.storage import check_output
+from gramlite.terminal import note
 
 from .architecture import Architecture, ExpectedTensor, rope_factors
 from .checkpoint import StoredTensor, open_checkpoint
@@ -217,7 +217,7 @@ def command(
     manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
     print_notes(manifest)
     if not manifest.template:
-        print("note: no judge template was found; give --template when you judge", file=sys.stderr)
+        note("note: no judge template was found; give --template when you judge")
     if smoke:
         manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest, artifact_bytes
+from gramlite.console import Words, progress, show_facts
+from gramlite.terminal import note, say_json
 
 from .smoke import figures_only, summary
 
@@ -20,21 +21,17 @@ Advance = Callable[[str, int], None]
 @contextmanager
 def progress_bar(total_bytes: int) -> Iterator[Advance]:
     """A bar on stderr, on a terminal only; the yielded function takes a tensor's name and the bytes done of it."""
-    if not sys.stderr.isatty():
-        yield lambda name, done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.table import Column
 
     columns = (
-        TextColumn("{task.description:28.28}", table_column=Column(no_wrap=True)),
+        Words("{task.description:28.28}"),
         BarColumn(bar_width=16),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TransferSpeedColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress(*columns) as bar:
         task = bar.add_task("", total=total_bytes)
 
         def advance(name: str, done: int) -> None:
@@ -78,30 +75,23 @@ def print_artifact(path: Path, manifest: Manifest, *, command: str, as_json: boo
             "smoke": figures_only(manifest.smoke),
             "command": command,
         }
-        print(json.dumps(row, ensure_ascii=False))
+        say_json(row)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("file", str(path))
-    table.add_row("size", f"{size / 1e6:,.1f} MB")
+    facts = [("file", str(path)), ("size", f"{size / 1e6:,.1f} MB")]
     if manifest.bits_per_weight is not None:
-        table.add_row("bits per weight", f"{manifest.bits_per_weight:.2f} ({manifest.quantization})")
+        facts.append(("bits per weight", f"{manifest.bits_per_weight:.2f} ({manifest.quantization})"))
     if smaller is not None:
-        table.add_row(
-            "compression", f"{smaller:.2f} times smaller than its source ({source_bytes(manifest) or 0:,} bytes)"
-        )
-    table.add_row("template", str(template.get("name", "none recorded")))
+        before = source_bytes(manifest) or 0
+        facts.append(("compression", f"{smaller:.2f} times smaller than its source ({before:,} bytes)"))
+    facts.append(("template", str(template.get("name", "none recorded"))))
     if manifest.smoke:
-        table.add_row("first pairs", summary(manifest.smoke))
-    table.add_row("next", command)
-    Console(soft_wrap=True).print(table)
+        facts.append(("first pairs", summary(manifest.smoke)))
+    show_facts([*facts, ("next", command)])
 
 
 def print_notes(manifest: Manifest) -> None:
-    for note in manifest.settings.get("notes", []):
-        print(f"note: {note}", file=sys.stderr)
+    for said in manifest.settings.get("notes", []):
+        note(f"note: {said}")
 
 
 def judge_command(path: Path, manifest: Manifest, *, adapter: bool = False) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import gramlite
 from gramlite.artifact import Manifest, manifest_path, write_manifest
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.storage import remove_path, sha256_file
+from gramlite.terminal import note
 
 PAIRS = Path(gramlite.__file__).with_name("data") / "pairs.jsonl"
 DECIDED = 0.05  # nats; below it a verdict may turn without anything being wrong
@@ -114,7 +114,7 @@ def smoke_judge(
             expected = source() if callable(source) else source
     except GramliteError as error:
         if isinstance(error, ModelError) and not isinstance(error, CannotRunHere):
-            print(f"warning: {path} was compared with nothing, for its source is refused: {error}", file=sys.stderr)
+            note(f"warning: {path} was compared with nothing, for its source is refused: {error}")
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
         smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template)))
@@ -130,7 +130,7 @@ def smoke_judge(
             "Take a larger type; or keep it with --force, or leave the pairs out with --no-smoke."
         )
     if collapse:
-        print(f"warning: it failed its first pairs ({collapse}); kept because of --force", file=sys.stderr)
+        note(f"warning: it failed its first pairs ({collapse}); kept because of --force")
     figures = smoke.describe() | {"template_sha256": (manifest.template or {}).get("sha256")}
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 

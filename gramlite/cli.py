@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from .errors import INTERRUPTED, GramliteError, InputError, ResourceError
+from .errors import INTERRUPTED, GateError, GramliteError, InputError, ResourceError
+from .terminal import note, visible
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -126,23 +127,22 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except GramliteError as error:
-        click.echo(f"Error: {error}", err=True)
+        lines = str(error).split("\n") if isinstance(error, GateError) else [str(error)]  # a clause a line
+        note(f"Error: {lines[0]}", *lines[1:])
         return error.exit_code
-    except click.exceptions.Abort:
-        click.echo("Interrupted.", err=True)
-        return INTERRUPTED
     except click.ClickException as error:
+        error.message = visible(error.message)  # type: ignore[misc]  # which is final, and from anywhere
         error.show()
         return InputError.exit_code
-    except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        note("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
         return BROKEN_PIPE
     except OSError as error:
         said, code = explain(error)
-        click.echo(f"Error: {said}", err=True)
+        note(f"Error: {said}")
         return code
 
 
@@ -161,4 +161,4 @@ class _StderrHandler(logging.Handler):
     """Writes notices as plain lines to whatever standard error is at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        note(self.format(record))

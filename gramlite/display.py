@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as ProgressTask
 from rich.text import Text
 
+from .console import console, progress
 from .pair import Order, Verdict
+from .terminal import note, say_json, visible
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 WINNER_STYLES = {"A": "bold green", "B": "bold cyan", "tie": "bold yellow", None: "bold red"}
 ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, and is called A here)"}
@@ -48,16 +41,17 @@ class Display:
         self._quiet = quiet
         self._describe = readable or row_line
         self._readable = sys.stdout.isatty() and not as_json
-        self._out = Console(highlight=False)
-        self._errors = Console(stderr=True, highlight=False)
+        self._out = console()
+        self._errors = console(stderr=True)
         self._streaming: Order | None = None
         self._line_ended = False
         self._single = total is None
-        self._progress: Progress | None = None
-        if sys.stderr.isatty() and total is not None:
-            self._progress = row_progress(self._errors if quiet or not self._readable else self._out)
+        self._stack = ExitStack()
+        self._progress = None
+        if total is not None:
+            on = self._errors if quiet or not self._readable else self._out
+            self._progress = self._stack.enter_context(progress(on=on))
             self._task = self._progress.add_task("Judging", total=total)
-            self._progress.start()
 
     def __enter__(self) -> Display:
         return self
@@ -66,9 +60,8 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        self._stack.close()
+        self._progress = None
 
     @property
     def listener(self) -> Any:
@@ -81,7 +74,7 @@ class Display:
             self._streaming = order
             self._out.print(Text(ORDER_TITLES[order], style="bold underline"))
         if order == self._streaming:
-            self._out.print(Text(visible(text)), end="", soft_wrap=True)
+            self._out.print(Text(visible(text, lines=True)), end="", soft_wrap=True)
             self._line_ended = text.endswith("\n") if text else self._line_ended
 
     def advance(self) -> None:
@@ -95,8 +88,7 @@ class Display:
         self.last = row
         if not self._quiet:
             if not self._readable:
-                sys.stdout.buffer.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-                sys.stdout.buffer.flush()
+                say_json(row)
             elif self._single and verdict is not None and verdict.id is None:
                 self._show_pair(verdict)
             else:
@@ -111,7 +103,7 @@ class Display:
                 continue
             if order.order != self._streaming:
                 self._out.print(Text(ORDER_TITLES[order.order], style="bold underline"))
-                self._out.print(Text(visible(order.rationale)), soft_wrap=True)
+                self._out.print(Text(visible(order.rationale, lines=True)), soft_wrap=True)
             elif not self._line_ended:
                 self._out.print()
             self._out.print()
@@ -125,33 +117,16 @@ class Display:
         parts = [f"{tally.get('judged', 0):,} judged"]
         parts += [f"{tally[name]:,} {words}" for name, words in SUMMARY_WORDS.items() if tally.get(name)]
         if output or tally.get("without verdict"):
-            self._errors.print(Text(", ".join(parts) + (f". Rows are in {output}" if output else "") + "."))
+            note(", ".join(parts) + (f". Rows are in {output}" if output else "") + ".")
 
 
 SUMMARY_WORDS = {"without verdict": "without a verdict (each row's reason says why)", "kept": "kept from before"}
 
 
-class RateColumn(ProgressColumn):
-    """Rows a second, or seconds a row where that reads better."""
-
-    def render(self, task: ProgressTask) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
-
-
-def row_progress(console: Console) -> Progress:
-    """A progress bar with a count, a rate and an estimate."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    return Progress(*columns, console=console, transient=True)
-
-
 def verdict_line(verdict: Verdict) -> Text:
     """The verdict of one pair in words: winner, probability, whether the orders agree."""
     if verdict.winner is None:
-        return Text(f"No verdict: {verdict.reason}", style=WINNER_STYLES[None])
+        return Text(f"No verdict: {visible(str(verdict.reason))}", style=WINNER_STYLES[None])
     if verdict.winner == "tie":
         line = Text("It is a tie", style=WINNER_STYLES["tie"])
     else:
@@ -161,7 +136,7 @@ def verdict_line(verdict: Verdict) -> Text:
     if verdict.consistent is not None and verdict.orders:
         details.append("both orders agree" if verdict.consistent else "the orders disagree")
     if verdict.reason:
-        details.append(verdict.reason)
+        details.append(visible(verdict.reason))
     return line.append(f" ({', '.join(details)})", style="not bold default")
 
 
@@ -174,8 +149,3 @@ def row_line(row: Mapping[str, Any]) -> Text:
         return line.append(visible(str(row["reason"])), style="red")
     agreement = {True: "orders agree", False: "orders disagree", None: ""}[row["consistent"]]
     return line.append(f" p(A) {row['p_a']:.3f}  {agreement}")
-
-
-def visible(text: str) -> str:
-    """Text without control characters, which could drive a terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in text)

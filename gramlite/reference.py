@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,6 +38,7 @@ from .reference_weights import (
 )
 from .storage import atomic_output, cache_folder, remove_path, sha256_file
 from .template import Template, packaged_template
+from .terminal import note
 
 __all__ = ["Dtype", "base_path", "build_checkpoint", "build_gguf", "cached_gguf"]
 
@@ -137,7 +137,7 @@ def cached_gguf() -> Path:
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
-            print(f"gramlite: building the reference judge, this once, as {destination}", file=sys.stderr)
+            note(f"gramlite: building the reference judge, this once, as {destination}")
             return build_gguf(destination, dtype="q8_0", force=True)
     except OSError as error:
         raise ResourceError(

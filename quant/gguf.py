@@ -78,10 +78,12 @@ def quantize_source(
     threads: int | None = None,
     calibration: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Manifest:
     """What `quantize_gguf` does with a source that is open already.
 
-    `calibration` is what is known of the transcripts; `settings` are added to the manifest's.
+    `calibration` is what is known of the transcripts; `settings` are added to the manifest's, and `name` is what the
+    manifest calls the quantization where that is not the file's type.
     """
     kind = file_type(kind)
     wanted = check_overrides(source, kind, overrides)
@@ -103,7 +105,7 @@ def quantize_source(
             return Manifest(
                 format="gguf",
                 name=destination.stem,
-                quantization=kind,
+                quantization=name or kind,
                 method="llama.cpp",
                 source=source.described,
                 settings={"type": kind, "overrides": [list(pair) for pair in wanted]}

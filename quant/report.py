@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from gramlite.export.report import compression, judge_command
 from gramlite.export.smoke import figures_only, summary
 
 from gramlite.artifact import Manifest
+from gramlite.console import progress, show_facts
+from gramlite.terminal import say_json
 
 Progress = Callable[[str, int, int], None]
 WORST_SHOWN = 3
@@ -66,14 +67,7 @@ def mean_error(layers: Sequence[LayerReport]) -> float:
 @contextmanager
 def layer_bar() -> Iterator[Progress]:
     """A bar on stderr, on a terminal only; the yielded function takes what is being done, the steps done and all."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.console import Console
-
-    from gramlite.display import row_progress
-
-    with row_progress(Console(stderr=True)) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=None)
         shown = ""
 
@@ -88,9 +82,13 @@ def layer_bar() -> Iterator[Progress]:
 
 
 def print_report(report: QuantizationReport, manifest: Manifest, *, as_json: bool) -> None:
-    """Print a run's figures to stdout: a table on a terminal, else one JSON object."""
+    """Print a run's figures to stdout and what to type next: in columns on a terminal, else one JSON object."""
     smaller = compression(report.output, manifest)
     figures = report.to_json() | {"compression": None if smaller is None else round(smaller, 3)}
+    command = judge_command(report.output, manifest)
+    if as_json or not sys.stdout.isatty():
+        say_json(figures | {"smoke": figures_only(manifest.smoke), "command": command})
+        return
     rows = [
         ("folder", str(report.output)),
         ("size", f"{report.size_bytes / 1e6:,.1f} MB, {report.bits_per_weight:.2f} bits per weight"),
@@ -100,26 +98,6 @@ def print_report(report: QuantizationReport, manifest: Manifest, *, as_json: boo
     for layer in sorted(report.layers, key=lambda layer: -layer.error)[:WORST_SHOWN]:
         rows.append(("largest", f"{layer.error:.5f} (plain {layer.plain_error:.5f}) {layer.name}"))
     rows += [("time", f"{report.seconds:,.0f} s"), ("peak memory", f"{report.peak_bytes / 1e6:,.0f} MB")]
-    then = judge_command(report.output, manifest)
-    print_figures(figures, rows, command=then, as_json=as_json, smoke=manifest.smoke)
-
-
-def print_figures(
-    figures: dict[str, Any],
-    rows: Sequence[tuple[str, str]],
-    *,
-    command: str,
-    as_json: bool,
-    smoke: dict[str, Any] | None,
-) -> None:
-    """Print what a quantizer did and what to type next: `rows` as a table on a terminal, else `figures` as JSON."""
-    if as_json or not sys.stdout.isatty():
-        print(json.dumps(figures | {"smoke": figures_only(smoke), "command": command}, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for row in [*rows, *([("first pairs", summary(smoke))] if smoke else []), ("next", command)]:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    if manifest.smoke:
+        rows.append(("first pairs", summary(manifest.smoke)))
+    show_facts([*rows, ("next", command)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from ..artifact import Artifact, is_intact
 from ..errors import ModelError, ResourceError
 from ..storage import cache_folder, remove_path
+from ..terminal import note
 from . import Backend, RuntimeOptions, gguf
 
 logger = logging.getLogger("gramlite")
@@ -111,7 +111,7 @@ def packed(folder: Path) -> Path:
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a packing that was killed: while the lock is held nobody else packs
-            print(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}", file=sys.stderr)
+            note(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}")
             pack_gguf(folder, destination, embedding=EMBEDDING, force=True)
     except OSError as error:
         raise ResourceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import INTERRUPTED, InputError
+from ..terminal import note, say, say_json
 from .judge import judge_rows, open_input, resume_command
 from .options import JudgeOptions, judge_options, labels_option
 
@@ -34,9 +34,7 @@ def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] 
         rows = read_labelled(stream, said)
     wanted = [row for row in rows if row.pair and row.pair.label]
     if len(wanted) < len(rows):
-        click.echo(
-            f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.", err=True
-        )
+        note(f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.")
     return [row for row in wanted if ties or (row.pair and row.pair.label != "tie")]
 
 
@@ -46,10 +44,9 @@ def warn_of_labels(data: Labelled) -> None:
 
     if found := below_chance(data):
         right, count, p = found
-        click.echo(
+        note(
             f"Warning: the judge is right on {right} of {count} pairs, fewer than a coin would be (exact binomial test, "
-            f"p = {p:.2g}). Most likely the labels are the other way round: say what they mean, as in --labels 1=B,2=A.",
-            err=True,
+            f"p = {p:.2g}). Most likely the labels are the other way round: say what they mean, as in --labels 1=B,2=A."
         )
 
 
@@ -88,7 +85,7 @@ def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool,
                 if output
                 else "Nothing was saved."
             )
-            click.echo(f"Interrupted. {saved}", err=True)
+            note(f"Interrupted. {saved}")
             return None
         found = [row for row, _ in read_journal(path) if row]
     return labelled((row, *answers[row["input"]]) for row in found if row.get("input") in answers)
@@ -96,19 +93,17 @@ def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool,
 
 def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]] | None:
     """The table of budgets and the verdicts at the chosen one; None when interrupted."""
-    from rich.console import Console
-
     from ..budget import measure
-    from ..display import row_progress
+    from ..console import progress
     from ..interrupt import on_interrupt
 
     pairs = [row.pair for row in rows if row.pair]
-    with row_progress(Console(stderr=True, quiet=not sys.stderr.isatty())) as progress, on_interrupt(judge.abort):
-        task = progress.add_task("Judging", total=None)
+    with progress() as bar, on_interrupt(judge.abort):
+        task = bar.add_task("Judging", total=None)
         try:
-            return measure(judge, pairs, on_verdict=lambda: progress.advance(task))
+            return measure(judge, pairs, on_verdict=lambda: bar.advance(task))
         except KeyboardInterrupt:
-            click.echo("Interrupted. Nothing was saved.", err=True)
+            note("Interrupted. Nothing was saved.")
             return None
 
 
@@ -152,18 +147,19 @@ def run(
 def show(calibration: Calibration, table: BudgetTable | None, path: Path, *, as_json: bool) -> None:
     """What was measured, on standard output."""
     if as_json:
-        found = {"calibration": asdict(calibration), "budgets": table and asdict(table), "stored": str(path)}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        say_json({"calibration": asdict(calibration), "budgets": table and asdict(table), "stored": str(path)})
         return
     report = calibration.report
     if table:
         _show_budgets(table)
-    click.echo(f"temperature {calibration.temperature:.3f}, position bias {calibration.bias:+.3f} nats")
-    click.echo(f"expected calibration error  before {_interval(report, 'error_before')}")
-    click.echo(f"  on held-out folds         after  {_interval(report, 'error_after')}")
-    click.echo(f"                            fall   {_interval(report, 'fall')}")
-    click.echo(f"accuracy {report['accuracy_before']:.3f} before, {report['accuracy_after']:.3f} after")
-    click.echo(f"{report['pairs']} pairs, {report['ties']} of them ties; intervals of 95 %. Stored in {path}.")
+    say(
+        f"temperature {calibration.temperature:.3f}, position bias {calibration.bias:+.3f} nats",
+        f"expected calibration error  before {_interval(report, 'error_before')}",
+        f"  on held-out folds         after  {_interval(report, 'error_after')}",
+        f"                            fall   {_interval(report, 'fall')}",
+        f"accuracy {report['accuracy_before']:.3f} before, {report['accuracy_after']:.3f} after",
+        f"{report['pairs']} pairs, {report['ties']} of them ties; intervals of 95 %. Stored in {path}.",
+    )
 
 
 def _interval(report: Mapping[str, Any], name: str) -> str:
@@ -172,10 +168,10 @@ def _interval(report: Mapping[str, Any], name: str) -> str:
 
 
 def _show_budgets(table: BudgetTable) -> None:
-    click.echo("budget  accuracy  95 % interval   behind the best  cut short  tokens")
+    say("budget  accuracy  95 % interval   behind the best  cut short  tokens")
     for row in table.rows:
         mark = "  chosen" if row.budget == table.chosen else ""
-        click.echo(
+        say(
             f"{row.budget:>6}  {row.accuracy:8.3f}  [{row.low:.3f}, {row.high:.3f}]  {row.behind:6.3f} ± {row.noise:.3f}"
             f"  {row.cut:8.0%}  {row.tokens:6.0f}{mark}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
+
+from ..terminal import say_json
 
 if TYPE_CHECKING:
     from ..device import Machine
@@ -154,13 +155,11 @@ def command(as_json: bool) -> None:
     findings = [Finding("gramlite", True, version_of("gramlite") or "not installed"), *(check() for check in CHECKS)]
     if as_json or not sys.stdout.isatty():
         for finding in findings:
-            click.echo(json.dumps(asdict(finding)))
+            say_json(asdict(finding))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in findings:
-        mark = "[green]yes[/green]" if finding.works else "[yellow]no[/yellow]"
-        table.add_row(mark, finding.name, finding.says)
-    Console(highlight=False).print(table)
+    from ..console import show_facts
+
+    marks = {True: ("yes", "green"), False: ("no", "yellow")}
+    show_facts([(Text(*marks[finding.works]), finding.name, finding.says) for finding in findings])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GramliteError, ModelError
+from ..terminal import say_json
 
 if TYPE_CHECKING:
     from ..artifact import Artifact
     from ..placement import Footprint
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+MEMORY = {"kv_cache": "KV cache"}
 MiB = 1 << 20
 
 
@@ -147,30 +148,23 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what was found as two readable tables."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print what was found in columns, and the memory as a table."""
+    from ..console import console, show_facts, table
 
-    from ..display import visible
-
-    console = Console(highlight=False)
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in found.items():
-        if key not in ("memory", "memory_on", "manifest") and value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else visible(str(value))
-            facts.add_row(key.replace("_", " "), shown, style=None)
+    facts = [
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        for key, value in found.items()
+        if key not in ("memory", "memory_on", "manifest") and value is not None
+    ]
     manifest = found.get("manifest")
-    facts.add_row(
-        "manifest", f"made by {manifest['method']}" if manifest and manifest["method"] else str(bool(manifest))
-    )
-    console.print(facts)
+    made = f"made by {manifest['method']}" if manifest and manifest["method"] else str(bool(manifest))
+    show_facts([*facts, ("manifest", made)])
     if found.get("memory"):
-        table = Table(title=f"Memory needed on {found.get('memory_on', 'the CPU')}, MiB", title_justify="left")
-        for heading in ("context", "weights", "KV cache", "compute", "total"):
-            table.add_column(heading, justify="right")
-        for context, needed in found["memory"].items():
-            table.add_row(f"{context:,}", *(f"{needed[key] / MiB:,.0f}" for key in needed))
-        console.print(table)
+        rows = [
+            {"context": f"{context:,}"} | {MEMORY.get(part, part): f"{needed[part] / MiB:,.0f}" for part in needed}
+            for context, needed in found["memory"].items()
+        ]
+        console().print(table(f"Memory needed on {found.get('memory_on', 'the CPU')}, MiB", rows, left=0))
 
 
 @click.command()
@@ -182,6 +176,6 @@ def command(model: Path, as_json: bool) -> None:
         raise ModelError(f"There is no model at {model}.")
     found = inspect_model(model)
     if as_json or not sys.stdout.isatty():
-        click.echo(json.dumps(found, ensure_ascii=False))
+        say_json(found)
     else:
         show(found)

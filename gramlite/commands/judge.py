@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..terminal import note
 from .options import JudgeOptions, judge_options
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def judge_one(judge: Judge, pair: Pair, display: Display, journal: Journal | Non
     """Judge the pair given by options, its rationale shown as it is written; returns the exit code."""
     digest = digest_of(pair)
     if journal and journal.kept[digest]:
-        click.echo(f"The verdict on this pair is in {journal.path} from before.", err=True)
+        note(f"The verdict on this pair is in {journal.path} from before.")
         return 0
     verdict = judge(
         prompt=pair.prompt, response_a=pair.response_a, response_b=pair.response_b, on_text=display.listener
@@ -151,7 +152,7 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
                 if output
                 else "Nothing was saved."
             )
-            click.echo(f"Interrupted. {rows}", err=True)
+            note(f"Interrupted. {rows}")
             return INTERRUPTED
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0

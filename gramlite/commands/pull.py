@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import click
 from ..artifact import PICKLE_SUFFIXES
 from ..errors import GramliteError, InputError, ModelError
 from ..storage import check_free_space, remove_path
+from ..terminal import say, say_json
 
 BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".txt", ".model")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
@@ -109,7 +109,10 @@ def command(repository: str, files: tuple[str, ...], output: Path | None, revisi
     row: dict[str, Any] = {"path": str(folder), "repository": repository, "commit": selection.commit}
     row |= {"files": list(selection.files), "bytes": selection.bytes, "command": following}
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(row))
+        say_json(row)
         return
-    print(f"{repository} at {selection.commit[:12]}: {len(selection.files)} files, {selection.bytes / 1e6:,.1f} MB")
-    print(f"folder  {folder}\nnext    {following}")
+    say(
+        f"{repository} at {selection.commit[:12]}: {len(selection.files)} files, {selection.bytes / 1e6:,.1f} MB",
+        f"folder  {folder}",
+        f"next    {following}",
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..terminal import note
 from .judge import open_input, resume_command
 from .options import JudgeOptions, judge_options
 
@@ -77,30 +78,27 @@ class RankingTable:
 
     def __call__(self, row: Mapping[str, Any]) -> RenderableType:
         from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        from ..display import visible
+        from ..console import table
+        from ..terminal import visible
 
         name = visible(str(row["id"]))[:40]
         if row["ranking"] is None:
             return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
         won, lost = _record(row)
-        table = Table(
-            title=Text(name, style="bold"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            caption=_caption(row),
-            caption_justify="left",
-        )
-        for heading in ("place", "index", *(["score"] if row["scores"] else []), "won", "lost"):
-            table.add_column(heading, justify="right")
-        table.add_column("completion", no_wrap=True, overflow="ellipsis")
+        rows = []
         for place, index in enumerate(row["ranking"], 1):
-            score = [f"{row['scores'][index]:+.2f} ± {row['standard_errors'][index]:.2f}"] if row["scores"] else []
-            text = Text(visible(" ".join(self.completions[index][:200].split())))
-            table.add_row(str(place), str(index), *score, str(won[index]), str(lost[index]), text)
-        return table
+            figures = {"place": str(place), "index": str(index)}
+            if row["scores"]:
+                figures["score"] = f"{row['scores'][index]:+.2f} ± {row['standard_errors'][index]:.2f}"
+            begins = " ".join(self.completions[index][:200].split())
+            rows.append(figures | {"won": str(won[index]), "lost": str(lost[index]), "completion": begins})
+        made = table(name, rows, left=0)
+        made.title_style, made.box, made.caption, made.caption_justify = "bold", box.SIMPLE_HEAD, _caption(row), "left"
+        completion = made.columns[-1]
+        completion.justify, completion.no_wrap, completion.overflow = "left", True, "ellipsis"
+        return made
 
 
 def _record(row: Mapping[str, Any]) -> tuple[Counter[int], Counter[int]]:
@@ -147,7 +145,7 @@ def run_file(
                 if output
                 else "Nothing was saved."
             )
-            click.echo(f"Interrupted. {saved}", err=True)
+            note(f"Interrupted. {saved}")
             return INTERRUPTED
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import click
+
+from ..terminal import note, say, say_json
 
 
 def build(kind: Literal["gguf", "checkpoint"], output: Path, *, dtype: str, force: bool) -> dict[str, Any]:
@@ -68,13 +69,13 @@ def command(kind: Literal["gguf", "checkpoint"], output: Path, dtype: str | None
     if kind == "checkpoint" and dtype not in (None, "bf16"):
         raise click.UsageError("A checkpoint is always bf16: leave --dtype out, or build a gguf.")
     if sys.stderr.isatty():
-        click.echo("Building the reference judge; this takes about ten seconds.", err=True)
+        note("Building the reference judge; this takes about ten seconds.")
     result = build(kind, output, dtype=dtype or "q8_0", force=force)
     if as_json or not sys.stdout.isatty():
-        click.echo(json.dumps(result))
+        say_json(result)
         return
-    click.echo(
+    say(
         f"{result['path']}  {result['dtype']}  {result['bytes'] / 1e6:,.1f} MB  {result['seconds']:.1f} s  "
-        f"sha256 {result['sha256']}"
+        f"sha256 {result['sha256']}",
+        f"Next: {next_command(kind, result['path'])}",
     )
-    click.echo(f"Next: {next_command(kind, result['path'])}")
