@@ -192,7 +192,7 @@ def test_calibrate(place: Path, terminal: Callable[..., tuple[int, str]]) -> Non
 
 
 @fault
-def test_bench(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
+def test_bench(place: Path, terminal: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, model = pairs_at(place, 12, bad=False), judge_at(place)
     runs = [place / f"one{NAME}", place / f"two{NAME}"]
     for folder in runs:
@@ -204,6 +204,9 @@ def test_bench(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
     check(printed, f"Compared with one{NAMED}", f"two{NAMED}", f"two{NAMED} by subset", f"{SHOWN}/report.html")
     page, markdown = ((place / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert NAMED in page and r"[red]\\x1b]0;t\\x07\\u202e" in markdown and not DRIVES.search(markdown)
+    monkeypatch.setenv("COLUMNS", "110")
+    code, printed = terminal("bench", "compare", *runs)
+    check(printed, f"one{NAMED} ", f"two{NAMED} ", "│ no verdict ")
     code, printed = terminal("bench", "compare", *runs, "--json")
     check(printed)
     assert json.loads(printed)["run"] == f"two{NAME}"
@@ -367,11 +370,11 @@ def calls_and_imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] == "rich"]
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if (
-                name in ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write")
-                or "from_markup" in name
-            ):
+            function = node.func
+            owner = function.value if isinstance(function, ast.Attribute) else None
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            ours = isinstance(owner, ast.Name) and owner.id == "click"
+            if (name == "print" and owner is None) or (ours and name in ("echo", "secho")) or name == "from_markup":
                 found.append(name)
     return found
 
