@@ -23,7 +23,7 @@ from gramlite.quant.report import LayerReport, QuantizationReport, print_report
 from gramlite import cli
 from gramlite.artifact import Manifest, hash_files, write_manifest
 from gramlite.cli import run
-from gramlite.commands import doctor, pull
+from gramlite.commands import doctor, pull, reference
 from gramlite.display import visible
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +268,10 @@ def test_what_is_written_is_told_with_what_to_type(
         f"(plain 2.00000) {SHOWN}\n",
     )
     assert out.text.count(f"gramlite judge PAIRS.jsonl -m '{path_shown}'\n") == 2, "whole, to be copied"
+    built = {"path": str(path), "dtype": "Q8_0", "bytes": 5, "seconds": 1.0, "sha256": "1" * 64}
+    monkeypatch.setattr(reference, "build", lambda *_, **__: built)
+    code, printed = terminal("reference", "-o", path)
+    check(printed, f"{path_shown}  Q8_0", f"Next: gramlite judge -m '{path_shown}' --prompt")
     chosen = pull.Selection(f"owner/{HOSTILE}", "1" * 40, (f"{HOSTILE}.gguf",), 5)
     monkeypatch.setattr(pull, "pull", lambda *_, **__: chosen)
     code, printed = terminal("pull", f"owner/{HOSTILE}", "-o", place)
@@ -301,6 +305,7 @@ def test_a_gate_has_a_line_for_each_clause(place: Path, terminal: Callable[..., 
 # --- reports --------------------------------------------------------------------------------------------------
 
 
+@fault
 def test_a_name_makes_no_link_in_markdown() -> None:
     assert escaped("[x](https://y)") == r"[x\](https://y)" and escaped("![x][y]: z") == r"![x\][y\]: z"
     assert escaped("-3.0 [-4.1, 2.0] a|b_c <i>") == r"-3.0 [-4.1, 2.0] a\|b\_c \<i\>"
