@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gramlite.storage import atomic_output
-from gramlite.terminal import note, say_json, visible
+from gramlite.terminal import note, say, say_json, visible
 
 from .compare import Comparison
 from .gate import Finding
@@ -173,13 +173,11 @@ def csv_results(swept: Swept) -> str:
 
 def show(swept: Swept, findings: Sequence[Finding]) -> None:
     """Print the tables and what they say for people."""
-    from gramlite.console import console, table
+    from gramlite.console import show_table
 
-    out = console()
     for suite in swept.comparisons:
-        out.print(table(title_of(swept, suite), table_rows(swept, suite)))
-    for said in (*what_it_says(swept), *(finding.sentence for finding in findings)):
-        out.print(visible(said))
+        show_table(title_of(swept, suite), table_rows(swept, suite))
+    say(*what_it_says(swept), *(finding.sentence for finding in findings))
 
 
 # --- in words ------------------------------------------------------------------------------------------------

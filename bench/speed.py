@@ -285,9 +285,9 @@ def speed_table(report: SpeedReport) -> list[dict[str, str]]:
 
 def show(report: SpeedReport) -> None:
     """Print a report as one readable table."""
-    from gramlite.console import console, table
+    from gramlite.console import show_table
 
-    console().print(table("Both orders of a pair; contenders take turns in one run", speed_table(report)))
+    show_table("Both orders of a pair; contenders take turns in one run", speed_table(report))
     for mode, kernels in report.kernels.items():
         rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
         say(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
