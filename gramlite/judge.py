@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Listener", "Settings", "mean_log_odds", "winner_of"]
 
 Listener = Callable[[Order, str], None]
+PROMPT_ENCODING = 2  # one more wherever the same input comes to be shown to the model in another way
 MOST_READY = 256  # verdicts that wait for an earlier pair's; beyond them no more pairs are read
 
 
@@ -147,6 +148,7 @@ class Judge:
             "delimiters": self.settings.delimiters,
             "template": {"name": self.template.name, "sha256": self.template.sha256},
             "scaffold": asdict(self.scaffold),
+            "prompt_encoding": PROMPT_ENCODING,
         }
         if self.calibration:
             record["calibration"] = {"temperature": self.calibration.temperature, "bias": self.calibration.bias}
@@ -323,7 +325,7 @@ class Judge:
         for prompt in prompts.values():
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
-        flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
+        flags += tuple(dict.fromkeys([*hits, *(f"special:{name}:{text}" for name, text in literals)]))
         return OpenPair(pair, self.settings, flags, prompts, stems, self.calibration)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
