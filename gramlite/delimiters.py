@@ -18,7 +18,9 @@ from typing import Literal, NamedTuple
 Policy = Literal["neutralize", "flag", "reject"]
 
 INVISIBLE = ("Cf", "Cc", "Mn", "Me")
-BLANK = "\u115f\u1160\u2065\u2800\U0001d159"  # Hangul fillers, the braille blank, the null notehead: letters without ink
+BLANK = (
+    "\u115f\u1160\u2065\u2800\U0001d159"  # Hangul fillers, the braille blank, the null notehead: letters without ink
+)
 ALIKE = {"`": "'", "1": "i", "l": "i", "0": "o", "≺": "<", "≻": ">", "♯": "#"}  # beside the table
 BRACKETS = {"PARENTHES": "()", "CURLY": "{}", "DOUBLE ANGLE": "", "ANGLE": "<>", "BRACKET": "[]"}  # by Unicode's names
 SIDES = {"Ps": 0, "Pi": 0, "Pe": 1, "Pf": 1}

@@ -164,7 +164,7 @@ def template_beside(folder: Path) -> Template | None:
     """The template given by the model card (README.md) in a folder, or None."""
     card = folder / "README.md"
     try:
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     except OSError as error:
         raise ModelError(f"The model card {card} cannot be read ({error.strerror}).") from error
     prompt = pairwise_prompt_from_card(text)
@@ -215,8 +215,8 @@ def _recorded_template(recorded: Mapping[str, Any] | None) -> Template | None:
 
 def _template_file(path: Path) -> Template:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"The template {str(path)!r} is neither built in ({', '.join(BUILT_IN)}) nor a readable text file ({error})."
         ) from error

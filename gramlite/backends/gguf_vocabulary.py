@@ -15,7 +15,9 @@ from ..gguf_header import Header
 from ..quantization import quantization_name
 from .gguf_library import last_words, start_library
 
-SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+MARKED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+SPECIAL = {"unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}  # as GGUF spells them
 
 
 class LlamaVocabulary:
@@ -28,7 +30,7 @@ class LlamaVocabulary:
         self._buffer = ctypes.create_string_buffer(1024)
         self._pieces: dict[int, bytes] = {}
         self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & SPECIAL]
+        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & MARKED]
         self.special_tokens: Mapping[str, int] = {
             llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"): token for token in special
         }
@@ -89,4 +91,5 @@ def judging_metadata(header: Header) -> dict[str, Any]:
         "template": template if any(template.values()) else None,
         "bos": literal("bos"),
         "eos": literal("eos"),
+        "special": {f"{name}_token": literal(key) for name, key in SPECIAL.items()},
     }
