@@ -24,7 +24,9 @@ from .prompt import Segment
 RENDER_SECONDS = 5.0
 RENDER_LIMIT = 1_000_000  # characters
 OPENS_THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
-ODD_TEXT = "\n\n\t <b>&amp;</b> \"it's\" {{ x }} {% y %} \\n [INST] é 中 😀 " + "and so on, " * 10_000  # what a message may hold
+ODD_TEXT = (
+    '\n\n\t <b>&amp;</b> "it\'s" {{ x }} {% y %} \\n [INST] é 中 😀 ' + "and so on, " * 10_000
+)  # what a message may hold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import llama_cpp
 from ..errors import GramliteError, ModelError
 from ..gguf_header import Header
 from ..quantization import quantization_name
-from .gguf_library import last_words, start_library
+from .gguf_library import first_words, forget_words, start_library
 
 MARKED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 
@@ -41,11 +41,12 @@ class LlamaVocabulary:
     def of_file(cls, path: Path, *, normalize: bool) -> LlamaVocabulary:
         """The vocabulary without the weights, for as long as the process runs or until `close`."""
         start_library()
+        forget_words()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+            raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         vocabulary = cls(model, normalize=normalize)
         vocabulary._own_model = model
         return vocabulary
