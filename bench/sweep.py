@@ -55,8 +55,7 @@ class Plan:
             **self.source.record(),
             "settings": judge_settings(self.options),
             "suites": {
-                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")}
-                for key, suite in suites.items()
+                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")} for key, suite in suites.items()
             },
         }
 
@@ -158,8 +157,7 @@ def read_wanted(folder: Path, work: Work) -> Run:
 
 def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     """The judging options that a verdict depends on."""
-    names = ("template", "chat_template", "mode", "orders", "votes", "temperature", "budget", "seed", "delimiters",
-             "deterministic")  # fmt: skip
+    names = "template chat_template mode orders votes temperature budget seed delimiters deterministic".split()
     asked = {name: getattr(options, name) for name in names}
     files = {name: Path(asked[name]) for name in names[:2] if asked[name] and Path(asked[name]).is_file()}
     return asked | {name: f"{path} {sha256_cached(path)}" for name, path in files.items()}
@@ -283,9 +281,7 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
     judging = JudgeOptions(
         model=None, adapter=None, temperature=None, delimiters="neutralize", parallel=None,
         chat_template=options["chat"].choice, trust_template=options["chat"].trust,
-        **{name: options[name] for name in (
-            "template", "mode", "orders", "votes", "budget", "seed", "device", "threads", "context", "deterministic",
-        )},
+        **{name: options[name] for name in "template mode orders votes budget seed device threads context deterministic".split()},
     )  # fmt: skip
     samples = read_samples(options["sample"], len(suites))
     explained = [suite for suite in suites if takes_labels(suite)] or suites

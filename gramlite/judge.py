@@ -19,7 +19,7 @@ from .decoding import Decoder, choice_tokens, describe
 from .errors import GramliteError, InputError, ModelError
 from .open_pair import OpenPair
 from .pair import Order, OrderVerdict, Pair, Verdict, Winner
-from .prompt import EncodedPrompt, common_prefix, encode_prompt
+from .prompt import PROMPT_ENCODING, EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .settings import FEW_SEQUENCES, OPEN_PAIRS, Settings
 from .storage import sha256_cached
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Listener", "Settings", "mean_log_odds", "winner_of"]
 
 Listener = Callable[[Order, str], None]
-PROMPT_ENCODING = 2  # one more wherever the same input comes to be shown to the model in another way
 MOST_READY = 256  # verdicts that wait for an earlier pair's; beyond them no more pairs are read
 
 

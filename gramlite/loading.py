@@ -89,6 +89,11 @@ def _judge(
         special=metadata.get("special"),
         choice=chat.choice,
     )
+    if chat.choice and (strangers := scaffold.marks - backend.vocabulary.special_tokens.keys()):
+        logger.warning(
+            "%s has no token %s, which the chat template %s writes: it was trained with another one.",
+            artifact.path, ", ".join(sorted(strangers)), chat.choice,
+        )  # fmt: skip
     model = describe_model(artifact, metadata, runtime)
     return Judge(backend, chosen, scaffold, settings, model, adapter=runtime.adapter)
 

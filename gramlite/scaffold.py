@@ -52,6 +52,11 @@ class Scaffold:
     after: str
     trims: bool | Literal["start", "end"] = False
 
+    @property
+    def marks(self) -> set[str]:
+        """The literals in it that should be special tokens of the model."""
+        return set(re.findall(r"<\|\w+\|>", self.before + self.after))
+
     def wrap(self, message: Sequence[Segment]) -> list[Segment]:
         """The whole prompt: the user message's segments between the scaffold's own."""
         parts = list(message)

@@ -105,6 +105,16 @@ def test_a_file_without_a_chat_template_can_be_given_one(
 
 
 @pytest.mark.fault("foreign-gguf")
+def test_a_chat_template_of_another_family_is_told(
+    make: Callable[..., Path], prompt: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert judge(make(), prompt, "--chat-template", "chatml") == 0
+    assert not caplog.records
+    assert judge(make(), prompt, "--chat-template", "llama-3") == 0
+    assert "<|eot_id|>" in caplog.text and "llama-3" in caplog.text
+
+
+@pytest.mark.fault("foreign-gguf")
 @pytest.mark.parametrize(
     ("key", "kind", "value"), [("tokenizer.chat_template", "UINT32", 7), ("gramlite.template.text", "BOOL", 1)]
 )
