@@ -18,11 +18,12 @@ from typing import Any
 import click
 
 from gramlite.artifact import read_manifest
-from gramlite.commands.options import labels_option
+from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
 from gramlite.quantization import bits_per_weight
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import note, say, say_json
 
 from .folder import ROWS, Row, Run, read_run
@@ -106,7 +107,7 @@ def read_gold(path: Path) -> Run:
     return Run(run.name, run.path, rows)
 
 
-def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bool:
+def judge_model(model: Path, work: Work, folder: Path, *, deadline: float, chat: ChatTemplate = OWN_TEMPLATE) -> bool:
     """Judge what is not judged yet; whether all is done before the deadline."""
     from gramlite.judge import Settings
     from gramlite.loading import load
@@ -115,7 +116,8 @@ def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bo
         return True
     if time.monotonic() > deadline:
         return False
-    with load(model, settings=Settings(mode="direct")) as judge:
+    settings = Settings(mode="direct")
+    with load(model, settings=settings, chat_template=chat.choice, trust_template=chat.trust) as judge:
         try:
             run_suite(judge, work, folder, display=Clock(deadline), resume=True)
         except TimeIsUp:
@@ -202,6 +204,7 @@ def table_row(quality: Quality, *, is_first: bool) -> dict[str, str]:
 @click.option("--rows", type=click.IntRange(1), default=150, show_default=True, help="Pairs to judge.")
 @click.option("--longest", type=click.IntRange(1), metavar="N", help="Only pairs whose prompts have at most N tokens.")
 @labels_option
+@chat_options
 @click.option("--seconds", type=float, metavar="F", help="Stop after this time; the same command goes on.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a model instead of the table.")
 def command(
@@ -212,6 +215,7 @@ def command(
     rows: int,
     longest: int | None,
     labels: Said | None,
+    chat: ChatTemplate,
     seconds: float | None,
     as_json: bool,
 ) -> None:
@@ -224,7 +228,7 @@ def command(
     gold = read_gold(gold_path)
     chosen = choose_pairs(list(load_pairs(name, module, path, labels=labels)), gold, rows=rows, longest=longest)
     work = Work(name, module, path, chosen, limit=None, labels=labels)
-    done = [judge_model(model, work, output / model.stem, deadline=deadline) for model in models]
+    done = [judge_model(model, work, output / model.stem, deadline=deadline, chat=chat) for model in models]
     if not any(done) and all(not (output / model.stem / ROWS).is_file() for model in models):
         raise InputError("The time was up before the first pair. Give more --seconds.")
     runs = {model: read_run(output / model.stem) for model in models if (output / model.stem / ROWS).is_file()}

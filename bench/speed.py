@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import say, say_json
 
 from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
@@ -154,6 +156,7 @@ def measure_speed(
     against: Sequence[str] = (),
     checkpoint: Path | None = None,
     progress: TurnProgress | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
 ) -> SpeedReport:
     """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
     import gramlite
@@ -170,7 +173,11 @@ def measure_speed(
         settings = Settings(mode=mode, budget=RATIONALE_TOKENS)  # type: ignore[arg-type]
         began = time.perf_counter()
         with gramlite.load(
-            model, settings=settings, runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads)
+            model,
+            settings=settings,
+            runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads),
+            chat_template=chat.choice,
+            trust_template=chat.trust,
         ) as judge:
             load_seconds = load_seconds or time.perf_counter() - began
             plain = neighbours_of(judge, model, against, checkpoint, threads=threads, context=context)
@@ -320,6 +327,7 @@ def show(report: SpeedReport) -> None:
     metavar="FOLDER",
     help="The same judge for transformers.  [default: the reference judge's]",
 )
+@chat_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
 def command(
     model: Path | None,
@@ -328,6 +336,7 @@ def command(
     repetitions: int,
     against: str,
     checkpoint: Path | None,
+    chat: ChatTemplate,
     as_json: bool,
 ) -> None:
     """Time a GGUF judge: both modes, the floor its kernels set, and its neighbours beside it."""
@@ -355,7 +364,7 @@ def command(
             model = cached_gguf()
         progress = stack.enter_context(TurnProgress())
         report = measure_speed(
-            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress
+            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress, chat=chat
         )
     if as_json or not sys.stdout.isatty():
         say_json(report.to_json())

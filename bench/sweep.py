@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gramlite.commands.options import labels_option
+from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
-from gramlite.storage import write_json
+from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note
 
 if TYPE_CHECKING:
@@ -157,8 +157,10 @@ def read_wanted(folder: Path, work: Work) -> Run:
 
 def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     """The judging options that a verdict depends on."""
-    names = ("template", "mode", "orders", "votes", "temperature", "budget", "seed", "delimiters", "deterministic")
-    return {name: getattr(options, name) for name in names}
+    names = "template chat_template mode orders votes temperature budget seed delimiters deterministic".split()
+    asked = {name: getattr(options, name) for name in names}
+    files = {name: Path(asked[name]) for name in names[:2] if asked[name] and Path(asked[name]).is_file()}
+    return asked | {name: f"{path} {sha256_cached(path)}" for name, path in files.items()}
 
 
 def bits_of(path: Path) -> float | None:
@@ -274,13 +276,12 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         raise InputError(f"There is no file {calibration}. Give --calibration a JSONL file of pairs or of transcripts.")
     source = Source(
         checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(), tokens=options["tokens"],
-        seed=options["seed"], template=options["template"], threads=options["threads"],
+        seed=options["seed"], template=options["template"], chat=options["chat"], threads=options["threads"],
     )  # fmt: skip
     judging = JudgeOptions(
-        model=None, adapter=None, trust_template=False, temperature=None, delimiters="neutralize", parallel=None,
-        **{name: options[name] for name in (
-            "template", "mode", "orders", "votes", "budget", "seed", "device", "threads", "context", "deterministic",
-        )},
+        model=None, adapter=None, temperature=None, delimiters="neutralize", parallel=None,
+        chat_template=options["chat"].choice, trust_template=options["chat"].trust,
+        **{name: options[name] for name in "template mode orders votes budget seed device threads context deterministic".split()},
     )  # fmt: skip
     samples = read_samples(options["sample"], len(suites))
     explained = [suite for suite in suites if takes_labels(suite)] or suites
@@ -329,6 +330,7 @@ OPTIONS = (
     click.option("--page", type=click.Path(path_type=Path), metavar="FILE.md",
                  help="Write the results as a page that says what they mean."),
     click.option("--template", metavar="NAME|FILE", help="The judge's template.  [default: that of the model card]"),
+    chat_options,
     click.option("--mode", type=click.Choice(["think", "direct"]), default="direct", show_default=True,
                  help="Write a rationale first, or answer in one forward pass."),
     click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,

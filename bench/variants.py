@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
 from gramlite.quantization import FILE_TYPES
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import atomic_output, sha256_cached
 
 from .parts import Part
@@ -131,6 +132,7 @@ class Source:
     tokens: int = 65_536
     seed: int = 0
     template: str | None = None
+    chat: ChatTemplate = OWN_TEMPLATE
     threads: int | None = None
 
     @property
@@ -255,7 +257,12 @@ def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
 
     assert source.calibration is not None
     transcripts, _ = load_calibration(
-        source.calibration, judge=judge, template=source.template, tokens=source.tokens, seed=source.seed
+        source.calibration,
+        judge=judge,
+        template=source.template,
+        chat=source.chat,
+        tokens=source.tokens,
+        seed=source.seed,
     )
     with atomic_output(path, force=True) as temporary:
         write_transcripts(temporary, transcripts)

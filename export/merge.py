@@ -15,7 +15,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest
+from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import atomic_output, check_output, sha256_file
 
 from .architecture import expected_tensors, read_architecture
@@ -140,17 +142,25 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
 @click.argument("peft_folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, peft_folder: Path, output: Path, template: str | None, smoke: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    peft_folder: Path,
+    output: Path,
+    template: str | None,
+    chat: ChatTemplate,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
     from .smoke_lora import smoke_merged
 
     manifest = merge_adapter(checkpoint, peft_folder, output, template=template, force=force)
     if smoke:
-        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, force=force)
+        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, chat=chat, force=force)
     next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
     print_artifact(output, manifest, command=next_command, as_json=as_json)

@@ -18,6 +18,7 @@ import numpy as np
 import gramlite
 from gramlite.artifact import Manifest, manifest_path, write_manifest
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import remove_path, sha256_file
 from gramlite.terminal import note
 
@@ -95,6 +96,7 @@ def smoke_judge(
     *,
     found: Margins | None = None,
     template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
     force: bool = False,
 ) -> Manifest:
     """Judge with the artifact at `path` and with its `source`, and put the figures into the manifest, which is returned.
@@ -109,7 +111,7 @@ def smoke_judge(
         if source is None:
             raise InputError("its margins were not recorded with this template")
         if isinstance(source, Path):
-            expected: Sequence[float] = judge_margins(source, template)
+            expected: Sequence[float] = judge_margins(source, template, chat)
         else:
             expected = source() if callable(source) else source
     except GramliteError as error:
@@ -117,7 +119,7 @@ def smoke_judge(
             note(f"warning: {path} was compared with nothing, for its source is refused: {error}")
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
-        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template)))
+        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template, chat)))
         collapse = smoke.collapse
     except (ResourceError, InputError, CannotRunHere) as error:
         return _record(path, manifest, {"skipped": f"it does not run here: {error}"})
@@ -135,12 +137,21 @@ def smoke_judge(
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
-def judge_margins(model: Path, template: str | None = None, *, adapter: Path | None = None) -> list[float]:
+def judge_margins(
+    model: Path, template: str | None = None, chat: ChatTemplate = OWN_TEMPLATE, *, adapter: Path | None = None
+) -> list[float]:
     """The margins of the packaged pairs, both orders, in direct mode; NaN where there is no verdict."""
     pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     margins = []
     runtime = gramlite.RuntimeOptions(adapter=str(adapter) if adapter else None)
-    with gramlite.load(model, template=template, settings=gramlite.Settings(mode="direct"), runtime=runtime) as judge:
+    with gramlite.load(
+        model,
+        template=template,
+        settings=gramlite.Settings(mode="direct"),
+        runtime=runtime,
+        chat_template=chat.choice,
+        trust_template=chat.trust,
+    ) as judge:
         for pair in pairs:
             verdict = judge(prompt=pair["prompt"], response_a=pair["response_a"], response_b=pair["response_b"])
             margins += [math.nan if order.margin is None else order.margin for order in verdict.orders]

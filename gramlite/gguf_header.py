@@ -36,6 +36,11 @@ UNSUPPORTED = (
 COMPANION = "gramlite.companion"  # the adapter file without which version 0.1 did not use a model
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
+TEXTS = (
+    "tokenizer.ggml.pre",
+    "tokenizer.chat_template",
+    *(f"gramlite.template.{key}" for key in ("name", "sha256", "text")),
+)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 BLOCK = re.compile(r"blk\.(\d+)\.")
 LORA = re.compile(r"(.+)\.lora_([ab])")
@@ -169,8 +174,16 @@ def _check_tokenizer(header: Header) -> None:
     if len(set(tokens)) != len(tokens):  # llama.cpp aborts on these
         raise header.refusal("'tokenizer.ggml.tokens' has the same token twice")
     _check_token_arrays(header, len(tokens))
+    for key in TEXTS:
+        _typed(header, key, "string", "")
     if model == "gpt2":
         _typed(header, "tokenizer.ggml.merges", "array[string]")
+        if not header.metadata.get("tokenizer.ggml.pre"):
+            raise ModelError(
+                f"{header.path} is refused: 'tokenizer.ggml.pre' is missing, so llama.cpp would split words by a default "
+                "that the model was hardly trained with. Convert the model again with a current converter, which says "
+                "how its tokenizer splits them."
+            )
     elif missing := {f"<0x{byte:02X}>" for byte in range(256)}.difference(tokens):
         # llama.cpp falls back on them for unknown text, and ends the process where one is missing
         raise header.refusal(f"'tokenizer.ggml.tokens' lacks the byte token {min(missing)}")

@@ -19,7 +19,7 @@ from .decoding import Decoder, choice_tokens, describe
 from .errors import GramliteError, InputError, ModelError
 from .open_pair import OpenPair
 from .pair import Order, OrderVerdict, Pair, Verdict, Winner
-from .prompt import EncodedPrompt, common_prefix, encode_prompt
+from .prompt import PROMPT_ENCODING, EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .settings import FEW_SEQUENCES, OPEN_PAIRS, Settings
 from .storage import sha256_cached
@@ -147,6 +147,7 @@ class Judge:
             "delimiters": self.settings.delimiters,
             "template": {"name": self.template.name, "sha256": self.template.sha256},
             "scaffold": asdict(self.scaffold),
+            "prompt_encoding": PROMPT_ENCODING,
         }
         if self.calibration:
             record["calibration"] = {"temperature": self.calibration.temperature, "bias": self.calibration.bias}
@@ -323,7 +324,7 @@ class Judge:
         for prompt in prompts.values():
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
-        flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
+        flags += tuple(dict.fromkeys([*hits, *(f"special:{name}:{text}" for name, text in literals)]))
         return OpenPair(pair, self.settings, flags, prompts, stems, self.calibration)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:

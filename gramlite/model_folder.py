@@ -10,6 +10,7 @@ from typing import Any
 from .errors import ModelError
 
 MAX_JSON_BYTES = 256 << 20
+SPECIAL = ("unk", "pad", "sep", "cls", "mask")  # tokens that chat templates may name beside bos and eos
 # what llama.cpp takes for the end of a generation, by literal, whatever a model's files declare
 END_LITERALS = (
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
@@ -26,6 +27,7 @@ class ModelFolder:
     chat_template: str | None
     bos: str
     eos: str
+    special: dict[str, str]
     ends: frozenset[int]
 
     @property
@@ -49,6 +51,7 @@ class ModelFolder:
             "template": None,  # the manifest's or the model card's, which both lie in the folder
             "bos": self.bos,
             "eos": self.eos,
+            "special": self.special,
         }
 
 
@@ -68,6 +71,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         chat_template=_chat_template(path, settings),
         bos=_literal(settings, "bos_token"),
         eos=_literal(settings, "eos_token"),
+        special={f"{name}_token": _literal(settings, f"{name}_token") for name in SPECIAL},
         ends=frozenset(ends),
     )
 
@@ -90,7 +94,7 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{file} cannot be read ({error}). Download it again.") from error
     stored = settings.get("chat_template")

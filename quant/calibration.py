@@ -14,6 +14,7 @@ import click
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 
 if TYPE_CHECKING:
     from gramlite.backends import Device
@@ -49,6 +50,7 @@ def load_calibration(
     *,
     judge: str | Path,
     template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     device: Device = "auto",
@@ -67,7 +69,7 @@ def load_calibration(
     else:
         pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
-        chosen, mode = _judge_pairs(pairs, judge, template, tokens, device, mode)
+        chosen, mode = _judge_pairs(pairs, judge, template, chat, tokens, device, mode)
     described = describe(chosen, tokens=tokens, seed=seed, source=path.name)
     return chosen, described if holds_transcripts(path) else described | {"mode": mode}
 
@@ -191,14 +193,27 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _judge_pairs(
-    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device, mode: Mode
+    pairs: list[Pair],
+    model: str | Path,
+    template: str | None,
+    chat: ChatTemplate,
+    tokens: int,
+    device: Device,
+    mode: Mode,
 ) -> tuple[list[Transcript], Mode]:
     from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings
     from gramlite.loading import load
 
     runtime = RuntimeOptions(device=device)
-    with load(model, template=template, settings=Settings(mode=mode, orders="ab"), runtime=runtime) as judge:
+    with load(
+        model,
+        template=template,
+        settings=Settings(mode=mode, orders="ab"),
+        runtime=runtime,
+        chat_template=chat.choice,
+        trust_template=chat.trust,
+    ) as judge:
         chosen = list(_within(record_transcripts(judge, pairs), tokens))
     if not chosen:
         raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")

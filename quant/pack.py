@@ -28,8 +28,10 @@ from gramlite.export.stream import permute_heads
 from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
 from gramlite.artifact import Manifest, read_manifest, verify_files
+from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
 from gramlite.ggml_types import GGML_TYPES
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import check_output, sha256_cached
 
 from .blocks import gguf_blocks, gguf_type
@@ -239,6 +241,7 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
     help="Type of the embedding and the head.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the one recorded.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -248,6 +251,7 @@ def command(
     output: Path,
     embedding: str,
     template: str | None,
+    chat: ChatTemplate,
     smoke: bool,
     force: bool,
     as_json: bool,
@@ -259,5 +263,5 @@ def command(
     manifest = pack(folder, output, embedding=embedding, template=template, force=force)
     if smoke:
         margins = recorded_margins(read_manifest(folder), manifest.template)
-        manifest = smoke_judge(output, manifest, margins, template=template, force=force)
+        manifest = smoke_judge(output, manifest, margins, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

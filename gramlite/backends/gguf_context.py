@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..decoding import Logits
 from ..device import Offload, thread_count
 from ..errors import GramliteError, ModelError, OutOfMemory, ResourceError
-from .gguf_library import forget_words, last_words, memory_words, start_library
+from .gguf_library import first_words, forget_words, last_words, memory_words, start_library
 
 NO_ROOM = 1  # llama_decode's return values
 ABORTED = 2
@@ -55,7 +55,7 @@ class LlamaContext:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             self._check_memory()
-            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+            raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
 
     def _make(self, plan: Offload, threads: int | None) -> None:
@@ -79,7 +79,7 @@ class LlamaContext:
         if not self._context:
             self._check_memory()
             raise ResourceError(
-                f"llama.cpp could not make a context of {plan.context:,} tokens: {last_words()}. "
+                f"llama.cpp could not make a context of {plan.context:,} tokens: {first_words()}. "
                 "Try a smaller --context, or --device cpu."
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -171,7 +171,7 @@ class LlamaContext:
         adapter = llama_cpp.llama_adapter_lora_init(self.model, path.encode())
         if not adapter:
             self._check_memory()
-            raise ModelError(f"llama.cpp could not load the adapter {path}: {last_words()}. Does it fit this model?")
+            raise ModelError(f"llama.cpp could not load the adapter {path}: {first_words()}. Does it fit this model?")
         return adapter
 
     def set_adapters(self, adapters: Sequence[Any]) -> None:

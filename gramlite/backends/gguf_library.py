@@ -14,13 +14,19 @@ from ..device import Gpu, Machine, free_memory, has_driver, has_mps
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "unable to allocate", "not enough memory")
 
+ERROR = 4  # ggml's level of log lines
+
 _log_tail: deque[str] = deque(maxlen=40)
+_errors: list[str] = []  # since the words were forgotten, the first ones
 _started = threading.Lock()
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, data: object) -> None:
-    _log_tail.append(text.decode("utf-8", "replace"))
+    said = text.decode("utf-8", "replace")
+    _log_tail.append(said)
+    if level == ERROR and len(_errors) < 20:
+        _errors.append(said)
 
 
 def start_library() -> None:
@@ -33,6 +39,12 @@ def start_library() -> None:
 def forget_words() -> None:
     """Drop what was logged, so that a failure is not explained with an older one."""
     _log_tail.clear()
+    _errors.clear()
+
+
+def first_words() -> str:
+    """The first error since the words were forgotten, which is the cause of those that follow it."""
+    return next((error.strip() for error in _errors if error.strip()), None) or last_words()
 
 
 def last_words() -> str:
