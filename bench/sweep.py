@@ -276,7 +276,8 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         raise InputError(f"There is no file {calibration}. Give --calibration a JSONL file of pairs or of transcripts.")
     source = Source(
         checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(), tokens=options["tokens"],
-        seed=options["seed"], template=options["template"], chat=options["chat"], threads=options["threads"],
+        seed=options["seed"], mode=options["mode"], template=options["template"], chat=options["chat"],
+        threads=options["threads"],
     )  # fmt: skip
     judging = JudgeOptions(
         model=None, adapter=None, temperature=None, delimiters="neutralize", parallel=None,

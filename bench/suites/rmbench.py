@@ -61,7 +61,7 @@ def _items(path: Path) -> Iterator[list[Pair]]:
         where = f"{path.name}, record {number}"
         if records.is_plain(record):
             pair = records.plain_pair(record, where)
-            if tuple((pair.meta or {}).get("cell") or ()) not in CELLS:
+            if (pair.meta or {}).get("cell") not in [[i, j] for i, j in CELLS]:
                 raise InputError(f"{where}: the meta has no cell of the matrix, as [0, 2]. {SOURCE}")
             yield [pair]
             continue
