@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramlite.artifact import Manifest
-from gramlite.decoding import Mode
 from gramlite.errors import InputError
 from gramlite.quantization import FILE_TYPES
 from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
@@ -30,6 +29,7 @@ from gramlite.storage import atomic_output, sha256_cached
 from .parts import Part
 
 if TYPE_CHECKING:
+    from gramlite.decoding import Mode
     from gramlite.quant.calibration import Transcript
 
 EXPORTED = ("F16", "BF16", "F32")
