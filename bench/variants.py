@@ -29,8 +29,9 @@ from gramlite.storage import atomic_output, sha256_cached
 from .parts import Part
 
 if TYPE_CHECKING:
-    from gramlite.decoding import Mode
     from gramlite.quant.calibration import Transcript
+
+    from gramlite.decoding import Mode
 
 EXPORTED = ("F16", "BF16", "F32")
 AUTO = re.compile(r"^auto:\d+(\.\d+)?bpw$", re.IGNORECASE)
