@@ -31,7 +31,10 @@ def write_results(
     plan: Plan, swept: Swept, findings: Sequence[Finding], *, report: bool, page: Path | None, as_json: bool
 ) -> None:
     """Write the table beside the runs, the reports and the page where asked for, and print the table."""
-    write_text(plan.folder / "results.md", "\n".join(["# Results", "", *tables_markdown(swept)]) + "\n")
+    write_text(
+        plan.folder / "results.md",
+        "\n".join(["# Results", "", settings_sentence(plan), "", *tables_markdown(swept)]) + "\n",
+    )
     write_text(plan.folder / "results.csv", csv_results(swept))
     if report:
         from .report import write_report
@@ -277,7 +280,7 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     lines = [
         f"# What quantization cost {escaped(plan.source.checkpoint.name)}",
         "",
-        f"Every type against {escaped(swept.base.name)}, pair by pair. {mode_sentence(plan)} Brackets hold 95 % intervals; "
+        f"Every type against {escaped(swept.base.name)}, pair by pair. {settings_sentence(plan)} Brackets hold 95 % intervals; "
         "Δ is type minus base in percentage points; margins are log-odds in nats. This page is written by the command "
         "at its end; nothing in it is typed by hand.",
         "",
@@ -294,10 +297,15 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def mode_sentence(plan: Plan) -> str:
+def settings_sentence(plan: Plan) -> str:
+    """How the pairs are judged, and what the types that are calibrated are calibrated on."""
     mode = {"direct": "Direct mode, one forward pass a verdict", "think": "Think mode, a rationale before each verdict"}
     orders = "both orders of each pair" if plan.options.orders == "both" else "each pair as given only"
-    return f"{mode[plan.options.mode]}, {orders}."
+    said = f"{mode[plan.options.mode]}, {orders}."
+    if plan.source.calibration is None or not any(variant.is_calibrated for variant in plan.variants):
+        return said
+    how = plan.source.calibration_mode
+    return f"{said} Calibrated on {f'judging in {how} mode' if how else 'transcripts as they were recorded'}."
 
 
 def made_with(plan: Plan, swept: Swept) -> list[str]:

@@ -275,8 +275,8 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
     if calibration and not calibration.is_file():
         raise InputError(f"There is no file {calibration}. Give --calibration a JSONL file of pairs or of transcripts.")
     source = Source(
-        checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(), tokens=options["tokens"],
-        seed=options["seed"], template=options["template"], chat=options["chat"], threads=options["threads"],
+        checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(),
+        **{name: options[name] for name in "tokens seed mode template chat threads".split()},
     )  # fmt: skip
     judging = JudgeOptions(
         model=None, adapter=None, temperature=None, delimiters="neutralize", parallel=None,

@@ -384,7 +384,7 @@ class Judge:
             conclude_order(
                 order,
                 [opened.done[key] for key in sorted(opened.done) if key[0] == order],
-                prompt_tokens=len(opened.prompts[order].tokens),
+                prompt_ids=opened.prompts[order].tokens,
                 calibration=self.calibration,
             )
             for order in self.settings.presented_orders

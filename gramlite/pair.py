@@ -56,7 +56,8 @@ class OrderVerdict:
 
     `p_a` is the probability that the pair's response_a is better, `margin` its log-odds in nats. With votes, `p_a` is
     the mean over the votes and `margin` its log-odds. A calibrated judge rescales both, but not the `votes`.
-    `rationale` is the first vote's thinking, `sections` its parts.
+    `rationale` is the first vote's thinking, `sections` its parts. `prompt_ids` are the prompt's tokens, `generated_ids`
+    all that the model was fed behind it in the first vote, and last the verdict's token; rows don't hold them.
     """
 
     order: Order
@@ -67,6 +68,8 @@ class OrderVerdict:
     forced: bool
     votes: Mapping[str, int]
     tokens: Mapping[str, int]
+    prompt_ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    generated_ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def sections(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gramlite.judge import Judge
 
 DEFAULT_TOKENS = 65_536
+VERSION = 2  # of transcripts; those of 1, which had none, were tokenized again from the judge's text
 
 mode_option = click.option(
     "--mode",
@@ -34,7 +35,7 @@ mode_option = click.option(
 
 @dataclass(frozen=True)
 class Transcript:
-    """One judging: the prompt's token ids and the generation's, of which the verdict is the last."""
+    """One judging: the token ids of the prompt and of all behind it, of which the verdict is the last."""
 
     prompt_ids: tuple[int, ...]
     generated_ids: tuple[int, ...]
@@ -75,9 +76,9 @@ def load_calibration(
 
 
 def read_transcripts(path: Path) -> list[Transcript]:
-    """Read a JSONL file of `prompt_ids`, `generated_ids` and, optionally, `id`.
+    """Read a JSONL file of `version` (2), `prompt_ids`, `generated_ids` and, optionally, `id`.
 
-    Raises InputError that names the line where a row is something else.
+    Raises InputError that names the line where a row is something else, or a transcript of another version.
     """
     with path.open(encoding="utf-8") as lines:
         return [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -91,6 +92,11 @@ def _parse(line: str, path: Path, number: int) -> Transcript:
         raise InputError(f"{path} line {number} is no transcript: prompt_ids and generated_ids are needed.") from error
     if not prompt or not all(type(token) is int and token >= 0 for token in prompt + generated):
         raise InputError(f"{path} line {number}: ids must be whole numbers, and prompt_ids must not be empty.")
+    if row.get("version") != VERSION:
+        raise InputError(
+            f"{path} line {number} is a transcript of version {row.get('version', 1)}, whose ids need not be the judge's "
+            f'own. Calibrate on the pairs again; ids that are exactly what the judge was fed are marked "version": {VERSION}.'
+        )
     return Transcript(prompt, generated, str(row.get("id", number)))
 
 
@@ -99,7 +105,7 @@ def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for transcript in transcripts:
             row = {"prompt_ids": transcript.prompt_ids, "generated_ids": transcript.generated_ids}
-            file.write(json.dumps({"id": transcript.id} | row) + "\n")
+            file.write(json.dumps({"version": VERSION, "id": transcript.id} | row) + "\n")
 
 
 def choose_transcripts(
@@ -127,35 +133,14 @@ def _within(transcripts: Iterable[Transcript], tokens: int) -> Iterator[Transcri
 
 
 def record_transcripts(judge: Judge, pairs: Iterable[Pair]) -> Iterator[Transcript]:
-    """Let a judge judge pairs and put down each order's prompt, rationale and verdict as token ids.
+    """Let a judge judge pairs and put down, of each order, the token ids that it read, wrote and was made to write.
 
     Pairs without a verdict, or settled without the model, are left out.
     """
-    from gramlite.prompt import encode_prompt, encode_trusted
-    from gramlite.template import presented, screen
-
-    form, vocabulary = judge.template.form, judge.backend.vocabulary
-    seen: list[Pair] = []
-
-    def watched() -> Iterator[Pair]:
-        for pair in pairs:
-            seen.append(pair)
-            yield pair
-
-    for index, verdict in enumerate(judge.many(watched())):
+    for verdict in judge.many(pairs):
         for order in verdict.orders:
-            if order.verdict not in ("A", "B") or order.margin is None:
-                continue
-            shown, _ = screen(judge.template, seen[index], judge.settings.delimiters)
-            segments = judge.scaffold.wrap(judge.template.segments(presented(shown, order.order)))
-            said = form.choices[(order.verdict == "B") != (order.order == "ba")]
-            thinks = order.rationale is not None
-            answer = f"{form.opening}{order.rationale}{form.closing}{form.answer}" if thinks else form.direct
-            yield Transcript(
-                tuple(encode_prompt(vocabulary, segments).tokens),
-                tuple(encode_trusted(vocabulary, answer + said)),
-                f"{seen[index].id}:{order.order}",
-            )
+            if order.verdict in ("A", "B") and order.generated_ids:
+                yield Transcript(order.prompt_ids, order.generated_ids, f"{verdict.id}:{order.order}")
 
 
 def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, source: str) -> dict[str, Any]:

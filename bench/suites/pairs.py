@@ -59,7 +59,7 @@ def _sided(pair: Pair) -> Pair:
 
 def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracy, agreement with ties, consistency, the share of first-shown responses; accuracy by subset."""
-    matched = scoring.match(rows, pairs)
+    matched = scoring.match(rows, pairs, unlabelled=True)
     labelled = matched.where(lambda item: item.label is not None)
     first = [
         said == ("A" if order == "ab" else "B")
@@ -77,8 +77,6 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     for name, items in sorted(matched.by_subset().items()):
         if name != "all":
             scores[f"{name} accuracy"] = scoring.accuracy(items)
-    notes = scoring.single_order_note(matched)
     unlabelled = len(matched.judged) - len(labelled)
-    if unlabelled:
-        notes.append(f"{unlabelled} pairs have no label and count only for consistency and flips.")
+    notes = [f"{unlabelled} pairs have no label and count only for consistency and flips."] if unlabelled else []
     return scoring.result(matched, headline="accuracy", scores=scores, notes=notes)
