@@ -267,7 +267,8 @@ def make_adapter() -> Callable[..., Path]:
         weights = load_file(checkpoint / "model.safetensors")
         for module in modules:
             out_features, in_features = weights[f"{module}.weight"].shape
-            own = (settings.get("rank_pattern") or {}).get(module.rpartition(".")[2], rank)
+            ranks = settings.get("rank_pattern")
+            own = ranks.get(module.rpartition(".")[2], rank) if isinstance(ranks, dict) else rank
             for letter, shape in (("A", (own, in_features)), ("B", (out_features, own))):
                 factor = torch.randint(-4, 5, shape).to(getattr(torch, dtype)) / 8
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor
