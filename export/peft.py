@@ -103,7 +103,9 @@ def open_adapter(folder: Path) -> Adapter:
         found = f"its weights in {pickles[0]}, a pickle, which is refused" if pickles else f"no {WEIGHTS}"
         raise ModelError(f"{folder} has {found}. Save the adapter as safetensors (save_pretrained does).")
     modules = pair_factors(folder / WEIGHTS, config)
-    return Adapter(folder, checked_alpha(config.get("lora_alpha")), str(config.get("base_model_name_or_path") or ""), modules)
+    return Adapter(
+        folder, checked_alpha(config.get("lora_alpha")), str(config.get("base_model_name_or_path") or ""), modules
+    )
 
 
 def check_settings(folder: Path, config: dict[str, Any]) -> None:
