@@ -22,7 +22,6 @@ from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import remove_path
 
-from .architecture import FAMILIES
 from .report import Advance
 
 BUILDER = "onnxruntime_genai.models.builder"
@@ -42,14 +41,6 @@ def require_builder() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"ONNX needs the package {missing[0]!r}. Type: pip install 'gramlite[onnx]'")
-
-
-def check_family(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for an architecture whose graphs were never compared with transformers."""
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in FAMILIES:
-        raise ModelError(f"The architecture {architecture!r} is unknown here. Known are {', '.join(FAMILIES)}.")
 
 
 def build(
@@ -143,10 +134,16 @@ def rotary_angles(source: Path, length: int) -> tuple[Any, float]:
 
 def _rotary_embedding(config: Any) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    kinds = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+    kinds = {
+        "llama": LlamaRotaryEmbedding,
+        "mistral": MistralRotaryEmbedding,
+        "qwen2": Qwen2RotaryEmbedding,
+        "qwen3": Qwen3RotaryEmbedding,
+    }
     return kinds[config.model_type](config)
 
 

@@ -213,7 +213,7 @@ def check_written(path: Path, folder: Path) -> int | None:
 def command(
     checkpoint: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
 ) -> None:
-    """Write a Hugging Face CHECKPOINT folder (Llama, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
+    """Write a Hugging Face CHECKPOINT folder (Llama, Mistral, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
     manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
     print_notes(manifest)
     if not manifest.template:

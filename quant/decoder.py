@@ -10,6 +10,7 @@ from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 
 from gramlite.cache_keyword import with_cache
 from gramlite.errors import InputError, ModelError
+from gramlite.model_folder import attention_window
 
 from .batches import Batch, Shared
 from .memory import FreedMemory
@@ -39,6 +40,7 @@ class Decoder:
 
         self.checkpoint, self.device = checkpoint, device
         self.skeleton = _build_skeleton(checkpoint)
+        self.window = attention_window(checkpoint.config)
         self.dtype: torch.dtype = torch.float32 if device == "cpu" else self.skeleton.dtype
         self.freed = FreedMemory(device)
         self.rotary = type(self.skeleton.model.rotary_emb)(self.skeleton.config).to(device)
@@ -52,6 +54,9 @@ class Decoder:
         largest = max(max(map(max, batch.sequences)) for batch in batches)
         if largest >= len(table):
             raise InputError(f"A calibration transcript holds token {largest}; the model has {len(table)}.")
+        longest, window = max(batch.start + max(map(len, batch.sequences)) for batch in batches), self.window
+        if window and longest > window:
+            raise InputError(f"A calibration transcript has {longest:,} tokens; the model's attention spans {window:,}.")
         return [batch.spread(table).to(device=self.device, dtype=self.dtype) for batch in batches]
 
     @contextmanager

@@ -100,6 +100,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             }
         },
     ),
+    "mistral": ("Mistral", "gpt-2", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": False}),
+    "mistral-window": ("Mistral", "gpt-2", {"sliding_window": 48}),
     "qwen3": ("Qwen3", "qwen2", {"tie_word_embeddings": False, "head_dim": 32}),
 }
 
