@@ -71,7 +71,7 @@ def export_gguf(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+        return publish_file(destination, build, folder, force=force, need_bytes=plan.payload + HEADER_BYTES)
 
 
 def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: str) -> None:

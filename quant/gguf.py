@@ -118,7 +118,7 @@ def quantize_source(
                 files={destination.name: sha256_file(temporary)},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=_room(source.header, kind))
+        return publish_file(destination, build, source.path, force=force, need_bytes=_room(source.header, kind))
 
 
 def file_type(name: str) -> str:

@@ -19,7 +19,6 @@ the all-ones that "gptq" makes of 0, which its readers make 2**bits of, and whic
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,13 @@ from gramlite.export.checkpoint import INDEX, StoredTensor, damaged, read_json, 
 from gramlite.export.save_tensors import save_tensors
 from gramlite.export.stream import convert
 
+from gramlite.carried import carry_files
 from gramlite.errors import ModelError
 
 from .linear import QuantizedLinear, natural_groups
 
 SHARD_BYTES = 1 << 30
 PARTS = ("qweight", "qzeros", "scales")
-CARRIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "README.md",
-)  # fmt: skip
 
 
 def pack_words(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
@@ -101,9 +97,7 @@ class GptqWriter:
         types = {"dtype": "float16", "torch_dtype": "float16"}
         _write_json(self.folder / "config.json", config | types | {"quantization_config": quantization})
         _write_json(self.folder / "quantize_config.json", quantization)
-        for file in CARRIED_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, self.folder / file)
+        carry_files(source, self.folder)
 
     def _flush(self) -> None:
         save_tensors(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})

@@ -22,6 +22,7 @@ from gramlite.artifact import Manifest, hash_files, manifest_path, read_manifest
 from gramlite.commands import reference as reference_command
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.gguf_header import Header, read_header
+from gramlite.storage import sha256_file
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 BUILD_IN_PROCESS = "from gramlite.reference import cached_gguf; print(cached_gguf())"
@@ -295,6 +296,15 @@ def test_gguf_vocabulary_is_the_tokenizers(f16: Path, checkpoint: Path) -> None:
     # what "smollm" stands for in llama.cpp: single digits, then GPT-2's pattern
     assert [step["type"] for step in tokenizer["pre_tokenizer"]["pretokenizers"]] == ["Digits", "ByteLevel"]
     assert tokenizer["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] is True
+
+
+@needs_base
+@pytest.mark.fault("notices")
+def test_the_notice_lies_beside_the_file_as_in_the_folder(f16: Path, checkpoint: Path) -> None:
+    beside = f16.with_name(f"{f16.name}.NOTICE")
+    assert beside.read_bytes() == (checkpoint / "NOTICE").read_bytes() == (reference_weights.DATA / "NOTICE").read_bytes()
+    manifest = read_manifest(f16)
+    assert manifest is not None and manifest.notices == {beside.name: sha256_file(beside)}
 
 
 @needs_base

@@ -130,7 +130,16 @@ def test_gptq_and_bitsandbytes_of_a_mistral(
     wanted = expected(checkpoint_of("mistral"), tokens(100))[-1]
     assert error(last_logits(tmp_path / "packed.gguf", tokens(100)), wanted) < 0.1
     pytest.importorskip("bitsandbytes")
-    words = ["quantize", "bnb", str(checkpoint_of("mistral")), "-o", str(tmp_path / "bnb"), "--type", "int8", "--no-smoke"]
+    words = [
+        "quantize",
+        "bnb",
+        str(checkpoint_of("mistral")),
+        "-o",
+        str(tmp_path / "bnb"),
+        "--type",
+        "int8",
+        "--no-smoke",
+    ]
     assert run(words) == 0
 
 
@@ -163,7 +172,9 @@ def test_an_unknown_family_is_refused_in_the_same_words_before_any_work(
     places = {"model": model, "adapter": adapter, "out": tmp_path / "out", "pairs": tmp_path / "pairs.jsonl"}
     assert run([word.format(**places) for word in COMMANDS[name]]) == ModelError.exit_code
     told = capsys.readouterr().err
-    assert "The architecture 'MixtralForCausalLM' is unknown here. Known are LlamaForCausalLM, MistralForCausalLM" in told
+    assert (
+        "The architecture 'MixtralForCausalLM' is unknown here. Known are LlamaForCausalLM, MistralForCausalLM" in told
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pairs.jsonl", "peft"]
 
 

@@ -153,7 +153,10 @@ def test_a_start_that_changes_the_base_passes_once_peft_has_converted_it(
 
 
 def refused(folder: Path, checkpoint: Path, message: str) -> None:
-    for write in (lambda out: export_adapter(folder, checkpoint, out), lambda out: merge_adapter(checkpoint, folder, out)):
+    for write in (
+        lambda out: export_adapter(folder, checkpoint, out),
+        lambda out: merge_adapter(checkpoint, folder, out),
+    ):
         with pytest.raises(ModelError, match=message):
             write(folder.parent / "out")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
