@@ -34,18 +34,19 @@ def notices_of(*sources: Path) -> dict[str, Path]:
     Of two different ones of one name the later gets a number.
     """
     found: dict[str, Path] = {}
-    for source in sources:
+    for source in filter(Path.exists, sources):
         own = f"{source.name}."
         others = source.is_dir() or not manifest_path(source).is_file()
         for path in sorted((source if source.is_dir() else source.parent).iterdir()):
             name = path.name.removeprefix(own)
             if not is_notice(name) or not path.is_file() or not (others or path.name.startswith(own)):
                 continue
-            numbers = iter(range(2, 1 << 30))
-            chosen = name
-            while chosen in found and sha256_file(found[chosen]) != sha256_file(path):
-                chosen = f"{name}.{next(numbers)}"
-            found.setdefault(chosen, path)
+            chosen, number = name, 1
+            taken = {each.casefold(): each for each in found}  # some file systems know no cases
+            while chosen.casefold() in taken and sha256_file(found[taken[chosen.casefold()]]) != sha256_file(path):
+                number += 1
+                chosen = f"{name}.{number}"
+            found.setdefault(taken.get(chosen.casefold(), chosen), path)
     return found
 
 
@@ -56,25 +57,29 @@ def carry_files(source: Path, folder: Path, *, more: tuple[str, ...] = ()) -> No
         shutil.copyfile(path, folder / name)
 
 
+def plan_notices(destination: Path, *sources: Path) -> dict[str, Path]:
+    """The sources' licences and notices by the names they are to have beside the file `destination`.
+
+    Raises InputError where there is one that isn't of the artifact there, as its manifest has it, nor the same.
+    """
+    planned = {f"{destination.name}.{name}": path for name, path in notices_of(*sources).items()}
+    older = _recorded(destination)
+    for name, path in planned.items():
+        place = destination.with_name(name)
+        if place.exists() and sha256_file(place) not in (sha256_file(path), older.get(name)):
+            raise InputError(f"{place} is in the way of a notice of {destination.name}. Move it, or choose another -o.")
+    return planned
+
+
 @contextmanager
 def notices_beside(destination: Path, *sources: Path) -> Iterator[dict[str, str]]:
-    """Put the sources' licences and notices beside the file `destination` as the body ends; yield their sha256 by name.
-
-    Those of an older artifact there, as its manifest has them, give way. Raises InputError before the body for any
-    other file in the way.
-    """
-    places = {f"{destination.name}.{name}": path for name, path in notices_of(*sources).items()}
-    hashes = {name: sha256_file(path) for name, path in places.items()}
-    older = _recorded(destination)
-    for name, digest in hashes.items():
-        place = destination.with_name(name)
-        if place.exists() and sha256_file(place) not in (digest, older.get(name)):
-            raise InputError(f"{place} is in the way of a notice of {destination.name}. Move it, or choose another -o.")
+    """Put the planned notices beside a file in place of older ones as the body ends; yield their sha256 by name."""
+    planned, older = plan_notices(destination, *sources), _recorded(destination)
     with ExitStack() as stack:
-        for name, path in places.items():
+        for name, path in planned.items():
             shutil.copyfile(path, stack.enter_context(atomic_output(destination.with_name(name), force=True)))
-        yield hashes
-    for name in older.keys() - hashes.keys():
+        yield {name: sha256_file(path) for name, path in planned.items()}
+    for name in older.keys() - planned.keys():
         remove_path(destination.with_name(name))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gramlite.export.architecture import family_of
 from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 
 from gramlite.cache_keyword import with_cache
@@ -18,9 +19,8 @@ from .memory import FreedMemory
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers whose linears have these names:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-STAGES = (
+STAGES = (  # the linears of every family's layers, which are pre-norm
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -135,11 +135,7 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = checkpoint.config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"{checkpoint.folder} is a {kind!r} model; layer by layer quantization knows {', '.join(ARCHITECTURES)}."
-        )
+    family_of(checkpoint.config)
     config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)

@@ -84,7 +84,7 @@ def test_a_file_from_elsewhere_has_the_notices_of_its_folder(checkpoint: Path, t
 
 def test_adapters_and_merges_have_those_of_both(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     output, merged, again = tmp_path / "lora.gguf", tmp_path / "merged", tmp_path / "again"
-    both = TEXTS | {"NOTICE": "the adapter's own"}
+    both = TEXTS | {"NOTICE.2": "the adapter's own"}
     words = ["export", "adapter", str(adapter), "--base", str(checkpoint), "-o", str(output), "--no-smoke"]
     assert run(words) == 0
     assert_beside(output, both)
@@ -148,6 +148,9 @@ def test_somebody_elses_file_is_in_the_way_and_stays(
     theirs.write_text("theirs")
     words = ["export", "gguf", str(checkpoint), "-o", str(output), "--no-smoke", "--force"]
     assert run(words) == InputError.exit_code
+    assert "judge.gguf.LICENSE.txt is in the way" in capsys.readouterr().err
+    quantize = ["quantize", "gguf", str(checkpoint), "-o", str(output), "--calibration", "there-is-none", "--force"]
+    assert run(quantize) == InputError.exit_code, "before a calibration"
     assert "judge.gguf.LICENSE.txt is in the way" in capsys.readouterr().err
     assert theirs.read_text() == "theirs" and not output.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", theirs.name]
