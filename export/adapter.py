@@ -75,7 +75,7 @@ def export_adapter(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=payload + HEADER_BYTES)
+        return publish_file(destination, build, base, folder, force=force, need_bytes=payload + HEADER_BYTES)
 
 
 Plan = dict[str, tuple[tuple[int, ...], str, int]]  # GGUF tensor name -> shape, type, bytes

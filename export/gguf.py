@@ -73,7 +73,7 @@ def export_gguf(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+        return publish_file(destination, build, folder, force=force, need_bytes=plan.payload + HEADER_BYTES)
 
 
 def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: str) -> None:
@@ -223,7 +223,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a Hugging Face CHECKPOINT folder (Llama, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
+    """Write a Hugging Face CHECKPOINT folder (Llama, Mistral, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
     manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
     print_notes(manifest)
     if not manifest.template:

@@ -20,7 +20,7 @@ from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .architecture import read_architecture
 from .checkpoint import Checkpoint, open_checkpoint
-from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
+from .genai import GRAPH, TARGETS, build, require_builder, weight_bytes
 from .plan import match_tensors
 from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import judge_command, print_artifact, progress_bar
@@ -80,7 +80,6 @@ def publish(
     """
     check_output(destination, [source], force=force)
     checkpoint = open_checkpoint(source)
-    check_family(checkpoint.config)
     match_tensors(checkpoint, read_architecture(checkpoint.config))  # the builder fills what is missing at random
     require_builder()
     assert target in TARGETS

@@ -7,30 +7,35 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest
+from gramlite.carried import notices_beside
 from gramlite.errors import InputError
 from gramlite.storage import atomic_output, sha256_file
 
 MANIFEST_BYTES = 1 << 20
 
 
-def publish_file(destination: Path, build: Callable[[Path], Manifest], *, force: bool, need_bytes: int) -> Manifest:
+def publish_file(
+    destination: Path, build: Callable[[Path], Manifest], *sources: Path, force: bool, need_bytes: int
+) -> Manifest:
     """Let `build` write a file to the path it is given and describe it, then put the file and its manifest in place.
 
-    The manifest is on disk before the file is renamed and is renamed after it, so that a full disk or a crash leaves
-    the older artifact, or a file whose manifest refuses it, but never a manifest that vouches for other bytes.
+    Licences and notices of the `sources` go beside it. The manifest is on disk before the file is renamed and is renamed
+    after it, so that a full disk or a crash leaves the older artifact, or a file whose manifest refuses it, but never a
+    manifest that vouches for other bytes.
     """
     if destination.is_dir():
         raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
     with (
         atomic_output(manifest_path(destination), force=True) as note,
+        notices_beside(destination, *sources) as notices,
         atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES) as temporary,
     ):
-        manifest = build(temporary)
+        manifest = replace(build(temporary), notices=notices)
         write_durably(note, manifest_text(manifest))
     return manifest
 

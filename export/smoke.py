@@ -17,6 +17,7 @@ import numpy as np
 
 import gramlite
 from gramlite.artifact import Manifest, manifest_path, write_manifest
+from gramlite.carried import remove_notices
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import remove_path, sha256_file
@@ -199,12 +200,15 @@ def _withdraw(path: Path, manifest: Manifest) -> None:
     if manifest.format == "gptq" and path.is_dir():
         from gramlite.backends.gptq import twin_path
 
-        twin = twin_path(path)  # packed to judge with, and of no use to anybody else
-        for leftover in (manifest_path(twin), twin):
-            remove_path(leftover)
-    note = manifest_path(path)
-    remove_path(path)
-    remove_path(note)
+        _remove(twin_path(path))  # packed to judge with, and of no use to anybody else
+    _remove(path)
+
+
+def _remove(artifact: Path) -> None:
+    listed = manifest_path(artifact)
+    remove_notices(artifact)
+    remove_path(artifact)
+    remove_path(listed)
 
 
 def _number(value: float) -> float | None:

@@ -21,6 +21,7 @@ from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
+from gramlite.carried import plan_notices
 from gramlite.commands.options import chat_options
 from gramlite.device import thread_count
 from gramlite.errors import InputError, ModelError, ResourceError
@@ -119,7 +120,7 @@ def quantize_source(
                 files={destination.name: sha256_file(temporary)},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=_room(source.header, kind))
+        return publish_file(destination, build, source.path, force=force, need_bytes=_room(source.header, kind))
 
 
 def file_type(name: str) -> str:
@@ -280,6 +281,7 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
     if options["save_imatrix"] and not options["calibration"]:
         raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
     check_output(output, [source], force=options["force"], file=True)
+    plan_notices(output, source)  # what is in their way had better be told before a calibration
     if options["save_imatrix"]:
         check_output(options["save_imatrix"], [source, output], force=options["force"], file=True)
     with open_source(source, beside=output, template=options["template"]) as opened:

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+from gramlite.export.architecture import family_of
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.smoke import smoke_judge, smoke_option
@@ -124,6 +125,7 @@ def preflight(
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint and its linears' names, when all that can be refused before anything is computed was looked at."""
     checkpoint = open_checkpoint(source)
+    family_of(checkpoint.config)
     names = linear_names(checkpoint)
     for name in names:
         settings.of(name).check(name, *checkpoint.tensors[f"{name}.weight"].shape)

@@ -104,7 +104,7 @@ def pack_gguf(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+        return publish_file(destination, build, source, force=force, need_bytes=plan.payload + HEADER_BYTES)
 
 
 def plan_pack(source: Path, embedding: str) -> PackPlan:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..artifact import PICKLE_SUFFIXES
+from ..carried import is_notice
 from ..errors import GramliteError, InputError, ModelError
 from ..storage import check_free_space, remove_path
 from ..terminal import say, say_json
@@ -51,7 +52,7 @@ def select(repository: str, commit: str, sizes: dict[str, int], wanted: Sequence
 
 
 def _beside(name: str) -> bool:
-    return "/" not in name and name.endswith(BESIDE_WEIGHTS)
+    return "/" not in name and (name.endswith(BESIDE_WEIGHTS) or is_notice(name))
 
 
 def pull(repository: str, wanted: Sequence[str], output: Path, *, revision: str | None) -> Selection:
