@@ -23,6 +23,7 @@ from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
 from gramlite.quantization import bits_per_weight
+from gramlite.rows import identifier_text
 from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import note, say, say_json
 
@@ -88,7 +89,7 @@ def choose_pairs(pairs: Sequence[Pair], gold: Run, *, rows: int, longest: int | 
     """
 
     def fits(pair: Pair) -> bool:
-        row = gold.rows.get(str(pair.id))
+        row = gold.rows.get(identifier_text(pair.id))
         return row is not None and (longest is None or max(row["prompt_tokens"]) <= longest)
 
     chosen = [pair for pair in pairs if fits(pair)][:rows]
@@ -102,7 +103,7 @@ def read_gold(path: Path) -> Run:
     from .records import read_records
 
     run = read_run(path)
-    lengths = {record["id"]: (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)}
+    lengths = {identifier_text(record["id"]): (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)}
     rows = {identifier: row | {"prompt_tokens": lengths[identifier]} for identifier, row in run.rows.items()}
     return Run(run.name, run.path, rows)
 
@@ -133,7 +134,7 @@ def _is_complete(folder: Path, work: Work, model: Path) -> bool:
         run = read_run(folder)
     except InputError:
         return False
-    wanted = {str(pair.id) for pair in work.pairs}
+    wanted = {identifier_text(pair.id) for pair in work.pairs}
     return run.rows.keys() >= wanted and run.model.get("sha256") == artifact_sha256(model)
 
 
@@ -147,7 +148,8 @@ def file_bits(model: Path) -> float:
 
 def assess(name: str, model: Path, run: Run, gold: Run, pairs: Sequence[Pair], first: Run) -> Quality:
     """A model's figures over those of the pairs that it and the first model have judged."""
-    identifiers = [str(pair.id) for pair in pairs if str(pair.id) in run.rows and str(pair.id) in first.rows]
+    asked = (identifier_text(pair.id) for pair in pairs)
+    identifiers = [identifier for identifier in asked if identifier in run.rows and identifier in first.rows]
     if not identifiers:
         raise InputError(f"{name} has judged nothing yet. Give it more --seconds.")
     errors, base = ([_error(each.rows[i], gold.rows[i]) for i in identifiers] for each in (run, first))

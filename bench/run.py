@@ -28,6 +28,7 @@ from gramlite.commands.options import JudgeOptions, judge_options, labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
 from gramlite.journal import Journal
 from gramlite.pair import Pair, Verdict
+from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note, say, say_json, visible
 
@@ -115,7 +116,8 @@ def load_work(
     if not pairs:
         short = f" of at most {longest:,} characters" if longest else ""
         raise InputError(f"{path} holds no pair{short} for the suite {name}. {module.SOURCE}")
-    doubled = [identifier for identifier, count in Counter(pair.id for pair in pairs).items() if count > 1]
+    counts = Counter(identifier_text(pair.id) for pair in pairs)
+    doubled = [identifier for identifier, count in counts.items() if count > 1]
     if doubled:
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
     if subset or sample or longest:
@@ -125,7 +127,7 @@ def load_work(
 
 def item_of(pair: Pair) -> str:
     """What pairs that are scored together share, as the nine of an RM-Bench item do."""
-    return str((pair.meta or {}).get("item") or pair.id)
+    return str((pair.meta or {}).get("item") or identifier_text(pair.id))
 
 
 def length_of(pair: Pair) -> int:
@@ -163,7 +165,7 @@ def chosen_pairs(pairs: Sequence[Pair], *, limit: int | None, sample: int | None
 
 def pair_digest(pair: Pair) -> str:
     """16 hexadecimal digits of all that a pair's row depends on."""
-    text = json.dumps([pair.id, pair.prompt, pair.response_a, pair.response_b, pair.label])
+    text = json.dumps([identifier_text(pair.id), pair.prompt, pair.response_a, pair.response_b, pair.label])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

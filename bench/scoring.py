@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gramlite.pair import Pair
+from gramlite.rows import identifier_text
 
 Row = Mapping[str, Any]
 
@@ -81,9 +82,9 @@ def match(rows: Iterable[Row], pairs: Sequence[Pair], *, unlabelled: bool = Fals
     row without orders (settled without the model, or failed) says in each what it says as a whole. Pairs without a
     label are left out, unless `unlabelled` ones are wanted.
     """
-    known = {row.get("id"): row for row in rows}
+    known = {identifier_text(row.get("id")): row for row in rows}
     wanted = [pair for pair in pairs if unlabelled or pair.label is not None]
-    found = [(pair, known[pair.id]) for pair in wanted if pair.id in known]
+    found = [(pair, known[key]) for pair in wanted if (key := identifier_text(pair.id)) in known]
     said = [{str(order["order"]): order.get("verdict") for order in row.get("orders") or []} for _, row in found]
     asked = sorted({order for orders in said for order in orders}) or ["ab", "ba"]
     judged = [

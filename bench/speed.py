@@ -259,13 +259,11 @@ def peak_memory(model: Path) -> float:
 
 def read_pairs(path: Path, limit: int) -> list[Pair]:
     """The first pairs of a file that are short enough to compare with contenders of the same context."""
-    import gzip
     from itertools import islice
 
-    from gramlite.rows import read_rows
+    from gramlite.rows import Lines, read_rows
 
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as stream:
+    with Lines(path) as stream:
         pairs = (row.pair for row in read_rows(stream) if row.pair)
         short = (p for p in pairs if len(p.prompt) + len(p.response_a) + len(p.response_b) < CHARACTERS_LIMIT)
         found = list(islice(short, limit))

@@ -21,6 +21,7 @@ import click
 
 from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
+from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note
 
@@ -151,7 +152,7 @@ def read_wanted(folder: Path, work: Work) -> Run:
     from .folder import read_run
 
     run = read_run(folder)
-    wanted = {str(pair.id) for pair in work.pairs}
+    wanted = {identifier_text(pair.id) for pair in work.pairs}
     return replace(run, rows={identifier: row for identifier, row in run.rows.items() if identifier in wanted})
 
 

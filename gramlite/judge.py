@@ -18,7 +18,7 @@ from .confidence import Calibration
 from .decoding import Decoder, choice_tokens, describe
 from .errors import GramliteError, InputError, ModelError
 from .open_pair import OpenPair
-from .pair import Order, OrderVerdict, Pair, Verdict, Winner
+from .pair import Identifier, Order, OrderVerdict, Pair, Verdict, Winner
 from .prompt import PROMPT_ENCODING, EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .settings import FEW_SEQUENCES, OPEN_PAIRS, Settings
@@ -159,7 +159,7 @@ class Judge:
         return hashlib.sha256(json.dumps(self.settings_record, sort_keys=True).encode()).hexdigest()[:12]
 
     def __call__(
-        self, *, prompt: str, response_a: str, response_b: str, id: str | None = None, on_text: Listener | None = None
+        self, *, prompt: str, response_a: str, response_b: str, id: Identifier = None, on_text: Listener | None = None
     ) -> Verdict:
         """Judge one pair.
 

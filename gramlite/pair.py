@@ -10,6 +10,7 @@ from .errors import InputError
 
 Winner = Literal["A", "B", "tie"]
 Order = Literal["ab", "ba"]
+Identifier = str | int | float | None  # as JSON has it: true and false are ints here
 
 FIELD_LIMIT_BYTES = 1 << 20
 TEXT_FIELDS = ("prompt", "response_a", "response_b")
@@ -26,7 +27,7 @@ class Pair:
     prompt: str
     response_a: str
     response_b: str
-    id: str | None = None
+    id: Identifier = None
     label: Winner | None = None
     meta: Mapping[str, Any] | None = None
 
@@ -97,7 +98,7 @@ class Verdict:
     whether the orders agree (None with one order), `flags` what was noticed in the input.
     """
 
-    id: str | None
+    id: Identifier
     winner: Winner | None
     p_a: float | None
     margin: float | None

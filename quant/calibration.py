@@ -80,11 +80,14 @@ def read_transcripts(path: Path) -> list[Transcript]:
 
     Raises InputError that names the line where a row is something else, or a transcript of another version.
     """
-    with path.open(encoding="utf-8") as lines:
-        return [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    from gramlite.rows import Lines
+    from gramlite.rows.lines import whole_lines
+
+    with Lines(path) as lines:
+        return [_parse(line, path, number) for number, line in enumerate(whole_lines(lines), 1) if line.strip()]
 
 
-def _parse(line: str, path: Path, number: int) -> Transcript:
+def _parse(line: bytes, path: Path, number: int) -> Transcript:
     try:
         row = json.loads(line)
         prompt, generated = tuple(row["prompt_ids"]), tuple(row["generated_ids"])
@@ -160,16 +163,19 @@ def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, sourc
 
 def holds_transcripts(path: Path) -> bool:
     """Whether a JSONL file's first row is a transcript; otherwise its rows should be pairs."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return '"prompt_ids"' in first
+    from gramlite.rows import Lines
+    from gramlite.rows.lines import whole_lines
+
+    with Lines(path) as lines:
+        first = next((line for line in whole_lines(lines) if line.strip()), b"")
+    return b'"prompt_ids"' in first
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """All pairs of a JSONL file; raises InputError where a row is none."""
-    from gramlite.rows import read_rows
+    from gramlite.rows import Lines, read_rows
 
-    with path.open("rb") as stream:
+    with Lines(path) as stream:
         rows = list(read_rows(stream))
     for row in rows:
         if row.pair is None:

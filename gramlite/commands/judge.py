@@ -7,10 +7,10 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..judge import Judge
     from ..pair import Pair, Verdict
-    from ..rows import Row
+    from ..rows import Lines, Row
 
 
 def judge_one(judge: Judge, pair: Pair, display: Display, journal: Journal | None) -> int:
@@ -96,27 +96,29 @@ def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any
             output["reason"] = f"line {row.line}: {verdict.reason}"
     else:
         output = {
-            "id": str(row.line), "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
+            "id": row.id, "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
             "flags": [], "sections": None, "orders": [], "model": judge.model, "settings": judge.settings_hash,
         }  # fmt: skip
     return {**output, "line": row.line, "input": row.digest}
 
 
-def open_input(source: str) -> tuple[BinaryIO, int | None, bool]:
-    """The input stream, its number of lines where it can be counted, and whether reading ahead is harmless."""
-    if source == "-":
-        return sys.stdin.buffer, None, False
+def open_input(
+    source: str, build: Callable[[Mapping[str, Any], str], object] | None = None
+) -> tuple[Lines, int | None, bool]:
+    """The input, its number of rows where it can be counted, and whether reading ahead is harmless.
+
+    Raises InputError, before a model is loaded, for a file that `build` (a pair's, unless given) can make no row of.
+    """
+    from ..rows import Lines, check_kind, pair_from_json
+
     path = Path(source)
-    try:
-        if not path.is_file():
-            if not path.exists():
-                raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
-            return path.open("rb"), None, False
-        with path.open("rb") as counted:
-            lines = sum(1 for line in counted if line.strip())
-        return path.open("rb"), lines, True
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    if source != "-" and not path.exists():
+        raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
+    if source == "-" or not path.is_file():
+        return Lines(source), None, False
+    with Lines(path) as lines:
+        count = check_kind(lines, build or pair_from_json)
+    return Lines(path), count, True
 
 
 def resume_command() -> str:
@@ -134,8 +136,7 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
 
     stream, lines, lookahead = open_input(source)
     with ExitStack() as stack:
-        if source != "-":
-            stack.callback(stream.close)
+        stack.callback(stream.close)
         judge = stack.enter_context(options.open())
         record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
         journal = None

@@ -61,7 +61,7 @@ def ranked_row(judge: Judge, line: Line[Item], method: Method, known: Any) -> di
     item = line.value
     if item is None:
         ranking = Ranking(
-            id=str(line.number), method=method, ranking=None, reason=line.error, model=judge.model,
+            id=line.id, method=method, ranking=None, reason=line.error, model=judge.model,
             settings=judge.settings_hash,
         )  # fmt: skip
         return {**ranking.to_json(), "line": line.number, "input": line.digest}
@@ -81,9 +81,10 @@ class RankingTable:
         from rich.text import Text
 
         from ..console import table
+        from ..display import row_name
         from ..terminal import visible
 
-        name = visible(str(row["id"]))[:40]
+        name = visible(row_name(row))[:40]
         if row["ranking"] is None:
             return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
         won, lost = _record(row)
@@ -123,10 +124,9 @@ def run_file(
     from ..journal import Journal
     from ..rows import item_from_json, read_lines
 
-    stream, lines, _ = open_input(source)
+    stream, lines, _ = open_input(source, item_from_json)
     with ExitStack() as stack:
-        if source != "-":
-            stack.callback(stream.close)
+        stack.callback(stream.close)
         judge = stack.enter_context(options.open())
         journal = None
         if output:
