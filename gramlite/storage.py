@@ -16,6 +16,8 @@ from .errors import GramliteError, InputError, ResourceError
 
 CHUNK_BYTES = 1 << 20
 
+unfinished: set[Path] = set()  # temporary paths, for whoever ends the process by force
+
 
 def cache_folder() -> Path:
     """The folder for gramlite's own state: GRAMLITE_CACHE, else the platform's cache folder."""
@@ -82,6 +84,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
     destination.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(destination.parent, need_bytes)
     temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.add(temporary)
     try:
         yield temporary
         fsync_tree(temporary)
@@ -95,6 +98,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
         raise
     finally:
         remove_path(temporary)
+        unfinished.discard(temporary)
 
 
 def replace_path(source: Path, destination: Path) -> None:

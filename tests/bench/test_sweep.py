@@ -442,10 +442,10 @@ def start_sweep(folder: Path, types: str) -> subprocess.Popen[str]:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sweep_fakes; from gramlite.bench import variants\n"
         "variants.artifact_part = sweep_fakes.artifact_part\n"
-        "from gramlite.bench.sweep import command; import sys; sys.exit(command(standalone_mode=False))"
+        "from gramlite.cli import main; main()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
+    arguments = ["bench", "sweep", folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": paths},

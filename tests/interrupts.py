@@ -1,0 +1,197 @@
+"""Interrupts a judging command at random moments and goes on with it, as often as asked; a program of its own.
+
+    python tests/interrupts.py [--model FILE] [--rounds 300] [--seed 0] [--kinds judge,rank,bench,calibrate]
+
+Without a model the scripted backend judges. A round runs a command, sends it SIGINT at a moment between the first sign
+of life and its end, and wants exit 130 within two seconds, no traceback, and with `-o` the command to go on with, which
+then must end with exactly one row for each input, in order. Moments are drawn evenly over how long the last whole run
+took; one that comes after the end is drawn again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gramlite.storage import remove_path
+
+# a process started in the background ignores SIGINT, and so do its children until they say otherwise
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "import sys; from gramlite import cli; run = cli.run\n"
+    "cli.run = lambda arguments: print('begun', file=sys.stderr, flush=True) or run(arguments)\n"
+    "cli.main(sys.argv[1:])"
+)
+ROWS = 4
+CHAT = Path(__file__).parents[1] / "gramlite/data/reference/hf/chat_template.jinja"
+WITHOUT_VERDICT = 5
+PF_EXITING = 4  # among the flags in /proc/PID/stat
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and, where it keeps rows, the file they come to, with how many belong there."""
+
+    words: list[str]
+    output: Path | None
+    rows: int
+
+
+@dataclass
+class Ended:
+    """How a process ended: its code, what it said, and the seconds from the signal to its end (None: it came late)."""
+
+    code: int
+    errors: str
+    seconds: float | None
+
+
+def scripted(folder: Path, seconds: float) -> Path:
+    """A judge that needs no model and takes so long for a generation."""
+    path = folder / "scripted.json"
+    metadata = {"chat_template": CHAT.read_text(encoding="utf-8"), "template": {"name": "gramlite"}}
+    path.write_text(json.dumps({"format": "scripted", "name": "s", "metadata": metadata, "seconds": seconds}))
+    return path
+
+
+def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Command]:
+    """One after another: judge, rank, bench run and calibrate, think and direct, with and without an output."""
+    count = 20 if "calibrate" in kinds else ROWS
+    pairs, items = folder / "pairs.jsonl", folder / "items.jsonl"
+    texts = [{"prompt": f"Is {n} even?", "response_a": f"Yes, {n}.", "response_b": "No."} for n in range(count)]
+    pairs.write_text("".join(json.dumps({"id": str(n), **row, "label": "AB"[n % 2]}) + "\n" for n, row in enumerate(texts)))
+    ranked = [{"id": str(n), "prompt": f"Is {n} even?", "completions": ["Yes.", f"No, {n}."]} for n in range(ROWS)]
+    items.write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    number = 0
+    while True:
+        for kind in kinds:
+            for mode in ("think", "direct"):
+                for keeps in (True, False):
+                    number += 1
+                    out = folder / f"out{number}"
+                    options = ["--mode", mode, "--budget", "24", "--orders", "ab", "--context", "2048"]
+                    options += ["-m", model] if model else []
+                    if kind == "bench":
+                        words = ["bench", "run", f"pairs:{pairs}", "-o", str(out), "--limit", str(ROWS)]
+                        yield Command([*words, *options], out / "rows.jsonl", ROWS)
+                        continue
+                    rows = {"judge": count, "rank": ROWS, "calibrate": 20}[kind]
+                    words = [kind, str(items if kind == "rank" else pairs), *options]
+                    yield Command([*words, "-o", str(out)] if keeps else words, out if keeps else None, rows)
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def is_exiting(process: subprocess.Popen[str]) -> bool:
+    """Whether a process has ended or is past its last act: the system takes its memory down, and drops signals."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return process.poll() is not None
+    return bool(int(fields[6]) & PF_EXITING)
+
+
+def interrupt(words: list[str], moment: float) -> tuple[Ended, float]:
+    """Run a command and send it SIGINT so many seconds after its first line; also how long it ran in all."""
+    process = start(words)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    began = time.monotonic()
+    try:
+        process.wait(timeout=moment)
+        late = True
+    except subprocess.TimeoutExpired:
+        late = is_exiting(process)
+    sent = time.monotonic()
+    if not late:
+        process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, errors = process.communicate()
+        errors += "\nkilled: it did not end within a minute"
+    ended = time.monotonic()
+    return Ended(process.returncode, first + errors, None if late else ended - sent), ended - began
+
+
+def faults(command: Command, ended: Ended, most: float) -> list[str]:
+    """What is wrong with how an interrupted command ended, and with what going on with it comes to."""
+    found = []
+    if ended.code != 130:
+        found.append(f"exit {ended.code}")
+    if ended.seconds is not None and ended.seconds > most:
+        found.append(f"{ended.seconds:.1f} s to its end")
+    if "Traceback" in ended.errors or "ignored" in ended.errors:
+        found.append("a traceback")
+    if command.output is None:
+        return found
+    line = next((line for line in ended.errors.splitlines() if "--resume" in line), None)
+    if line is None:
+        return [*found, "no command to go on with"]
+    words = shlex.split(line[line.index("gramlite ") :])[1:]
+    going_on = start(words)
+    _, errors = going_on.communicate(timeout=300)
+    if going_on.returncode not in (0, WITHOUT_VERDICT):
+        return [*found, f"going on ended with {going_on.returncode}: {errors[-300:]}"]
+    rows = [json.loads(text)["id"] for text in command.output.read_text(encoding="utf-8").splitlines()]
+    if rows != [str(n) for n in range(command.rows)]:
+        found.append(f"rows {rows}")
+    return found
+
+
+def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most: float = 2.0) -> list[str]:
+    """The faults of so many rounds, each with what to run for it."""
+    drawn, found = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        judge = model if model is not None else str(scripted(folder, 0.02))
+        coming = commands(folder, judge or None, kinds)
+        whole: dict[str, float] = {}
+        for number in range(rounds):
+            command = next(coming)
+            kind = " ".join(word for word in command.words if "/" not in word)
+            while True:
+                moment = drawn.uniform(0, whole.get(kind, 60.0))
+                ended, seconds = interrupt(command.words, moment)
+                if ended.seconds is not None:
+                    break
+                whole[kind] = seconds
+                for leftover in folder.glob("out*"):
+                    remove_path(leftover)
+            for fault in faults(command, ended, most):
+                found.append(f"round {number} at {moment:.3f} s: {fault}: {shlex.join(command.words)}\n{ended.errors}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="GGUF file; 'reference' is the reference judge.  [default: the scripted backend]")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="judge,rank,bench,calibrate")
+    options = parser.parse_args()
+    model = "" if options.model == "reference" else options.model
+    found = measure(model, options.rounds, options.seed, options.kinds.split(","))
+    print("\n".join(found))
+    print(f"{options.rounds - len({fault.split(' at ')[0] for fault in found})} of {options.rounds} rounds without a fault")
+    os._exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
