@@ -11,19 +11,21 @@ from __future__ import annotations
 import atexit
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import INTERRUPTED
-from .storage import remove_path, unfinished
 
 GRACE = 1.2  # seconds from SIGINT until the process is ended by force; a second SIGINT does it at once
+unfinished: set[Path] = set()  # temporary files and folders, which nobody removes once the process is ended by force
 SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"  # which a progress bar hides
 
 
@@ -142,7 +144,9 @@ def _watch(receiver: socket.socket) -> None:
         os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + words().encode("utf-8", "backslashreplace"))
         _kill_children()
         for path in list(unfinished):
-            remove_path(path)
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink()
     finally:
         os._exit(INTERRUPTED)
 

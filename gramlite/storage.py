@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GramliteError, InputError, ResourceError
+from .interrupt import unfinished, uninterrupted
 
 CHUNK_BYTES = 1 << 20
-
-unfinished: set[Path] = set()  # temporary paths, for whoever ends the process by force
 
 
 def cache_folder() -> Path:
@@ -101,6 +100,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
         unfinished.discard(temporary)
 
 
+@uninterrupted()
 def replace_path(source: Path, destination: Path) -> None:
     """Rename `source` over `destination`, a folder too, and make the rename durable."""
     if destination.is_dir() and not destination.is_symlink():

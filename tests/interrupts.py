@@ -33,7 +33,7 @@ PROGRAM = (
     "cli.run = lambda arguments: print('begun', file=sys.stderr, flush=True) or run(arguments)\n"
     "cli.main(sys.argv[1:])"
 )
-ROWS = 4
+ROWS, LABELLED = 4, 20  # the least that calibrate takes
 CHAT = Path(__file__).parents[1] / "gramlite/data/reference/hf/chat_template.jinja"
 WITHOUT_VERDICT = 5
 PF_EXITING = 4  # among the flags in /proc/PID/stat
@@ -67,12 +67,13 @@ def scripted(folder: Path, seconds: float) -> Path:
 
 def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Command]:
     """One after another: judge, rank, bench run and calibrate, think and direct, with and without an output."""
-    count = 20 if "calibrate" in kinds else ROWS
-    pairs, items = folder / "pairs.jsonl", folder / "items.jsonl"
-    texts = [{"prompt": f"Is {n} even?", "response_a": f"Yes, {n}.", "response_b": "No."} for n in range(count)]
-    pairs.write_text("".join(json.dumps({"id": str(n), **row, "label": "AB"[n % 2]}) + "\n" for n, row in enumerate(texts)))
-    ranked = [{"id": str(n), "prompt": f"Is {n} even?", "completions": ["Yes.", f"No, {n}."]} for n in range(ROWS)]
-    items.write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    texts = [{"prompt": f"Is {n} even?", "response_a": f"Yes, {n}.", "response_b": "No."} for n in range(LABELLED)]
+    pairs = [{"id": str(n), **row, "label": "AB"[n % 2]} for n, row in enumerate(texts)]
+    items = [{"id": str(n), "prompt": f"Is {n} even?", "completions": ["Yes.", f"No, {n}."]} for n in range(ROWS)]
+    inputs = {"judge": pairs[:ROWS], "bench": pairs[:ROWS], "rank": items, "calibrate": pairs}
+    for kind in kinds:
+        text = "".join(json.dumps(row) + "\n" for row in inputs[kind])
+        (folder / f"{kind}.jsonl").write_text(text, encoding="utf-8")
     number = 0
     while True:
         for kind in kinds:
@@ -82,13 +83,13 @@ def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Comm
                     out = folder / f"out{number}"
                     options = ["--mode", mode, "--budget", "24", "--orders", "ab", "--context", "2048"]
                     options += ["-m", model] if model else []
-                    if kind == "bench":
-                        words = ["bench", "run", f"pairs:{pairs}", "-o", str(out), "--limit", str(ROWS)]
-                        yield Command([*words, *options], out / "rows.jsonl", ROWS)
-                        continue
-                    rows = {"judge": count, "rank": ROWS, "calibrate": 20}[kind]
-                    words = [kind, str(items if kind == "rank" else pairs), *options]
-                    yield Command([*words, "-o", str(out)] if keeps else words, out if keeps else None, rows)
+                    words = ["bench", "run", "pairs:"] if kind == "bench" else [kind, ""]
+                    words[-1] += str(folder / f"{kind}.jsonl")
+                    rows = out / "rows.jsonl" if kind == "bench" else out
+                    if keeps or kind == "bench":
+                        yield Command([*words, *options, "-o", str(out)], rows, len(inputs[kind]))
+                    else:
+                        yield Command([*words, *options], None, 0)
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -157,7 +158,7 @@ def faults(command: Command, ended: Ended, most: float) -> list[str]:
 
 def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most: float = 2.0) -> list[str]:
     """The faults of so many rounds, each with what to run for it."""
-    drawn, found = random.Random(seed), []
+    drawn, found = random.Random(seed), list[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         judge = model if model is not None else str(scripted(folder, 0.02))
@@ -171,11 +172,12 @@ def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most
                 ended, seconds = interrupt(command.words, moment)
                 if ended.seconds is not None:
                     break
-                whole[kind] = seconds
+                whole[kind] = max(seconds, 0.05)
                 for leftover in folder.glob("out*"):
                     remove_path(leftover)
             for fault in faults(command, ended, most):
                 found.append(f"round {number} at {moment:.3f} s: {fault}: {shlex.join(command.words)}\n{ended.errors}")
+            print(f"\r{number + 1} of {rounds}, {len(found)} faults", end="", file=sys.stderr, flush=True)
     return found
 
 
