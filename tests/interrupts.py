@@ -2,10 +2,12 @@
 
     python tests/interrupts.py [--model FILE] [--rounds 300] [--seed 0] [--kinds judge,rank,bench,calibrate]
 
-Without a model the scripted backend judges. A round runs a command, sends it SIGINT at a moment between the first sign
-of life and its end, and wants exit 130 within two seconds, no traceback, and with `-o` the command to go on with, which
-then must end with exactly one row for each input, in order. Moments are drawn evenly over how long the last whole run
-took; one that comes after the end is drawn again.
+Without a model the scripted backend judges; the kinds `export` and `quantize` take a checkpoint for it. A round runs a
+command, sends it SIGINT at a moment between the first sign of life and its end, and wants exit 130 within two seconds,
+no traceback, and with `-o` the command to go on with, which then must end with exactly one row for each input, in
+order; an artifact is there whole, with its manifest, or not at all. SIGINT goes to the process and its children, as a
+terminal's Ctrl-C does. Moments are drawn evenly over how long the last whole run took; one that comes after the end is
+drawn again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from gramlite.loading import open_artifact
 from gramlite.storage import remove_path
 
 # a process started in the background ignores SIGINT, and so do its children until they say otherwise
@@ -36,16 +40,18 @@ PROGRAM = (
 ROWS, LABELLED = 4, 20  # the least that calibrate takes
 CHAT = Path(__file__).parents[1] / "gramlite/data/reference/hf/chat_template.jinja"
 WITHOUT_VERDICT = 5
+ARTIFACTS = {"export": ["export", "gguf"], "quantize": ["quantize", "gguf", "--type", "Q4_0"]}
 PF_EXITING = 4  # among the flags in /proc/PID/stat
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command and, where it keeps rows, the file they come to, with how many belong there."""
+    """A command and, where it keeps rows, the file they come to, with how many belong there; or the artifact it makes."""
 
     words: list[str]
-    output: Path | None
-    rows: int
+    output: Path | None = None
+    rows: int = 0
+    artifact: Path | None = None
 
 
 @dataclass
@@ -70,13 +76,18 @@ def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Comm
     texts = [{"prompt": f"Is {n} even?", "response_a": f"Yes, {n}.", "response_b": "No."} for n in range(LABELLED)]
     pairs = [{"id": str(n), **row, "label": "AB"[n % 2]} for n, row in enumerate(texts)]
     items = [{"id": str(n), "prompt": f"Is {n} even?", "completions": ["Yes.", f"No, {n}."]} for n in range(ROWS)]
-    inputs = {"judge": pairs[:ROWS], "bench": pairs[:ROWS], "rank": items, "calibrate": pairs}
-    for kind in kinds:
+    inputs: dict[str, list[Any]] = {"judge": pairs[:ROWS], "bench": pairs[:ROWS], "rank": items, "calibrate": pairs}
+    for kind in inputs:
         text = "".join(json.dumps(row) + "\n" for row in inputs[kind])
         (folder / f"{kind}.jsonl").write_text(text, encoding="utf-8")
     number = 0
     while True:
         for kind in kinds:
+            if kind in ARTIFACTS:
+                number += 1
+                yield Command([*ARTIFACTS[kind], str(model), "-o", str(folder / f"out{number}.gguf"), "--no-smoke"],
+                              artifact=folder / f"out{number}.gguf")  # fmt: skip
+                continue
             for mode in ("think", "direct"):
                 for keeps in (True, False):
                     number += 1
@@ -89,12 +100,13 @@ def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Comm
                     if keeps or kind == "bench":
                         yield Command([*words, *options, "-o", str(out)], rows, len(inputs[kind]))
                     else:
-                        yield Command([*words, *options], None, 0)
+                        yield Command([*words, *options])
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -120,7 +132,7 @@ def interrupt(words: list[str], moment: float) -> tuple[Ended, float]:
         late = is_exiting(process)
     sent = time.monotonic()
     if not late:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
     try:
         _, errors = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
@@ -140,6 +152,8 @@ def faults(command: Command, ended: Ended, most: float) -> list[str]:
         found.append(f"{ended.seconds:.1f} s to its end")
     if "Traceback" in ended.errors or "ignored" in ended.errors:
         found.append("a traceback")
+    if command.artifact:
+        return found + torsos(command.artifact)
     if command.output is None:
         return found
     line = next((line for line in ended.errors.splitlines() if "--resume" in line), None)
@@ -154,6 +168,15 @@ def faults(command: Command, ended: Ended, most: float) -> list[str]:
     if rows != [str(n) for n in range(command.rows)]:
         found.append(f"rows {rows}")
     return found
+
+
+def torsos(artifact: Path) -> list[str]:
+    """What an interrupted command has left of an artifact that is not whole."""
+    left = sorted(path.name for path in artifact.parent.glob(f"*{artifact.name}*"))
+    if left == [artifact.name, f"{artifact.name}.json"]:
+        open_artifact(artifact)
+        left = []
+    return [f"left {left}"] if left else []
 
 
 def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most: float = 2.0) -> list[str]:

@@ -39,6 +39,14 @@ def test_fifty_random_moments_of_a_gguf_judge(reference_q8: Path) -> None:
     assert measure(str(reference_q8), 50, 3, KINDS, most=NOISE) == []
 
 
+@pytest.mark.slow
+def test_random_moments_of_export_and_quantize(tmp_path: Path) -> None:
+    from gramlite.reference import build_checkpoint
+
+    checkpoint = build_checkpoint(tmp_path / "checkpoint")
+    assert measure(str(checkpoint), 20, 4, ["export", "quantize"], most=NOISE) == []
+
+
 def ended_by_sigint(code: str, *arguments: object, group: bool = False, again: bool = False) -> tuple[int, str, float]:
     """Exit code, standard error and seconds of a process that is sent SIGINT once it says `ready` on standard output."""
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
