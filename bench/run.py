@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from gramlite.commands.options import JudgeOptions, judge_options, labels_option
-from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, InputError
 from gramlite.journal import Journal
 from gramlite.pair import Pair, Verdict
 from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
-from gramlite.terminal import note, say, say_json, visible
+from gramlite.terminal import say, say_json, visible
 
 from .folder import RECORD, ROWS, RUN_VERSION, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
@@ -339,9 +339,10 @@ def command(
     as_json: bool,
 ) -> int:
     """Judge a suite and print its score."""
+    from gramlite.commands.judge import say_rows_on_interrupt
     from gramlite.display import Display
-    from gramlite.interrupt import on_interrupt
 
+    say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
     if (output / ROWS).exists() and not (resume or force):
         raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
@@ -349,16 +350,8 @@ def command(
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())
         display = stack.enter_context(Display(as_json=as_json, quiet=True, total=len(work.pairs)))
-        stack.enter_context(on_interrupt(judge.abort))
         about = {"model": {**judge.model, **describe_artifact(path)}, "deterministic": options.deterministic}
-        try:
-            record = run_suite(judge, work, output, display=display, resume=resume, force=force, about=about)
-        except KeyboardInterrupt:
-            from gramlite.commands.judge import resume_command
-
-            display.close()
-            note(f"Interrupted. {display.shown} rows more are in {output}. To go on: {resume_command()}")
-            return INTERRUPTED
+        record = run_suite(judge, work, output, display=display, resume=resume, force=force, about=about)
         display.close()
     print_score(output, record, as_json=as_json)
     return SOME_ROWS_WITHOUT_VERDICT if record["no_verdict"] else 0

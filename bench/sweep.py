@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gramlite.commands.options import chat_options, labels_option
-from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
+from gramlite.interrupt import say_on_interrupt
 from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note
@@ -101,8 +102,6 @@ def sweep_one(plan: Plan, variant: Variant, workshop: Workshop, progress: SweepP
 
 def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run], progress: SweepProgress) -> None:
     """Judge the suites that are not yet judged with a model and add all runs to `runs`; the model is opened once."""
-    from gramlite.interrupt import on_interrupt
-
     from .run import describe_artifact, run_suite
 
     with ExitStack() as stack:
@@ -113,7 +112,6 @@ def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run],
             if not is_judged(folder, work, path, plan.options):
                 if judge is None:
                     judge = stack.enter_context(replace(plan.options, model=str(path)).open())
-                    stack.enter_context(on_interrupt(judge.abort))
                 about = {
                     "name": variant.name,
                     "model": {**judge.model, **describe_artifact(path)},
@@ -377,11 +375,8 @@ def command(**options: Any) -> int:
     if (options["junit"] or options["github"]) and not clauses:
         raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
     plan = read_plan(**options)
-    try:
-        swept = run_sweep(plan, seed=options["seed"])
-    except KeyboardInterrupt:
-        note(f"Interrupted. What is done is in {plan.folder}; type the same command to go on.")
-        return INTERRUPTED
+    say_on_interrupt(lambda: f"What is done is in {plan.folder}; type the same command to go on.")
+    swept = run_sweep(plan, seed=options["seed"])
     suites = [suite for suite in swept.comparisons if suite != POOLED]
     findings = [
         replace(finding, run=f"{finding.run} on {suite}" if len(suites) > 1 else finding.run)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from gramlite.artifact import Manifest, manifest_path, read_manifest
 from gramlite.carried import notices_beside
 from gramlite.errors import InputError
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.interrupt import uninterrupted
+from gramlite.storage import atomic_output, fsync_path, sha256_file
 
 MANIFEST_BYTES = 1 << 20
 
@@ -30,13 +32,17 @@ def publish_file(
     """
     if destination.is_dir():
         raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
-    with (
-        atomic_output(manifest_path(destination), force=True) as note,
-        notices_beside(destination, *sources) as notices,
-        atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES) as temporary,
-    ):
+    with ExitStack() as stack:
+        note = stack.enter_context(atomic_output(manifest_path(destination), force=True))
+        notices = stack.enter_context(notices_beside(destination, *sources))
+        temporary = stack.enter_context(
+            atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES)
+        )
         manifest = replace(build(temporary), notices=notices)
         write_durably(note, manifest_text(manifest))
+        fsync_path(temporary)  # which may take long, and the renames do not
+        with uninterrupted():
+            stack.close()
     return manifest
 
 

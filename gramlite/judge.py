@@ -39,6 +39,7 @@ class Judge:
     """Judges pairs. Make one with `gramlite.load`.
 
     One judge may be called from many threads; calls wait for each other. `close` frees the model, for all judges on it.
+    In a process that was forked since, every use raises GramliteError.
     """
 
     def __init__(
@@ -207,7 +208,8 @@ class Judge:
     def close(self) -> None:
         """Free the model. What another thread is judging is stopped first; afterwards every call is refused.
 
-        Closing again changes nothing. Raises GramliteError inside a verdict of this very thread, as from `on_text`.
+        Closing again changes nothing, nor does closing in a forked child. Raises GramliteError inside a verdict of this
+        very thread, as from `on_text`.
         """
         self._turn.close(stop=self.backend.abort, free=self.backend.close)
 

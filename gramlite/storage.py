@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GramliteError, InputError, ResourceError
+from .interrupt import unfinished, uninterrupted
 
 CHUNK_BYTES = 1 << 20
 
@@ -82,6 +83,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
     destination.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(destination.parent, need_bytes)
     temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.add(temporary)
     try:
         yield temporary
         fsync_tree(temporary)
@@ -95,8 +97,10 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
         raise
     finally:
         remove_path(temporary)
+        unfinished.discard(temporary)
 
 
+@uninterrupted()
 def replace_path(source: Path, destination: Path) -> None:
     """Rename `source` over `destination`, a folder too, and make the rename durable."""
     if destination.is_dir() and not destination.is_symlink():

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..decoding import Logits
 from ..device import Offload, thread_count
 from ..errors import GramliteError, ModelError, OutOfMemory, ResourceError
+from ..interrupt import uninterrupted
 from .gguf_library import first_words, forget_words, last_words, memory_words, start_library
 
 NO_ROOM = 1  # llama_decode's return values
@@ -27,6 +28,7 @@ class LlamaContext:
     """The model at `path` as planned; every sequence lies in one unified KV cache.
 
     A batch is filled with `add`, whose tokens give no logits unless `want` asks for them, and computed by `decode`.
+    Where llama.cpp may have something to log, no KeyboardInterrupt is raised: the callback that hears it would lose it.
     Raises ModelError for a file that llama.cpp refuses, OutOfMemory where the GPU's memory runs out, ResourceError where
     the context does not fit.
     """
@@ -47,6 +49,7 @@ class LlamaContext:
             self.close()
             raise
 
+    @uninterrupted()
     def _load(self, path: Path, plan: Offload) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = plan.gpu_layers
@@ -58,6 +61,7 @@ class LlamaContext:
             raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
 
+    @uninterrupted()
     def _make(self, plan: Offload, threads: int | None) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = plan.context
@@ -113,6 +117,7 @@ class LlamaContext:
         """Ask for the logits of one of the batch's tokens."""
         self._batch.logits[index] = True
 
+    @uninterrupted()
     def decode(self) -> None:
         """Compute the batch."""
         status = llama_cpp.llama_decode(self._context, self._batch)
@@ -153,6 +158,7 @@ class LlamaContext:
         """Forget every sequence."""
         llama_cpp.llama_memory_clear(self._memory, False)
 
+    @uninterrupted()
     def save(self, sequence: int) -> Saved | None:
         """A copy of a sequence's cells in main memory; None where llama.cpp gives none."""
         size = int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
@@ -160,11 +166,13 @@ class LlamaContext:
         pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return saved if size and llama_cpp.llama_state_seq_get_data(self._context, pointer, size, sequence) else None
 
+    @uninterrupted()
     def restore(self, sequence: int, saved: Saved) -> bool:
         """Put a saved sequence back; False where llama.cpp does not take it."""
         pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return bool(llama_cpp.llama_state_seq_set_data(self._context, pointer, saved.size, sequence))
 
+    @uninterrupted()
     def open_adapter(self, path: str) -> Any:
         """Load a LoRA adapter, which is freed with the model; raises ModelError for one that llama.cpp refuses."""
         forget_words()
@@ -174,6 +182,7 @@ class LlamaContext:
             raise ModelError(f"llama.cpp could not load the adapter {path}: {first_words()}. Does it fit this model?")
         return adapter
 
+    @uninterrupted()
     def set_adapters(self, adapters: Sequence[Any]) -> None:
         """Compute with these adapters together from here on."""
         count = len(adapters)
@@ -190,6 +199,7 @@ class LlamaContext:
         """Take an `abort` back."""
         self._abort_text.value = b""
 
+    @uninterrupted()
     def close(self) -> None:
         batch, context, model = self._batch, self._context, self.model
         self._batch = self._context = self.model = None  # first, so that an interrupt leads to nothing freed twice

@@ -11,6 +11,7 @@ from pathlib import Path
 import llama_cpp
 
 from ..device import Gpu, Machine, free_memory, has_driver, has_mps
+from ..interrupt import uninterrupted
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "unable to allocate", "not enough memory")
 
@@ -29,6 +30,7 @@ def _keep_log(level: int, text: bytes, data: object) -> None:
         _errors.append(said)
 
 
+@uninterrupted()
 def start_library() -> None:
     """Start llama.cpp, and keep what it logs instead of printing it."""
     with _started:
@@ -59,6 +61,7 @@ def memory_words() -> str | None:
     return next((line for line in reversed(lines) if any(word in line for word in MEMORY_WORDS)), None)
 
 
+@uninterrupted()
 def machine() -> Machine:
     """This machine as llama.cpp's build sees it."""
     gpus = _gpus() if llama_cpp.llama_supports_gpu_offload() else []

@@ -12,6 +12,7 @@ import llama_cpp
 
 from ..errors import GramliteError, ModelError
 from ..gguf_header import Header
+from ..interrupt import uninterrupted
 from ..quantization import quantization_name
 from .gguf_library import first_words, forget_words, start_library
 
@@ -38,6 +39,7 @@ class LlamaVocabulary:
         self.end_tokens = frozenset([*ends, int(llama_cpp.llama_vocab_eos(self._vocab))])
 
     @classmethod
+    @uninterrupted()
     def of_file(cls, path: Path, *, normalize: bool) -> LlamaVocabulary:
         """The vocabulary without the weights, for as long as the process runs or until `close`."""
         start_library()
@@ -51,6 +53,7 @@ class LlamaVocabulary:
         vocabulary._own_model = model
         return vocabulary
 
+    @uninterrupted()
     def close(self) -> None:
         """Free what `of_file` loaded."""
         if self._own_model:

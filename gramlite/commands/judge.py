@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..interrupt import how_to_go_on, say_on_interrupt
+from ..journal import begun_here, rows_kept
 from ..terminal import note
 from .options import JudgeOptions, judge_options
 
@@ -121,16 +121,20 @@ def open_input(
     return Lines(path), count, True
 
 
-def resume_command() -> str:
-    """What to type to go on with an interrupted run."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--force")]
-    return shlex.join(["gramlite", *arguments, "--resume"])
+def say_rows_on_interrupt(rows: Path | None, folder: Path | None = None) -> None:
+    """Let an interrupt say how many rows are in a journal, or in its `folder`, and what to type to go on."""
+
+    def words() -> str:
+        if rows is None:
+            return "Nothing was saved."
+        return f"{rows_kept(rows)} rows are in {folder or rows}. {how_to_go_on(begun=begun_here(rows))}"
+
+    say_on_interrupt(words)
 
 
 def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal
     from ..rows import read_rows
 
@@ -143,18 +147,7 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
         if output:
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
         display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines))
-        stack.enter_context(on_interrupt(judge.abort))
-        try:
-            tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
-        except KeyboardInterrupt:
-            display.close()
-            rows = (
-                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
-                if output
-                else "Nothing was saved."
-            )
-            note(f"Interrupted. {rows}")
-            return INTERRUPTED
+        tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
 
@@ -191,6 +184,7 @@ def command(
         raise InputError("Give a file of pairs, or all three of --prompt, --a and --b.")
     if resume and not output:
         raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    say_rows_on_interrupt(output)
     if not any(given):
         if not pairs:
             raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
@@ -202,7 +196,6 @@ def command(
 def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal
 
     pair.check()
@@ -212,6 +205,5 @@ def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: boo
         if output:
             record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
-        stack.enter_context(on_interrupt(judge.abort))
         display = stack.enter_context(Display(as_json=as_json, quiet=False, total=None))
         return judge_one(judge, pair, display, journal)

@@ -45,8 +45,9 @@ class JudgeOptions:
     load_in: str | None = None
 
     def open(self) -> Judge:
-        """Open the judge that these options describe."""
+        """Open the judge that these options describe; an interrupt stops it."""
         from ..backends import RuntimeOptions
+        from ..interrupt import on_interrupt
         from ..judge import Settings
         from ..loading import load
 
@@ -78,6 +79,7 @@ class JudgeOptions:
             chat_template=self.chat_template,
             trust_template=self.trust_template,
         )
+        on_interrupt(judge.abort)
         try:
             return self._measured(judge)
         except BaseException:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
-from ..terminal import note
-from .judge import open_input, resume_command
+from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from .judge import open_input, say_rows_on_interrupt
 from .options import JudgeOptions, judge_options
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ def run_file(
 ) -> int:
     """Rank a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal
     from ..rows import item_from_json, read_lines
 
@@ -135,18 +133,7 @@ def run_file(
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
         table = RankingTable()
         display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines, readable=table))
-        stack.enter_context(on_interrupt(judge.abort))
-        try:
-            tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal, table)
-        except KeyboardInterrupt:
-            display.close()
-            saved = (
-                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
-                if output
-                else "Nothing was saved."
-            )
-            note(f"Interrupted. {saved}")
-            return INTERRUPTED
+        tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal, table)
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
 
@@ -174,4 +161,5 @@ def command(
     """
     if resume and not output:
         raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    say_rows_on_interrupt(output)
     return run_file(options, items, method, output, resume, force, as_json)

@@ -442,13 +442,14 @@ def start_sweep(folder: Path, types: str) -> subprocess.Popen[str]:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sweep_fakes; from gramlite.bench import variants\n"
         "variants.artifact_part = sweep_fakes.artifact_part\n"
-        "from gramlite.bench.sweep import command; import sys; sys.exit(command(standalone_mode=False))"
+        "from gramlite.cli import main; main()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
+    arguments = ["bench", "sweep", folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -492,10 +493,13 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_no_maker(tmp_path: Path) -> N
     wait_for(tmp_path / "out/sweep.json")
     time.sleep(0.5)
     began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "type the same command to go on" in errors
     assert time.monotonic() - began < 10
+    assert "Traceback" not in errors
+    log = tmp_path / "out/log.txt"
+    assert not log.exists() or "Traceback" not in log.read_text()
     assert not (tmp_path / "out/artifacts/F16.gguf").exists()
 
 
