@@ -363,9 +363,8 @@ def command(**options: Any) -> int:
     """Quantize CHECKPOINT in many ways, judge the suites with each, and compare all with the first type.
 
     One command, to be left alone: it goes on where it was stopped when it is typed again. A type is F16, BF16 or F32;
-    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated; auto:4.5bpw;
-    gptq:BITSxGROUP with the options :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a
-    model of any format that is there already.
+    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated; auto:4.5bpw; gptq:BITSxGROUP with the options
+    :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a model of any format that is there.
     """
     from .gate import enforce, evaluate, github_annotations, parse_gate, write_junit
     from .results import write_results
