@@ -162,6 +162,7 @@ def test_what_is_read_is_all_of_both_sides(
         return  # which of it is the prompt's is not said
     if not whole and shared in (first[: len(shared)], second[: len(shared)]):
         return  # a reply that says the same as the prompt, if it is one, looks like the whole conversation
+    sides = [[turn for turn in side if turn != ("system", "")] for side in sides]  # which is none
     responses = pair.response_a, pair.response_b
     cuts = [
         cut
