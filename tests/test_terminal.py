@@ -367,9 +367,11 @@ RICH = {"Console", "Table", "Progress", "TextColumn", "Live", "Panel", "Prompt"}
 
 
 def calls_and_imports(path: Path) -> list[str]:
-    """What a file prints by itself, or takes from rich to print with."""
+    """What a file prints by itself, or takes from rich to print with; what it does as a program of its own is left out."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [top for top in tree.body if not (isinstance(top, ast.If) and "__name__" in ast.unparse(top.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
             found += [alias.name for alias in node.names if alias.name in RICH | {"print"}]
         if isinstance(node, ast.Import):
