@@ -104,7 +104,7 @@ def test_a_base_without_weights_is_no_fault(tmp_path: Path) -> None:
     shutil.rmtree(base)
     assert result.exit_code == 0, result.output
     assert "holds no weights" in json.loads(result.stdout)["smoke"]["skipped"] and "warning" not in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"judge.lora.gguf", "judge.lora.gguf.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"judge.lora.gguf{end}" for end in ("", ".json", ".NOTICE")}
 
 
 def test_values_beyond_float16_are_judged_as_bfloat16(
