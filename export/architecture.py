@@ -70,6 +70,9 @@ def family_of(config: Mapping[str, Any]) -> str:
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
         raise ModelError(f"The architecture {architecture!r} is unknown here. Known are {', '.join(FAMILIES)}.")
+    kind = config.get("model_type")  # which is what transformers goes by
+    if kind is not None and f"{kind}forcausallm" != str(architecture).lower():
+        raise ModelError(f"config.json says {architecture!r} and model_type {kind!r}. Put the right ones there.")
     return family
 
 

@@ -148,11 +148,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(checkpoint: Path) ->
     refuse(checkpoint, r"'model\.norm\.weight' .* is I32")
 
 
+MISTRAL = pytest.mark.fault("mistral")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is unknown.*LlamaForCausalLM"),
         ({"architectures": None}, "None is unknown"),
+        pytest.param({"model_type": "gemma2"}, "says '.*ForCausalLM' and model_type 'gemma2'", marks=MISTRAL),
+        pytest.param({"model_type": "mistral"}, "says '.*ForCausalLM' and model_type 'mistral'", marks=MISTRAL),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),

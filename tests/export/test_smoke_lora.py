@@ -31,7 +31,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was judged with, in order; the adapter over its base is off by 0.1 nats."""
     calls: list[dict[str, Any]] = []
 
-    def margins(model: Path, template: str | None = None, *, adapter: Path | None = None) -> list[float]:
+    def margins(
+        model: Path, template: str | None = None, chat: Any = None, *, adapter: Path | None = None
+    ) -> list[float]:
         assert template is not None and read_header(model).tensors
         if adapter:
             read_header(adapter, expect="adapter")
@@ -74,7 +76,9 @@ def test_both_ways_are_compared(
 def test_what_is_broken_is_not_kept(
     kind: str, checkpoint_of: MakeAdapter, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def margins(model: Path, template: str | None = None, *, adapter: Path | None = None) -> list[float]:
+    def margins(
+        model: Path, template: str | None = None, chat: Any = None, *, adapter: Path | None = None
+    ) -> list[float]:
         return [math.nan] * 8 if (adapter is not None) == (kind == "adapter") else MARGINS
 
     monkeypatch.setattr(smoke_lora, "judge_margins", margins)
@@ -104,7 +108,7 @@ def test_a_base_without_weights_is_no_fault(tmp_path: Path) -> None:
     shutil.rmtree(base)
     assert result.exit_code == 0, result.output
     assert "holds no weights" in json.loads(result.stdout)["smoke"]["skipped"] and "warning" not in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"judge.lora.gguf", "judge.lora.gguf.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"judge.lora.gguf{end}" for end in ("", ".json", ".NOTICE")}
 
 
 def test_values_beyond_float16_are_judged_as_bfloat16(
