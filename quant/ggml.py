@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -79,7 +80,10 @@ def quantize_file(job: Job, matrix: Mapping[str, Floats], *, advance: Callable[[
     Raises QuantizerError with llama.cpp's words, also where it ended its process.
     """
     command = [sys.executable, "-P", "-m", "gramlite.quant.ggml"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    quietly = os.environ | {"GGML_NO_BACKTRACE": "1"}  # an abort would wait for a debugger's trace, perhaps for ever
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=quietly
+    ) as child:
         assert child.stdin is not None and child.stdout is not None
         try:
             _send(child.stdin, job, matrix)
