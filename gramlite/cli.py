@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
             interrupt.install()
         code = interrupt.settle(run(arguments))
     except KeyboardInterrupt:  # before there was anything to stop, or while the outcome was told
-        click.echo(interrupt.words(), nl=False, err=True)
+        interrupt.tell()
         code = interrupt.settle(INTERRUPTED)
     sys.exit(code)
 
@@ -142,7 +142,7 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except interrupt.interrupts():  # asked only when something was raised
-        click.echo(interrupt.words(), nl=False, err=True)
+        interrupt.tell()
         return INTERRUPTED
     except GramliteError as error:
         lines = str(error).split("\n") if isinstance(error, GateError) else [str(error)]  # a clause a line

@@ -87,12 +87,17 @@ def interrupts() -> tuple[type[BaseException], ...]:
     return (BaseException,) if _State.asked else (KeyboardInterrupt, click.exceptions.Abort)
 
 
-def words() -> str:
-    """What is to be said of an interrupt, with the end of its line; nothing once it was said."""
-    if _State.told:
-        return ""
-    _State.told = True
-    return f"Interrupted. {_State.words() if _State.words else ''}".rstrip() + "\n"
+def tell() -> None:
+    """Say once that the command was interrupted, what is saved, and how to go on."""
+    from .terminal import note
+
+    if not _State.told:
+        _State.told = True
+        note(_said())
+
+
+def _said() -> str:
+    return f"Interrupted. {_State.words() if _State.words else ''}".rstrip()
 
 
 def install() -> None:
@@ -141,7 +146,7 @@ def _watch(receiver: socket.socket) -> None:
         while signal.SIGINT not in receiver.recv(16):
             pass
     try:
-        os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + words().encode("utf-8", "backslashreplace"))
+        _tell_past_locks()
         _kill_children()
         for path in list(unfinished):
             shutil.rmtree(path, ignore_errors=True)
@@ -149,6 +154,16 @@ def _watch(receiver: socket.socket) -> None:
                 path.unlink()
     finally:
         os._exit(INTERRUPTED)
+
+
+def _tell_past_locks() -> None:
+    """As `tell`, whatever the main thread holds and has left of a progress bar."""
+    from .terminal import visible
+
+    if not _State.told:
+        _State.told = True
+        cursor = SHOW_CURSOR if os.isatty(2) else b""
+        os.write(2, cursor + visible(_said()).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _kill_children() -> None:
@@ -163,9 +178,9 @@ def _leave() -> None:
     """The process's last act, after all else that is done at exit: Python's own end would leave SIGINT without effect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which lets one that is pending be handled first
     if _State.asked:
-        os.write(2, words().encode("utf-8", "backslashreplace"))
+        _tell_past_locks()
     elif _State.code is None:
         return
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # there may be no standard output
         sys.stdout.flush()
     os._exit(INTERRUPTED if _State.asked else _State.code or 0)

@@ -160,8 +160,12 @@ def faults(command: Command, ended: Ended, most: float) -> list[str]:
     if line is None:
         return [*found, "no command to go on with"]
     words = shlex.split(line[line.index("gramlite ") :])[1:]
-    going_on = start(words)
-    _, errors = going_on.communicate(timeout=300)
+    with start(words) as going_on:
+        try:
+            _, errors = going_on.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            going_on.kill()
+            return [*found, "going on does not end"]
     if going_on.returncode not in (0, WITHOUT_VERDICT):
         return [*found, f"going on ended with {going_on.returncode}: {errors[-300:]}"]
     rows = [json.loads(text)["id"] for text in command.output.read_text(encoding="utf-8").splitlines()]

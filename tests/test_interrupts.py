@@ -91,8 +91,10 @@ def program(body: str) -> str:
 STUCK = {
     "a native call that does not come back": """
 import ctypes
+lock = ctypes.create_string_buffer(64)
+ctypes.CDLL(None).pthread_mutex_lock(lock)
 ready()
-ctypes.CDLL(None).sleep(30)
+ctypes.CDLL(None).pthread_mutex_lock(lock)
 """,
     "a library that swallows it": """
 while True:
@@ -144,7 +146,6 @@ def test_it_counts_until_the_process_is_gone() -> None:
     assert code == 130 and errors == "Interrupted.\n"
 
 
-@pytest.mark.fault("interrupt")
 def test_a_second_one_ends_the_process_at_once() -> None:
     body = """
 try:
@@ -155,7 +156,7 @@ except KeyboardInterrupt:
 """
     started = time.monotonic()
     code, errors, _ = ended_by_sigint(program(body), again=True)
-    assert code == 130 and errors == "Interrupted.\n" and time.monotonic() - started < 30
+    assert code == 130 and errors.strip() == "Interrupted." and time.monotonic() - started < 30
 
 
 @pytest.mark.fault("interrupt")
