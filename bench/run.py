@@ -31,7 +31,7 @@ from gramlite.pair import Pair, Verdict
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note, say, say_json, visible
 
-from .folder import RECORD, ROWS, RUN_VERSION, read_run
+from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
 
 if TYPE_CHECKING:
@@ -182,6 +182,7 @@ def run_suite(
         "suite": {key: work.to_json()[key] for key in ("name", "sha256", "labels")},
     }  # fmt: skip
     started = now()
+    check_run_folder(folder, resume=resume, force=force)
     with Journal(folder / ROWS, record=record, resume=resume, force=force) as journal:
         kept = sum(journal.kept.values())
         about = {"name": folder.name, **describe_run(judge, work), **(about or {}), "started": started}
@@ -341,8 +342,9 @@ def command(
     from gramlite.interrupt import on_interrupt
 
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
-    if (output / ROWS).exists() and not (resume or force):
-        raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
+    check_run_folder(
+        output, [work.path if work.path.is_file() else None, *options.inputs()], resume=resume, force=force
+    )
     path = model_path(options)
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())

@@ -45,7 +45,7 @@ def export_adapter(
     is refused, InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, base, destination = Path(folder), Path(base), Path(destination)
-    check_output(destination, [folder, base], force=force, file=True)
+    destination = check_output(destination, [folder, base], force=force, file=True, inputs=[template])
     adapter, architecture = open_adapter(folder), read_architecture(read_config(base))
     expected = expected_tensors(architecture)
     match_modules(adapter, expected)
@@ -185,7 +185,14 @@ def check_written(path: Path) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    peft_folder: Path, base: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
+    peft_folder: Path,
+    base: Path,
+    output: Path,
+    dtype: str,
+    template: str | None,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write a LoRA adapter (PEFT_FOLDER) as a GGUF file that goes with any GGUF of its base: -m BASE --adapter OUT."""
     from .smoke_lora import smoke_adapter

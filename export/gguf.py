@@ -44,7 +44,7 @@ def export_gguf(
     InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, destination = Path(folder), Path(destination)
-    check_output(destination, [folder], force=force, file=True)
+    destination = check_output(destination, [folder], force=force, file=True, inputs=[template])
     plan = plan_export(open_checkpoint(folder), dtype)
     judge = judge_template(folder, template)
     with progress_bar(plan.payload) as advance:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest
-from gramlite.errors import InputError
 from gramlite.storage import atomic_output, sha256_file
 
 MANIFEST_BYTES = 1 << 20
@@ -24,8 +23,6 @@ def publish_file(destination: Path, build: Callable[[Path], Manifest], *, force:
     The manifest is on disk before the file is renamed and is renamed after it, so that a full disk or a crash leaves
     the older artifact, or a file whose manifest refuses it, but never a manifest that vouches for other bytes.
     """
-    if destination.is_dir():
-        raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
     with (
         atomic_output(manifest_path(destination), force=True) as note,
         atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES) as temporary,

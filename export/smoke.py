@@ -18,7 +18,7 @@ import numpy as np
 import gramlite
 from gramlite.artifact import Manifest, manifest_path, write_manifest
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
-from gramlite.storage import remove_path, sha256_file
+from gramlite.storage import remove_path, sha256_file, target_of
 from gramlite.terminal import note
 
 PAIRS = Path(gramlite.__file__).with_name("data") / "pairs.jsonl"
@@ -192,7 +192,7 @@ def _withdraw(path: Path, manifest: Manifest) -> None:
         for leftover in (manifest_path(twin), twin):
             remove_path(leftover)
     note = manifest_path(path)
-    remove_path(path)
+    remove_path(target_of(path))
     remove_path(note)
 
 

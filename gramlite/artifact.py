@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .storage import sha256_cached, sha256_file, write_json
+from .storage import FOLDER_MANIFEST, sha256_cached, sha256_file, target_of, write_json
 
-FOLDER_MANIFEST = "gramlite.json"
 MANIFEST_VERSION = 1
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -59,10 +58,12 @@ class Artifact:
 
 
 def manifest_path(artifact_path: Path) -> Path:
-    """Where the manifest of a file or folder artifact lies."""
+    """Where the manifest of a file or folder artifact lies; of a link, beside its target unless one is beside itself."""
     if artifact_path.is_dir():
         return artifact_path / FOLDER_MANIFEST
-    return artifact_path.with_name(artifact_path.name + ".json")
+    beside = artifact_path.with_name(artifact_path.name + ".json")
+    target = target_of(artifact_path)
+    return beside if beside.exists() else target.with_name(target.name + ".json")
 
 
 def write_manifest(artifact_path: Path, manifest: Manifest) -> None:
@@ -121,7 +122,7 @@ def artifact_bytes(artifact_path: Path) -> int:
 
 def verify_files(artifact_path: Path, manifest: Manifest) -> None:
     """Check every file that the manifest lists; raises ModelError that names the first one that differs."""
-    root = artifact_path.parent if artifact_path.is_file() else artifact_path
+    root = manifest_path(artifact_path).parent
     for relative, expected in manifest.files.items():
         path = root / relative
         if not path.resolve().is_relative_to(root.resolve()):

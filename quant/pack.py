@@ -74,7 +74,7 @@ def pack_gguf(
     an unknown tokenizer), ModelError for one that is damaged.
     """
     source, destination = Path(source), Path(destination)
-    check_output(destination, [source], force=force, file=True)
+    destination = check_output(destination, [source], force=force, file=True, inputs=[template])
     plan = plan_pack(source, embedding)
     judge = judge_template(source, template)
     origin = read_manifest(source)

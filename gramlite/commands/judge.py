@@ -129,9 +129,11 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
     """Judge a file or standard input; returns the exit code."""
     from ..display import Display
     from ..interrupt import on_interrupt
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
     from ..rows import read_rows
 
+    if output:
+        check_rows(output, [source, *options.inputs()], resume=resume, force=force)
     stream, lines, lookahead = open_input(source)
     with ExitStack() as stack:
         if source != "-":
@@ -202,9 +204,11 @@ def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: boo
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
     from ..interrupt import on_interrupt
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
 
     pair.check()
+    if output:
+        check_rows(output, options.inputs(), resume=resume, force=force)
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())
         journal = None

@@ -120,9 +120,11 @@ def run_file(
     """Rank a file or standard input; returns the exit code."""
     from ..display import Display
     from ..interrupt import on_interrupt
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
     from ..rows import item_from_json, read_lines
 
+    if output:
+        check_rows(output, [source, *options.inputs()], resume=resume, force=force)
     stream, lines, _ = open_input(source)
     with ExitStack() as stack:
         if source != "-":
