@@ -109,7 +109,9 @@ def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
         winner = label_of(record)
     except LabelError:
         said = shown(label_in(record)[1])
-        raise InputError(f"{where}: the label {said} is not understood; in gramlite's own schema it is A, B or tie.") from None
+        raise InputError(
+            f"{where}: the label {said} is not understood; in gramlite's own schema it is A, B or tie."
+        ) from None
     meta = {k: v for k, v in (record.get("meta") or {}).items() if k not in PLANTED}
     return make_pair(
         identifier=str(record.get("id") or where),

@@ -56,7 +56,8 @@ class Plan:
             **self.source.record(),
             "settings": judge_settings(self.options),
             "suites": {
-                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")} for key, suite in suites.items()
+                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")}
+                for key, suite in suites.items()
             },
         }
 

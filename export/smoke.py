@@ -156,9 +156,10 @@ def recorded_margins(manifest: Manifest | None, template: Mapping[str, Any] | No
     recorded = (manifest.template if manifest else None) or {}
     if template and template.get("sha256") != smoke.get("template_sha256", recorded.get("sha256")):
         return None
-    if smoke.get("pairs_sha256") != sha256_file(PAIRS) or None in smoke.get("source_margins", [None]):
+    margins = smoke.get("source_margins")
+    if smoke.get("pairs_sha256") != sha256_file(PAIRS) or not isinstance(margins, list):
         return None
-    return [float(value) for value in smoke["source_margins"]]
+    return margins if all(isinstance(value, int | float) for value in margins) else None
 
 
 def figures_only(smoke: dict[str, Any] | None) -> dict[str, Any] | None:

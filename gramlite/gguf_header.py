@@ -34,6 +34,10 @@ UNSUPPORTED = (
     "nextn_predict_layers",
 )
 COMPANION = "gramlite.companion"  # the adapter file without which version 0.1 did not use a model
+TEXTS = (  # what is read as text further on, where it is there
+    "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "gramlite.template.name", "gramlite.template.sha256",
+    "gramlite.template.text",
+)  # fmt: skip
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
@@ -62,6 +66,8 @@ def read_header(path: Path, *, expect: Literal["model", "adapter"] = "model") ->
     """
     header = parse_header(path)
     _check_kind(header, expect)
+    for key in TEXTS:
+        _typed(header, key, "string", "")
     if expect == "adapter":
         _check_adapter(header)
         return header

@@ -93,9 +93,9 @@ def check_file(path: Path, inputs: Inputs = ()) -> Path:
     except FileNotFoundError:
         status = None
     except OSError as error:
-        if isinstance(error, PermissionError):
+        if error.errno != errno.ELOOP:
             raise
-        raise InputError(f"{path} cannot be written ({error.strerror}). Choose another path.") from error
+        raise InputError(f"{path} is a link that leads to itself. Choose another path.") from error
     if status and not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise InputError(f"{path} is {kind} and not a file, so nothing is written there. Choose another path.")
@@ -154,9 +154,9 @@ def target_of(path: Path) -> Path:
 
 def lies_in(inner: Path, outer: Path) -> bool:
     """Whether a path is another one or lies in it, links and a file system without cases seen through."""
-    inner = inner.resolve()
+    inner = Path(os.path.realpath(inner))  # which passes over links to themselves
     if not outer.exists():
-        return inner == outer.resolve()
+        return inner == Path(os.path.realpath(outer))
     return any(place.exists() and place.samefile(outer) for place in (inner, *inner.parents))
 
 

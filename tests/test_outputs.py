@@ -86,7 +86,7 @@ def test_a_pipe_a_socket_a_device_and_a_folder_stay(name: str, place: Path, caps
     os.symlink("pipe", "to-pipe")
     os.symlink("loop", "loop")
     os.symlink("/dev/null", "device")  # itself it is not named: what is tested here could remove it
-    for output in ("pipe", "socket", "folder", "to-pipe", "loop", "device", "pairs.jsonl/rows.jsonl"):
+    for output in ("pipe", "socket", "folder", "to-pipe", "loop", "device"):
         refused(COMMANDS[name], Path(output), capsys)
     listener.close()
     assert Path("pipe").is_fifo() and Path("socket").is_socket() and Path("to-pipe").is_symlink()
