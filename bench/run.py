@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
@@ -263,13 +262,15 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory in GB and the operating system."""
+    """The processor, the physical and the logical cores that may be used, the memory in GB and the operating system."""
     import psutil
+
+    from gramlite.device import thread_count, usable_cores
 
     return {
         "cpu": processor_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": os.cpu_count(),
+        "cores": thread_count(None),
+        "threads": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }

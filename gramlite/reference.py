@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .artifact import Manifest, hash_files, is_intact, write_manifest
+from .artifact import Manifest, hash_files, is_intact, manifest_path, write_manifest
 from .errors import InputError, ResourceError
 from .gguf_header import Header, read_header
 from .reference_weights import (
@@ -125,15 +125,16 @@ def cached_gguf() -> Path:
     from filelock import FileLock
 
     destination = cache_folder() / "reference" / f"gramlite-reference-{_inputs_sha256()[:12]}.q8_0.gguf"
-    if is_intact(destination):
-        return destination
     try:
+        if is_intact(destination):
+            return destination
         destination.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(destination.with_name(destination.name + ".lock")):
             if is_intact(destination):
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
+            remove_path(manifest_path(destination))
             note(f"gramlite: building the reference judge, this once, as {destination}")
             return build_gguf(destination, dtype="q8_0", force=True)
     except OSError as error:
