@@ -105,6 +105,8 @@ def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any
 def open_input(source: str) -> tuple[BinaryIO, int | None, bool]:
     """The input stream, its number of lines where it can be counted, and whether reading ahead is harmless."""
     if source == "-":
+        if sys.stdin is None:
+            raise InputError("Standard input is closed. Open it, or give a JSONL file.")
         return sys.stdin.buffer, None, False
     path = Path(source)
     try:
