@@ -23,7 +23,7 @@ from .architecture import Architecture, ExpectedTensor, rope_factors
 from .checkpoint import StoredTensor, open_checkpoint
 from .output import GgufData
 from .plan import Plan, plan_export
-from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from .publish import add_template, describe_source, judge_template, publish_file, tool_versions, unicode_name
 from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
 from .smoke import smoke_judge, smoke_option
 from .stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
@@ -81,7 +81,7 @@ def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: 
     writer = gguf.GGUFWriter(path, plan.architecture.family)
     try:
         writer.add_type("model")
-        writer.add_name(name)
+        writer.add_name(unicode_name(name))
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if plan.dtype == "F32" else f"MOSTLY_{plan.dtype}"])
         add_architecture(writer, plan.architecture)
         add_vocabulary(writer, plan.vocabulary)

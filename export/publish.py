@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest
-from gramlite.storage import atomic_output, sha256_file
+from gramlite.storage import atomic_output, json_bytes, sha256_file
 
 MANIFEST_BYTES = 1 << 20
 
@@ -41,7 +40,12 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    return json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+    return json_bytes(asdict(manifest)).decode("utf-8")
+
+
+def unicode_name(name: str) -> str:
+    """A file's name as GGUF's metadata can hold it: what is no UTF-8 becomes question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -76,7 +80,7 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
     return {
         "name": folder.resolve().name,
-        "sha256": hashlib.sha256(listing.encode("utf-8")).hexdigest(),
+        "sha256": hashlib.sha256(listing.encode("utf-8", "backslashreplace")).hexdigest(),
         "files": files,
         "bytes": weights,
     }

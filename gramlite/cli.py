@@ -15,8 +15,6 @@ import click
 from .errors import INTERRUPTED, GateError, GramliteError, InputError, ResourceError
 from .terminal import note, open_streams, visible
 
-
-
 REMOVED = {
     "quantize distill": "quantize distill was removed. Judge with a GPTQ folder as it is: "
     "gramlite quantize gptq CHECKPOINT -o OUT --calibration PAIRS.jsonl"
@@ -138,12 +136,14 @@ def run(arguments: list[str] | None = None) -> int:
         note("Interrupted.")
         return INTERRUPTED
     except UnicodeEncodeError as error:
-        note(f"Error: {ascii(error.object):.200} has characters that {error.encoding} cannot hold. Rename it, or type: PYTHONUTF8=1")
+        note(
+            f"Error: {ascii(error.object):.200} has characters that {error.encoding} cannot hold. Rename it, or type: PYTHONUTF8=1"
+        )
         return InputError.exit_code
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EBADF) and error.filename is None:
             if error.errno == errno.EBADF:
-                note("Error: standard output is closed. Open it, or write to a file with -o.")
+                note("Error: standard input or output is closed. Open it, or name files in its place.")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
             return GramliteError.exit_code
         said, code = explain(error)

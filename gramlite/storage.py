@@ -38,8 +38,11 @@ def cache_folder() -> Path:
         return Path(override)
     import platformdirs
 
-    folder = Path(platformdirs.user_cache_dir("gramlite", appauthor=False))
-    if not folder.is_absolute():  # "~" of somebody who has no home
+    try:
+        folder = Path(platformdirs.user_cache_dir("gramlite", appauthor=False))
+    except RuntimeError:
+        folder = Path("~")
+    if not folder.is_absolute():  # as older versions of platformdirs leave it
         raise ResourceError("There is no home folder for gramlite's cache. Set GRAMLITE_CACHE to a folder of your own.")
     return folder
 
@@ -305,8 +308,8 @@ def remembered_sha256(identity: str) -> str | None:
 
 def remember_sha256(identity: str, digest: str) -> None:
     """Keep a sha256 for later; `identity` is the file's from before it was read."""
-    note = sha256_note(identity)
     try:
+        note = sha256_note(identity)
         note.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(note, force=True) as temporary:
             temporary.write_text(digest, encoding="ascii")

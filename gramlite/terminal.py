@@ -76,17 +76,13 @@ def note(*lines: str) -> None:
 def open_streams() -> None:
     """Prepare a command's standard streams: what a locale cannot show is escaped, and closed ones have a place.
 
-    A closed standard output fails when it is written to, as an open one does whose reader has gone, and what is said to a
-    closed standard error is lost. Else the next file that is opened would get their numbers, and what is printed.
+    Closed standard input and output fail when they are used, and what is said to a closed standard error is lost. Else
+    the next file that is opened would get their numbers, and what is printed.
     """
-    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+    for number, name, mode in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            with suppress(OSError):
-                os.fstat(number)
-                continue
-            os.open(os.devnull, mode)  # takes the lowest number that is free
-            if number:
-                setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+            os.open(os.devnull, mode)  # takes the lowest number that is free; the first two can't be used that way
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

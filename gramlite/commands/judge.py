@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -105,8 +106,6 @@ def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any
 def open_input(source: str) -> tuple[BinaryIO, int | None, bool]:
     """The input stream, its number of lines where it can be counted, and whether reading ahead is harmless."""
     if source == "-":
-        if sys.stdin is None:
-            raise InputError("Standard input is closed. Open it, or give a JSONL file.")
         return sys.stdin.buffer, None, False
     path = Path(source)
     try:
@@ -198,8 +197,13 @@ def command(
         if not pairs:
             raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
         return run_file(options, pairs, output, resume, force, as_json)
-    pair = Pair(prompt or "", response_a or "", response_b or "")
+    pair = Pair(utf8(prompt), utf8(response_a), utf8(response_b))
     return run_pair(options, pair, output, resume, force, as_json)
+
+
+def utf8(argument: str | None) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale says."""
+    return os.fsencode(argument or "").decode("utf-8", "surrogateescape")
 
 
 def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
