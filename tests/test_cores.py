@@ -54,7 +54,6 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
         ("150000 100000", 2),
         ("10000 100000", 1),
         ("50000 25000", 2),
-        ("400000", MANY),
         ("900000 100000", 9),
     ],
 )
@@ -64,7 +63,7 @@ def test_version_2(limit: str, cores: int, groups: Groups) -> None:
     assert thread_count(None) == cores and thread_count(5) == 5
 
 
-@pytest.mark.parametrize("limit", ["max 100000\n", "", "text", "-1 100000", "100000 0", "\0"])
+@pytest.mark.parametrize("limit", ["max 100000\n", "400000", "", "text", "-1 100000", "100000 0", "\0"])
 def test_no_limit(limit: str, groups: Groups) -> None:
     groups.said = "0::/\n1:cpu:/\n"
     groups.put("cpu.max", limit)
@@ -143,7 +142,7 @@ def test_quantizing_keeps_to_them_too(groups: Groups) -> None:
 
 
 @quota
-@pytest.mark.parametrize("inner, limit", [("/a/b", "a/memory.max"), ("/a/b", "a/b/memory.max"), ("/", "memory.max")])
+@pytest.mark.parametrize("inner, limit", [("/a/b", "a/memory.max"), ("/a/b", "a/b/memory.max")])
 def test_memory_is_limited_by_the_groups_above_too(inner: str, limit: str, groups: Groups) -> None:
     groups.said = f"0::{inner}\n"
     groups.put("memory.max", "max")

@@ -62,11 +62,11 @@ ENVIRONMENTS = {
     "an unwritable cache": {"GRAMLITE_CACHE": "/proc/1/cache"},
     "a cache that is a file": {"GRAMLITE_CACHE": "/etc/passwd"},
 }
+NAMES = [pytest.param(name, marks=no_home if name == "no home" else ()) for name in ENVIRONMENTS]
 
 
 @nobody
-@no_home
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_named_model_is_judged_with(name: str, place: Path) -> None:
     judge = ["judge", "pairs.jsonl", "-m", "scripted.json", "--mode", "direct"]
     bench = ["bench", "run", "pairs:pairs.jsonl", *judge[2:], "-o", "run"]
@@ -78,8 +78,7 @@ def test_a_named_model_is_judged_with(name: str, place: Path) -> None:
 
 
 @nobody
-@no_home
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_needs_the_cache_says_what_to_set(name: str, place: Path) -> None:
     for arguments in (["judge", "pairs.jsonl"], ["bench", "run", "rewardbench", "-m", "scripted.json", "-o", "run"]):
         finished = as_nobody(place, *arguments, **ENVIRONMENTS[name])
