@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from gramlite.errors import InputError
-from gramlite.terminal import note, say, say_json, visible
+from gramlite.terminal import note, say, say_json
 
 from . import statistics
 from .folder import Row, Run
@@ -207,17 +207,15 @@ def _setting(side: Run, key: str) -> object:
 
 def show(base: Run, comparisons: Sequence[Comparison], runs: Mapping[str, Run]) -> None:
     """Print the comparisons for people."""
-    from gramlite.console import console, table
+    from gramlite.console import show_table
 
     from .tables import sentences, subset_table, summary_table
 
-    out = console()
-    out.print(table(f"Compared with {base.name}", summary_table(base, comparisons, runs)))
+    show_table(f"Compared with {base.name}", summary_table(base, comparisons, runs))
     for comparison in comparisons:
-        for said in (*sentences(comparison), *comparison.notes):
-            out.print(visible(f"{comparison.run}: {said}"))
+        say(*(f"{comparison.run}: {said}" for said in (*sentences(comparison), *comparison.notes)))
         if comparison.subsets:
-            out.print(table(f"{comparison.run} by subset", subset_table(comparison)))
+            show_table(f"{comparison.run} by subset", subset_table(comparison))
 
 
 @click.command()

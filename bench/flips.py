@@ -11,6 +11,7 @@ from typing import Any
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached
 from gramlite.terminal import visible
 
@@ -35,7 +36,10 @@ def pair_texts(runs: Sequence[Run]) -> dict[str, Pair]:
         try:
             name, module, path = open_suite(f"{suite['name']}:{suite['path']}")
             if path.is_dir() or sha256_cached(path) == suite.get("sha256"):
-                return {str(pair.id): pair for pair in load_pairs(name, module, path, labels=suite.get("labels"))}
+                return {
+                    identifier_text(pair.id): pair
+                    for pair in load_pairs(name, module, path, labels=suite.get("labels"))
+                }
         except (InputError, KeyError, OSError):
             continue
     return {}

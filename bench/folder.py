@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 from gramlite.errors import InputError
 from gramlite.journal import check_rows
 from gramlite.judge import mean_log_odds, winner_of
-from gramlite.rows import LabelError, label_from
+from gramlite.rows import LabelError, identifier_text, label_from
 from gramlite.rows.labels import shown
 from gramlite.storage import Inputs, check_note
 
@@ -82,7 +82,11 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{what}. Make one: gramlite bench run SUITE:FILE -m MODEL -o {path}")
     rows: dict[str, Row] = {}
     for row in _rows(rows_path):
-        rows[str(row.get("id"))] = row
+        identifier = row.get("id")
+        key = identifier_text(identifier)
+        if key in rows and type(rows[key].get("id")) is not type(identifier):
+            raise InputError(f"{rows_path}: the ids {identifier!r} and {rows[key].get('id')!r} differ in type alone.")
+        rows[key] = row
     if not rows:
         raise InputError(f"{rows_path} holds no rows. Run it first: gramlite bench run ... -o {path}")
     record = read_record(path) if path.is_dir() else {}

@@ -19,7 +19,9 @@ from gramlite.quant.report import layer_bar
 from gramlite.quant.solve import output_energy, relative_error
 from gramlite.quant.stream import Stage, stream_decoder
 
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
+from gramlite.scaffold import ChatTemplate
 from gramlite.terminal import say_json
 
 Errors = dict[str, float]  # by the layer's name
@@ -72,12 +74,19 @@ def summary(folder: Path, errors: Errors, first: Errors) -> dict[str, Any]:
 @click.option("--pairs", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of tokens.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @click.option("--each", is_flag=True, help="Print every layer's errors too.")
 def command(
-    source: Path, folders: tuple[Path, ...], pairs: Path, tokens: int, template: str | None, each: bool
+    source: Path,
+    folders: tuple[Path, ...],
+    pairs: Path,
+    tokens: int,
+    template: str | None,
+    chat: ChatTemplate,
+    each: bool,
 ) -> None:
     """Measure what GPTQ FOLDERS lose of the outputs of the SOURCE checkpoint's layers; one JSON object a folder."""
-    transcripts, described = load_calibration(pairs, judge=source, template=template, tokens=tokens)
+    transcripts, described = load_calibration(pairs, judge=source, template=template, chat=chat, tokens=tokens)
     total = int(open_checkpoint(source).config["num_hidden_layers"])
     with layer_bar() as progress:
         errors = layer_errors(

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gramlite.rows import identifier_text
+
 from . import statistics
 from .folder import Row, is_number
 from .statistics import Estimate
@@ -106,7 +108,7 @@ def clusters_of(matched: Sequence[tuple[Row, Row]]) -> list[Hashable] | None:
     found: list[Hashable] = []
     for base, run in matched:
         meta = {**(base.get("meta") or {}), **(run.get("meta") or {})}
-        identifier = str(run.get("id"))
+        identifier = identifier_text(run.get("id"))
         found.append(meta.get("item") or meta.get("prompt_sha") or identifier)
     return found if len(set(found)) < len(found) else None
 

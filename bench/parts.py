@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -105,7 +107,8 @@ def in_child(part: Part, log: Path) -> None:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_make, args=(part.build, part.path, log, sender), name=f"make {part.path.name}")
-    process.start()
+    with deaf_children():
+        process.start()
     sender.close()
     try:
         error = receiver.recv()
@@ -122,6 +125,19 @@ def in_child(part: Part, log: Path) -> None:
         receiver.close()
     if error is not None:
         raise error
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Have processes that are started here not hear a terminal's Ctrl-C, which ends them through this one."""
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        yield
 
 
 def _make(build: Build, path: Path, log: Path, sender: Connection) -> None:

@@ -18,11 +18,13 @@ from typing import Any
 import click
 
 from gramlite.artifact import read_manifest
-from gramlite.commands.options import labels_option
+from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import InputError
 from gramlite.gguf_header import read_header
 from gramlite.pair import Pair
 from gramlite.quantization import bits_per_weight
+from gramlite.rows import identifier_text
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import note, say, say_json
 
 from .folder import ROWS, Row, Run, read_run
@@ -87,7 +89,7 @@ def choose_pairs(pairs: Sequence[Pair], gold: Run, *, rows: int, longest: int | 
     """
 
     def fits(pair: Pair) -> bool:
-        row = gold.rows.get(str(pair.id))
+        row = gold.rows.get(identifier_text(pair.id))
         return row is not None and (longest is None or max(row["prompt_tokens"]) <= longest)
 
     chosen = [pair for pair in pairs if fits(pair)][:rows]
@@ -101,12 +103,12 @@ def read_gold(path: Path) -> Run:
     from .records import read_records
 
     run = read_run(path)
-    lengths = {record["id"]: (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)}
+    lengths = {identifier_text(record["id"]): (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)}
     rows = {identifier: row | {"prompt_tokens": lengths[identifier]} for identifier, row in run.rows.items()}
     return Run(run.name, run.path, rows)
 
 
-def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bool:
+def judge_model(model: Path, work: Work, folder: Path, *, deadline: float, chat: ChatTemplate = OWN_TEMPLATE) -> bool:
     """Judge what is not judged yet; whether all is done before the deadline."""
     from gramlite.judge import Settings
     from gramlite.loading import load
@@ -115,7 +117,8 @@ def judge_model(model: Path, work: Work, folder: Path, *, deadline: float) -> bo
         return True
     if time.monotonic() > deadline:
         return False
-    with load(model, settings=Settings(mode="direct")) as judge:
+    settings = Settings(mode="direct")
+    with load(model, settings=settings, chat_template=chat.choice, trust_template=chat.trust) as judge:
         try:
             run_suite(judge, work, folder, display=Clock(deadline), resume=True)
         except TimeIsUp:
@@ -131,7 +134,7 @@ def _is_complete(folder: Path, work: Work, model: Path) -> bool:
         run = read_run(folder)
     except InputError:
         return False
-    wanted = {str(pair.id) for pair in work.pairs}
+    wanted = {identifier_text(pair.id) for pair in work.pairs}
     return run.rows.keys() >= wanted and run.model.get("sha256") == artifact_sha256(model)
 
 
@@ -145,7 +148,8 @@ def file_bits(model: Path) -> float:
 
 def assess(name: str, model: Path, run: Run, gold: Run, pairs: Sequence[Pair], first: Run) -> Quality:
     """A model's figures over those of the pairs that it and the first model have judged."""
-    identifiers = [str(pair.id) for pair in pairs if str(pair.id) in run.rows and str(pair.id) in first.rows]
+    asked = (identifier_text(pair.id) for pair in pairs)
+    identifiers = [identifier for identifier in asked if identifier in run.rows and identifier in first.rows]
     if not identifiers:
         raise InputError(f"{name} has judged nothing yet. Give it more --seconds.")
     errors, base = ([_error(each.rows[i], gold.rows[i]) for i in identifiers] for each in (run, first))
@@ -202,6 +206,7 @@ def table_row(quality: Quality, *, is_first: bool) -> dict[str, str]:
 @click.option("--rows", type=click.IntRange(1), default=150, show_default=True, help="Pairs to judge.")
 @click.option("--longest", type=click.IntRange(1), metavar="N", help="Only pairs whose prompts have at most N tokens.")
 @labels_option
+@chat_options
 @click.option("--seconds", type=float, metavar="F", help="Stop after this time; the same command goes on.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a model instead of the table.")
 def command(
@@ -212,6 +217,7 @@ def command(
     rows: int,
     longest: int | None,
     labels: Said | None,
+    chat: ChatTemplate,
     seconds: float | None,
     as_json: bool,
 ) -> None:
@@ -224,7 +230,7 @@ def command(
     gold = read_gold(gold_path)
     chosen = choose_pairs(list(load_pairs(name, module, path, labels=labels)), gold, rows=rows, longest=longest)
     work = Work(name, module, path, chosen, limit=None, labels=labels)
-    done = [judge_model(model, work, output / model.stem, deadline=deadline) for model in models]
+    done = [judge_model(model, work, output / model.stem, deadline=deadline, chat=chat) for model in models]
     if not any(done) and all(not (output / model.stem / ROWS).is_file() for model in models):
         raise InputError("The time was up before the first pair. Give more --seconds.")
     runs = {model: read_run(output / model.stem) for model in models if (output / model.stem / ROWS).is_file()}

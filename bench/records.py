@@ -1,8 +1,7 @@
-"""Benchmark files on disk: JSON lines or JSON, plain or gzipped, one numbered record at a time."""
+"""Benchmark files on disk, one numbered record at a time."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair, Winner
-from gramlite.rows import LabelError, label_of
+from gramlite.pair import Identifier, Pair, Winner
+from gramlite.rows import LabelError, Lines, identifier_of, label_of, read_lines
 from gramlite.rows.labels import label_in, shown
 from gramlite.storage import cache_folder
 
@@ -52,32 +51,15 @@ def benchmarks_folder() -> Path:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Each record with its number from 1: a line of .jsonl, an element of a .json list (.gz of either).
+    """Each record with its number from 1: a line, or an element of a list; see `gramlite.rows.files` for the formats.
 
     Raises InputError that names the file and the line for what is not a JSON object.
     """
-    name = path.name.removesuffix(".gz")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            if name.endswith(".json"):
-                value = json.loads(file.read())
-                for number, element in enumerate(value if isinstance(value, list) else [value], 1):
-                    yield number, _object(element, path, number)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _object(json.loads(line), path, number)
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path} could not be read: {error}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} holds no valid JSON: {error}. Download it again.") from error
-
-
-def _object(value: object, path: Path, number: int) -> Record:
-    if not isinstance(value, dict):
-        raise InputError(f"{path}, line {number}: a JSON object is needed, not {type(value).__name__}.")
-    return value
+    with Lines(path) as lines:
+        for line in read_lines(lines, lambda record, _: record):
+            if line.value is None:
+                raise InputError(f"{path}, {line.error} Is this the file that was published?")
+            yield line.number, dict(line.value)
 
 
 def text(record: Mapping[str, Any], key: str, where: str) -> str:
@@ -106,15 +88,17 @@ def is_plain(record: Mapping[str, Any]) -> bool:
 def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
     """A record of gramlite's own schema as a pair, its subset under meta."""
     try:
-        winner = label_of(record)
+        identifier, winner = identifier_of(record, where), label_of(record)
     except LabelError:
         said = shown(label_in(record)[1])
         raise InputError(
             f"{where}: the label {said} is not understood; in gramlite's own schema it is A, B or tie."
         ) from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     meta = {k: v for k, v in (record.get("meta") or {}).items() if k not in PLANTED}
     return make_pair(
-        identifier=str(record.get("id") or where),
+        identifier=identifier,
         prompt=text(record, "prompt", where),
         response_a=text(record, "response_a", where),
         response_b=text(record, "response_b", where),
@@ -124,7 +108,7 @@ def plain_pair(record: Mapping[str, Any], where: str) -> Pair:
 
 
 def make_pair(
-    *, identifier: str, prompt: str, response_a: str, response_b: str, label: Winner | None, meta: Record
+    *, identifier: Identifier, prompt: str, response_a: str, response_b: str, label: Winner | None, meta: Record
 ) -> Pair:
     """A labelled pair; `prompt_sha` in its meta is what rows with the same prompt share."""
     meta = {"prompt_sha": digest(prompt), **meta}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gramlite.storage import Inputs, atomic_output, check_note
-from gramlite.terminal import note, say_json, visible
+from gramlite.terminal import note, say, say_json, visible
 
 from .compare import Comparison
 from .gate import Finding
@@ -32,7 +32,10 @@ def write_results(
     plan: Plan, swept: Swept, findings: Sequence[Finding], *, report: bool, page: Path | None, as_json: bool
 ) -> None:
     """Write the table beside the runs, the reports and the page where asked for, and print the table."""
-    write_text(plan.folder / "results.md", "\n".join(["# Results", "", *tables_markdown(swept)]) + "\n")
+    write_text(
+        plan.folder / "results.md",
+        "\n".join(["# Results", "", settings_sentence(plan), "", *tables_markdown(swept)]) + "\n",
+    )
     write_text(plan.folder / "results.csv", csv_results(swept))
     if report:
         from .report import write_report
@@ -174,13 +177,11 @@ def csv_results(swept: Swept) -> str:
 
 def show(swept: Swept, findings: Sequence[Finding]) -> None:
     """Print the tables and what they say for people."""
-    from gramlite.console import console, table
+    from gramlite.console import show_table
 
-    out = console()
     for suite in swept.comparisons:
-        out.print(table(title_of(swept, suite), table_rows(swept, suite)))
-    for said in (*what_it_says(swept), *(finding.sentence for finding in findings)):
-        out.print(visible(said))
+        show_table(title_of(swept, suite), table_rows(swept, suite))
+    say(*what_it_says(swept), *(finding.sentence for finding in findings))
 
 
 # --- in words ------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     lines = [
         f"# What quantization cost {escaped(plan.source.checkpoint.name)}",
         "",
-        f"Every type against {escaped(swept.base.name)}, pair by pair. {mode_sentence(plan)} Brackets hold 95 % intervals; "
+        f"Every type against {escaped(swept.base.name)}, pair by pair. {settings_sentence(plan)} Brackets hold 95 % intervals; "
         "Δ is type minus base in percentage points; margins are log-odds in nats. "
         f"{MADE} at its end; nothing in it is typed by hand.",
         "",
@@ -302,10 +303,15 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def mode_sentence(plan: Plan) -> str:
+def settings_sentence(plan: Plan) -> str:
+    """How the pairs are judged, and what the types that are calibrated are calibrated on."""
     mode = {"direct": "Direct mode, one forward pass a verdict", "think": "Think mode, a rationale before each verdict"}
     orders = "both orders of each pair" if plan.options.orders == "both" else "each pair as given only"
-    return f"{mode[plan.options.mode]}, {orders}."
+    said = f"{mode[plan.options.mode]}, {orders}."
+    if plan.source.calibration is None or not any(variant.is_calibrated for variant in plan.variants):
+        return said
+    how = plan.source.calibration_mode
+    return f"{said} Calibrated on {f'judging in {how} mode' if how else 'transcripts as they were recorded'}."
 
 
 def made_with(plan: Plan, swept: Swept) -> list[str]:

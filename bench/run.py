@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from gramlite.commands.options import JudgeOptions, judge_options, labels_option
-from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, InputError
 from gramlite.journal import Journal
 from gramlite.pair import Pair, Verdict
+from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
-from gramlite.terminal import note, say, say_json, visible
+from gramlite.terminal import say, say_json, visible
 
 from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
@@ -114,7 +115,8 @@ def load_work(
     if not pairs:
         short = f" of at most {longest:,} characters" if longest else ""
         raise InputError(f"{path} holds no pair{short} for the suite {name}. {module.SOURCE}")
-    doubled = [identifier for identifier, count in Counter(pair.id for pair in pairs).items() if count > 1]
+    counts = Counter(identifier_text(pair.id) for pair in pairs)
+    doubled = [identifier for identifier, count in counts.items() if count > 1]
     if doubled:
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
     if subset or sample or longest:
@@ -124,7 +126,7 @@ def load_work(
 
 def item_of(pair: Pair) -> str:
     """What pairs that are scored together share, as the nine of an RM-Bench item do."""
-    return str((pair.meta or {}).get("item") or pair.id)
+    return str((pair.meta or {}).get("item") or identifier_text(pair.id))
 
 
 def length_of(pair: Pair) -> int:
@@ -162,7 +164,7 @@ def chosen_pairs(pairs: Sequence[Pair], *, limit: int | None, sample: int | None
 
 def pair_digest(pair: Pair) -> str:
     """16 hexadecimal digits of all that a pair's row depends on."""
-    text = json.dumps([pair.id, pair.prompt, pair.response_a, pair.response_b, pair.label])
+    text = json.dumps([identifier_text(pair.id), pair.prompt, pair.response_a, pair.response_b, pair.label])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -339,9 +341,10 @@ def command(
     as_json: bool,
 ) -> int:
     """Judge a suite and print its score."""
+    from gramlite.commands.judge import say_rows_on_interrupt
     from gramlite.display import Display
-    from gramlite.interrupt import on_interrupt
 
+    say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
     check_run_folder(
         output, [work.path if work.path.is_file() else None, *options.inputs()], resume=resume, force=force
@@ -350,16 +353,8 @@ def command(
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())
         display = stack.enter_context(Display(as_json=as_json, quiet=True, total=len(work.pairs)))
-        stack.enter_context(on_interrupt(judge.abort))
         about = {"model": {**judge.model, **describe_artifact(path)}, "deterministic": options.deterministic}
-        try:
-            record = run_suite(judge, work, output, display=display, resume=resume, force=force, about=about)
-        except KeyboardInterrupt:
-            from gramlite.commands.judge import resume_command
-
-            display.close()
-            note(f"Interrupted. {display.shown} rows more are in {output}. To go on: {resume_command()}")
-            return INTERRUPTED
+        record = run_suite(judge, work, output, display=display, resume=resume, force=force, about=about)
         display.close()
     print_score(output, record, as_json=as_json)
     return SOME_ROWS_WITHOUT_VERDICT if record["no_verdict"] else 0

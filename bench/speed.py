@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import say, say_json
 
 from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
@@ -162,6 +164,7 @@ def measure_speed(
     against: Sequence[str] = (),
     checkpoint: Path | None = None,
     progress: TurnProgress | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
 ) -> SpeedReport:
     """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
     import gramlite
@@ -178,7 +181,11 @@ def measure_speed(
         settings = Settings(mode=mode, budget=RATIONALE_TOKENS)  # type: ignore[arg-type]
         began = time.perf_counter()
         with gramlite.load(
-            model, settings=settings, runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads)
+            model,
+            settings=settings,
+            runtime=RuntimeOptions(context=context, parallel=parallel, threads=threads),
+            chat_template=chat.choice,
+            trust_template=chat.trust,
         ) as judge:
             load_seconds = load_seconds or time.perf_counter() - began
             plain = neighbours_of(judge, model, against, checkpoint, threads=threads, context=context)
@@ -267,13 +274,11 @@ def peak_memory(model: Path) -> float | None:
 
 def read_pairs(path: Path, limit: int) -> list[Pair]:
     """The first pairs of a file that are short enough to compare with contenders of the same context."""
-    import gzip
     from itertools import islice
 
-    from gramlite.rows import read_rows
+    from gramlite.rows import Lines, read_rows
 
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as stream:
+    with Lines(path) as stream:
         pairs = (row.pair for row in read_rows(stream) if row.pair)
         short = (p for p in pairs if len(p.prompt) + len(p.response_a) + len(p.response_b) < CHARACTERS_LIMIT)
         found = list(islice((p for p in short if p.response_a != p.response_b), limit))  # others take no judging
@@ -300,9 +305,9 @@ def speed_table(report: SpeedReport) -> list[dict[str, str]]:
 
 def show(report: SpeedReport) -> None:
     """Print a report as one readable table."""
-    from gramlite.console import console, table
+    from gramlite.console import show_table
 
-    console().print(table("Both orders of a pair; contenders take turns in one run", speed_table(report)))
+    show_table("Both orders of a pair; contenders take turns in one run", speed_table(report))
     for mode, kernels in report.kernels.items():
         rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
         say(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
@@ -336,6 +341,7 @@ def show(report: SpeedReport) -> None:
     metavar="FOLDER",
     help="The same judge for transformers.  [default: the reference judge's]",
 )
+@chat_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
 def command(
     model: Path | None,
@@ -344,6 +350,7 @@ def command(
     repetitions: int,
     against: str,
     checkpoint: Path | None,
+    chat: ChatTemplate,
     as_json: bool,
 ) -> None:
     """Time a judge: both modes, the floor that llama.cpp's kernels set where it runs the model, and its neighbours."""
@@ -371,7 +378,7 @@ def command(
             model = cached_gguf()
         progress = stack.enter_context(TurnProgress())
         report = measure_speed(
-            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress
+            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress, chat=chat
         )
     if as_json or not sys.stdout.isatty():
         say_json(report.to_json())

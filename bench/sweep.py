@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gramlite.commands.options import labels_option
-from gramlite.errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
-from gramlite.storage import write_json
+from gramlite.commands.options import chat_options, labels_option
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
+from gramlite.interrupt import say_on_interrupt
+from gramlite.rows import identifier_text
+from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note
 
 if TYPE_CHECKING:
@@ -102,8 +104,6 @@ def sweep_one(plan: Plan, variant: Variant, workshop: Workshop, progress: SweepP
 
 def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run], progress: SweepProgress) -> None:
     """Judge the suites that are not yet judged with a model and add all runs to `runs`; the model is opened once."""
-    from gramlite.interrupt import on_interrupt
-
     from .run import describe_artifact, run_suite
 
     with ExitStack() as stack:
@@ -114,7 +114,6 @@ def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run],
             if not is_judged(folder, work, path, plan.options):
                 if judge is None:
                     judge = stack.enter_context(replace(plan.options, model=str(path)).open())
-                    stack.enter_context(on_interrupt(judge.abort))
                 about = {
                     "name": variant.name,
                     "model": {**judge.model, **describe_artifact(path)},
@@ -153,14 +152,16 @@ def read_wanted(folder: Path, work: Work) -> Run:
     from .folder import read_run
 
     run = read_run(folder)
-    wanted = {str(pair.id) for pair in work.pairs}
+    wanted = {identifier_text(pair.id) for pair in work.pairs}
     return replace(run, rows={identifier: row for identifier, row in run.rows.items() if identifier in wanted})
 
 
 def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     """The judging options that a verdict depends on."""
-    names = ("template", "mode", "orders", "votes", "temperature", "budget", "seed", "delimiters", "deterministic")
-    return {name: getattr(options, name) for name in names}
+    names = "template chat_template mode orders votes temperature budget seed delimiters deterministic".split()
+    asked = {name: getattr(options, name) for name in names}
+    files = {name: Path(asked[name]) for name in names[:2] if asked[name] and Path(asked[name]).is_file()}
+    return asked | {name: f"{path} {sha256_cached(path)}" for name, path in files.items()}
 
 
 def bits_of(path: Path) -> float | None:
@@ -295,14 +296,13 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
     if calibration and not calibration.is_file():
         raise InputError(f"There is no file {calibration}. Give --calibration a JSONL file of pairs or of transcripts.")
     source = Source(
-        checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(), tokens=options["tokens"],
-        seed=options["seed"], template=options["template"], threads=options["threads"],
+        checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(),
+        **{name: options[name] for name in "tokens seed mode template chat threads".split()},
     )  # fmt: skip
     judging = JudgeOptions(
-        model=None, adapter=None, trust_template=False, temperature=None, delimiters="neutralize", parallel=None,
-        **{name: options[name] for name in (
-            "template", "mode", "orders", "votes", "budget", "seed", "device", "threads", "context", "deterministic",
-        )},
+        model=None, adapter=None, temperature=None, delimiters="neutralize", parallel=None,
+        chat_template=options["chat"].choice, trust_template=options["chat"].trust,
+        **{name: options[name] for name in "template mode orders votes budget seed device threads context deterministic".split()},
     )  # fmt: skip
     samples = read_samples(options["sample"], len(suites))
     explained = [suite for suite in suites if takes_labels(suite)] or suites
@@ -351,6 +351,7 @@ OPTIONS = (
     click.option("--page", type=click.Path(path_type=Path), metavar="FILE.md",
                  help="Write the results as a page that says what they mean."),
     click.option("--template", metavar="NAME|FILE", help="The judge's template.  [default: that of the model card]"),
+    chat_options,
     click.option("--mode", type=click.Choice(["think", "direct"]), default="direct", show_default=True,
                  help="Write a rationale first, or answer in one forward pass."),
     click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,
@@ -384,9 +385,8 @@ def command(**options: Any) -> int:
     """Quantize CHECKPOINT in many ways, judge the suites with each, and compare all with the first type.
 
     One command, to be left alone: it goes on where it was stopped when it is typed again. A type is F16, BF16 or F32;
-    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated; auto:4.5bpw;
-    gptq:BITSxGROUP with the options :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a
-    model of any format that is there already.
+    one of llama.cpp's (Q8_0, Q4_K_M, IQ4_XS, ...), with +imatrix calibrated; auto:4.5bpw; gptq:BITSxGROUP with the options
+    :asym, :no-focus, :q8_0 (the embedding's type) and :PART=BITS; or NAME=PATH, a model of any format that is there.
     """
     from .gate import enforce, evaluate, github_annotations, parse_gate, write_junit
     from .results import write_results
@@ -397,11 +397,8 @@ def command(**options: Any) -> int:
         raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
     plan = read_plan(**options)
     check_outputs(plan, options["page"], options["junit"])
-    try:
-        swept = run_sweep(plan, seed=options["seed"])
-    except KeyboardInterrupt:
-        note(f"Interrupted. What is done is in {plan.folder}; type the same command to go on.")
-        return INTERRUPTED
+    say_on_interrupt(lambda: f"What is done is in {plan.folder}; type the same command to go on.")
+    swept = run_sweep(plan, seed=options["seed"])
     suites = [suite for suite in swept.comparisons if suite != POOLED]
     findings = [
         replace(finding, run=f"{finding.run} on {suite}" if len(suites) > 1 else finding.run)

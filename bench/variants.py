@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any
 from gramlite.artifact import Manifest
 from gramlite.errors import InputError
 from gramlite.quantization import FILE_TYPES
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import atomic_output, sha256_cached
 
 from .parts import Part
 
 if TYPE_CHECKING:
     from gramlite.quant.calibration import Transcript
+
+    from gramlite.decoding import Mode
 
 EXPORTED = ("F16", "BF16", "F32")
 AUTO = re.compile(r"^auto:\d+(\.\d+)?bpw$", re.IGNORECASE)
@@ -124,13 +127,15 @@ def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a sweep quantizes: a checkpoint, and the judge's pairs or transcripts that calibrate."""
+    """What a sweep quantizes: a checkpoint, and the pairs, judged in `mode`, or the transcripts that calibrate."""
 
     checkpoint: Path
     calibration: Path | None = None
     tokens: int = 65_536
     seed: int = 0
+    mode: Mode = "direct"
     template: str | None = None
+    chat: ChatTemplate = OWN_TEMPLATE
     threads: int | None = None
 
     @property
@@ -140,12 +145,26 @@ class Source:
         listing = [(path.name, sha256_cached(path)) for path in files]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
+    @property
+    def calibration_mode(self) -> Mode | None:
+        """The mode in which pairs are judged to calibrate; None where transcripts are given, or nothing."""
+        from gramlite.quant.calibration import holds_transcripts
+
+        return None if self.calibration is None or holds_transcripts(self.calibration) else self.mode
+
     def record(self) -> dict[str, Any]:
         """What a sweep's record says of it."""
         calibration: dict[str, Any] | None = None
         if self.calibration:
+            from gramlite.quant.calibration import VERSION
+
             calibration = {"name": self.calibration.name, "sha256": sha256_cached(self.calibration)}
-            calibration |= {"tokens": self.tokens, "seed": self.seed}
+            calibration |= {
+                "tokens": self.tokens,
+                "seed": self.seed,
+                "mode": self.calibration_mode,
+                "transcripts": VERSION,
+            }
         return {
             "checkpoint": {"name": self.checkpoint.resolve().name, "sha256": self.checkpoint_sha256},
             "template": self.template,
@@ -255,7 +274,13 @@ def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
 
     assert source.calibration is not None
     transcripts, _ = load_calibration(
-        source.calibration, judge=judge, template=source.template, tokens=source.tokens, seed=source.seed
+        source.calibration,
+        judge=judge,
+        template=source.template,
+        chat=source.chat,
+        tokens=source.tokens,
+        seed=source.seed,
+        mode=source.mode,
     )
     with atomic_output(path, force=True) as temporary:
         write_transcripts(temporary, transcripts)
@@ -293,7 +318,8 @@ def _described(source: Source, chosen: Sequence[Transcript]) -> dict[str, Any]:
     from gramlite.quant.calibration import describe
 
     assert source.calibration is not None
-    return describe(chosen, tokens=source.tokens, seed=source.seed, source=source.calibration.name)
+    described = describe(chosen, tokens=source.tokens, seed=source.seed, source=source.calibration.name)
+    return described | ({"mode": source.calibration_mode} if source.calibration_mode else {})
 
 
 def build_packed(path: Path, *, folder: Path, embedding: str) -> Manifest:

@@ -16,7 +16,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gramlite.artifact import Manifest
+from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import check_output, sha256_cached
 
 from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
@@ -73,7 +75,7 @@ def export_adapter(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=payload + HEADER_BYTES)
+        return publish_file(destination, build, base, folder, force=force, need_bytes=payload + HEADER_BYTES)
 
 
 Plan = dict[str, tuple[tuple[int, ...], str, int]]  # GGUF tensor name -> shape, type, bytes
@@ -181,6 +183,7 @@ def check_written(path: Path) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option("--dtype", type=click.Choice(DTYPES, case_sensitive=False), default="f16", show_default=True)
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -190,6 +193,7 @@ def command(
     output: Path,
     dtype: str,
     template: str | None,
+    chat: ChatTemplate,
     smoke: bool,
     force: bool,
     as_json: bool,
@@ -199,5 +203,5 @@ def command(
 
     manifest = export_adapter(peft_folder, base, output, dtype=dtype, template=template, force=force)
     if smoke:
-        manifest = smoke_adapter(output, manifest, peft_folder, base, template=template, force=force)
+        manifest = smoke_adapter(output, manifest, peft_folder, base, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest, adapter=True), as_json=as_json)

@@ -7,6 +7,7 @@ missing, unexpected or misshapen tensor is refused by name before anything is wr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,11 @@ import numpy
 from numpy.typing import NDArray
 
 from gramlite.errors import ModelError
+from gramlite.model_folder import attention_window
 
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES = {  # a Mistral is a Llama without biases whose attention may have a window
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+}  # fmt: skip
 MAX_LAYERS = 512  # what llama.cpp allows
 MAX_SIZE = 1 << 31
 MAX_NUMBER = 1e38  # what GGUF's float32 holds
@@ -60,20 +64,26 @@ class ExpectedTensor:
     heads: int = 0
 
 
-def read_architecture(config: dict[str, Any]) -> Architecture:
-    """The sizes in a config.json; raises ModelError, which names the entry, for what llama.cpp would compute otherwise."""
+def family_of(config: Mapping[str, Any]) -> str:
+    """llama.cpp's name of a model's family; raises ModelError where its graphs were never compared with transformers."""
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else None
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
         raise ModelError(f"The architecture {architecture!r} is unknown here. Known are {', '.join(FAMILIES)}.")
+    return family
+
+
+def read_architecture(config: dict[str, Any]) -> Architecture:
+    """The sizes in a config.json; raises ModelError, which names the entry, for what llama.cpp would compute otherwise."""
+    family = family_of(config)
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     kv_heads = _count(config, "num_key_value_heads", default=heads)
     head_size = _count(config, "head_dim", default=hidden // heads)
     result = Architecture(
         family=family,
         vocabulary=_count(config, "vocab_size"),
-        context=_count(config, "max_position_embeddings"),
+        context=min(_count(config, "max_position_embeddings"), attention_window(config) or MAX_SIZE),
         hidden=hidden,
         layers=_count(config, "num_hidden_layers", limit=MAX_LAYERS),
         feed_forward=_count(config, "intermediate_size"),
@@ -92,7 +102,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
 
 def _refuse_what_differs(config: dict[str, Any], architecture: Architecture) -> None:
     """Settings that transformers honours and llama.cpp's graph of the family does not."""
-    family = architecture.family
+    family, mistral = architecture.family, config.get("model_type") == "mistral"
     faults = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "num_key_value_heads": architecture.heads % architecture.kv_heads != 0,
@@ -100,8 +110,8 @@ def _refuse_what_differs(config: dict[str, Any], architecture: Architecture) -> 
         or (family == "qwen2" and architecture.head_size * architecture.heads != architecture.hidden),
         "use_sliding_window": _flag(config, "use_sliding_window"),
         "partial_rotary_factor": _number(config, "partial_rotary_factor", 1.0) != 1.0,
-        "attention_bias": family == "qwen3" and architecture.attention_bias,
-        "mlp_bias": family != "llama" and architecture.mlp_bias,
+        "attention_bias": (family == "qwen3" or mistral) and architecture.attention_bias,
+        "mlp_bias": (family != "llama" or mistral) and architecture.mlp_bias,
     }
     for key, wrong in faults.items():
         if wrong:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from gramlite.carried import carry_files
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import remove_path
 
-from .architecture import FAMILIES
 from .report import Advance
 
 BUILDER = "onnxruntime_genai.models.builder"
@@ -31,10 +31,6 @@ LAYER = re.compile(r"^Reading layer (\d+)")
 ROPE_CACHES = ("cos_cache", "sin_cache")
 GRAPH = "model.onnx"
 TARGETS = ("cpu", "cuda")
-CARRIED_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "README.md", "NOTICE",
-)  # fmt: skip
 
 
 def require_builder() -> None:
@@ -42,14 +38,6 @@ def require_builder() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"ONNX needs the package {missing[0]!r}. Type: pip install 'gramlite[onnx]'")
-
-
-def check_family(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for an architecture whose graphs were never compared with transformers."""
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in FAMILIES:
-        raise ModelError(f"The architecture {architecture!r} is unknown here. Known are {', '.join(FAMILIES)}.")
 
 
 def build(
@@ -69,7 +57,7 @@ def build(
     command += ["prune_lm_head=true", *(f"{key}={value}" for key, value in options.items())]
     run(command, advance, size)
     remove_path(cache)
-    carry_files(source, folder)
+    replace_saved(source, folder)
     graph = read_graph(folder / GRAPH)
     check_rope(source, folder / GRAPH, half=graph.half)
 
@@ -102,15 +90,13 @@ def run(command: list[str], advance: Advance, size: int) -> None:
         raise ModelError(f"onnxruntime-genai's model builder failed: {text or f'exit code {code}'}")
 
 
-def carry_files(source: Path, folder: Path) -> None:
+def replace_saved(source: Path, folder: Path) -> None:
     """Put the checkpoint's own tokenizer and configuration in place of what the builder saved of them."""
     keep = {GRAPH, f"{GRAPH}.data", "genai_config.json"}
     for path in list(folder.iterdir()):
         if path.name not in keep:
             remove_path(path)
-    for name in CARRIED_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+    carry_files(source, folder, more=("config.json",))
 
 
 def check_rope(source: Path, path: Path, *, half: bool) -> None:
@@ -143,10 +129,16 @@ def rotary_angles(source: Path, length: int) -> tuple[Any, float]:
 
 def _rotary_embedding(config: Any) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    kinds = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+    kinds = {
+        "llama": LlamaRotaryEmbedding,
+        "mistral": MistralRotaryEmbedding,
+        "qwen2": Qwen2RotaryEmbedding,
+        "qwen3": Qwen3RotaryEmbedding,
+    }
     return kinds[config.model_type](config)
 
 

@@ -16,6 +16,8 @@ import click
 import numpy
 
 from gramlite.artifact import Manifest
+from gramlite.commands.options import chat_options
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import check_output
 from gramlite.terminal import note
 
@@ -71,7 +73,7 @@ def export_gguf(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+        return publish_file(destination, build, folder, force=force, need_bytes=plan.payload + HEADER_BYTES)
 
 
 def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: str) -> None:
@@ -207,17 +209,25 @@ def check_written(path: Path, folder: Path) -> int | None:
     help="Type of the weights.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    dtype: str,
+    template: str | None,
+    chat: ChatTemplate,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Write a Hugging Face CHECKPOINT folder (Llama, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
+    """Write a Hugging Face CHECKPOINT folder (Llama, Mistral, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
     manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
     print_notes(manifest)
     if not manifest.template:
         note("note: no judge template was found; give --template when you judge")
     if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -14,8 +14,11 @@ import click
 import numpy
 from numpy.typing import NDArray
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest
+from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.carried import notices_of
+from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import atomic_output, check_output, sha256_file
 
 from .architecture import expected_tensors, read_architecture
@@ -28,7 +31,6 @@ from .smoke import smoke_option
 from .stream import NUMPY_TYPES, BackgroundHash, convert_checked, is_finite, narrow, read_pieces, to_half
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
-COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 SPARE_BYTES = 64 << 20
 
 
@@ -50,7 +52,7 @@ def merge_adapter(
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress_bar(total) as advance, atomic_output(destination, force=force, need_bytes=total + SPARE_BYTES) as out:
         out.mkdir()
-        files = copy_small_files(folder, out)
+        files = copy_small_files(folder, peft_folder, out)
         hashes = {}
         modules = {module.weight: module for module in adapter.modules}
         for file in checkpoint.files:
@@ -72,15 +74,13 @@ def merge_adapter(
     return manifest
 
 
-def copy_small_files(folder: Path, out: Path) -> dict[str, str]:
-    """Copy configuration, tokenizer, model card and licence; return their sha256 by name."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        wanted = path.suffix in COPIED or path.name.startswith(COPIED_NAMES)
-        if path.is_file() and wanted and path.name != FOLDER_MANIFEST:
-            shutil.copyfile(path, out / path.name)
-            hashes[path.name] = sha256_file(out / path.name)
-    return hashes
+def copy_small_files(folder: Path, peft_folder: Path, out: Path) -> dict[str, str]:
+    """Copy configuration, tokenizer, model card, and the notices of both folders; return their sha256 by name."""
+    small = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in COPIED}
+    small.pop(FOLDER_MANIFEST, None)
+    for name, path in (small | notices_of(folder, peft_folder)).items():
+        shutil.copyfile(path, out / name)
+    return hash_files(out)
 
 
 def merge_file(
@@ -140,17 +140,25 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
 @click.argument("peft_folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, peft_folder: Path, output: Path, template: str | None, smoke: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    peft_folder: Path,
+    output: Path,
+    template: str | None,
+    chat: ChatTemplate,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
     from .smoke_lora import smoke_merged
 
     manifest = merge_adapter(checkpoint, peft_folder, output, template=template, force=force)
     if smoke:
-        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, force=force)
+        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, chat=chat, force=force)
     next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
     print_artifact(output, manifest, command=next_command, as_json=as_json)

@@ -13,12 +13,14 @@ import click
 import numpy as np
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
 from .architecture import read_architecture
 from .checkpoint import Checkpoint, open_checkpoint
-from .genai import GRAPH, TARGETS, build, check_family, require_builder, weight_bytes
+from .genai import GRAPH, TARGETS, build, require_builder, weight_bytes
 from .plan import match_tensors
 from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import judge_command, print_artifact, progress_bar
@@ -78,7 +80,6 @@ def publish(
     """
     destination = check_output(destination, [source], force=force, inputs=[template])
     checkpoint = open_checkpoint(source)
-    check_family(checkpoint.config)
     match_tensors(checkpoint, read_architecture(checkpoint.config))  # the builder fills what is missing at random
     require_builder()
     assert target in TARGETS
@@ -123,14 +124,22 @@ def count_weights(checkpoint: Checkpoint) -> int:
     help="fp32 runs on the CPU, fp16 is for CUDA.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, output: Path, dtype: str, template: str | None, smoke: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    dtype: str,
+    template: str | None,
+    chat: ChatTemplate,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write a CHECKPOINT as an ONNX folder that onnxruntime runs."""
     manifest = export_onnx(checkpoint, output, dtype=dtype.lower(), template=template, force=force)
     if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -6,9 +6,12 @@ rslora. Hu et al., 2106.09685; the file layout is PEFT's (adapter_config.json, a
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,25 @@ from .stream import NUMPY_TYPES, convert_checked
 
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
-# settings that change what an adapter computes, with the values under which they do not
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (None, False),
-}
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # that leave the base's weights alone
+READ = ("peft_type", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# settings under which a saved adapter computes what it would without them: they are for training, choose the modules
+# (the factors say which), or are not looked at for linear layers or without their init_lora_weights. Of all others,
+# whether known to us or not, only values that switch nothing on go through.
+WITHOUT_EFFECT = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "fan_in_fan_out",
+    "ensure_weight_tying", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # the last three are ms-swift's
+)  # fmt: skip
+OFF: tuple[Any, ...] = (None, False, "", "none", [], {})
+MATCH_SECONDS = 5.0
+# run in a process of its own that can be ended, for a pattern of somebody else's may take forever
+_MATCHER = r"""
+import json, re, sys
+keys, modules = json.load(sys.stdin)
+json.dump({name: next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), name) for name in modules}, sys.stdout)
+"""
 
 
 @dataclass(frozen=True)
@@ -88,17 +97,37 @@ def open_adapter(folder: Path) -> Adapter:
     config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is an adapter of the type {config.get('peft_type')!r}; only LORA can be exported.")
-    for key, neutral in NEUTRAL.items():
-        if config.get(key) not in neutral:
-            raise ModelError(
-                f"{folder} uses {key} = {config[key]!r}, which goes beyond plain LoRA. Merge it with PEFT instead."
-            )
+    check_settings(folder, config)
     if not (folder / WEIGHTS).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
         found = f"its weights in {pickles[0]}, a pickle, which is refused" if pickles else f"no {WEIGHTS}"
         raise ModelError(f"{folder} has {found}. Save the adapter as safetensors (save_pretrained does).")
     modules = pair_factors(folder / WEIGHTS, config)
-    return Adapter(folder, _positive(config, "lora_alpha"), str(config.get("base_model_name_or_path") or ""), modules)
+    return Adapter(
+        folder, checked_alpha(config.get("lora_alpha")), str(config.get("base_model_name_or_path") or ""), modules
+    )
+
+
+def check_settings(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse by name what changes the base or cannot be said by two factors and a scale, unknown settings included."""
+    start = config.get("init_lora_weights", True)
+    if start not in INITIALISATIONS:
+        raise ModelError(
+            f"{folder} has init_lora_weights = {_shown(start)}, which changes the base's own weights, so that its factors "
+            "say nothing of the base as it was published. Save it with PEFT's path_initial_model_for_weight_conversion, "
+            "or merge it with PEFT."
+        )
+    for key, value in config.items():
+        if key not in (*READ, *WITHOUT_EFFECT) and value not in OFF:
+            raise ModelError(
+                f"{folder} uses {key} = {_shown(value)}, which goes beyond plain LoRA. Merge it with PEFT instead."
+            )
+    if config.get("use_rslora") not in (None, True, False):
+        raise ModelError(f"{folder} has use_rslora = {_shown(config['use_rslora'])}; it must be true or false.")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:200]
 
 
 def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
@@ -121,6 +150,7 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
     if not factors:
         raise ModelError(f"{path} holds no LoRA factors. Save the adapter again.")
     modules = []
+    ranks, alphas = (own_values(config, key, list(factors)) for key in ("rank_pattern", "alpha_pattern"))
     for module, pair in factors.items():
         if len(pair) != 2:
             raise ModelError(
@@ -132,41 +162,53 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
                 "and "
                 f"B {list(pair['B'].shape)}. Save the adapter again."
             )
-        modules.append(LowRank(module, pair["A"], pair["B"], scale_of(config, module, pair["A"].shape[0])))
+        rank = pair["A"].shape[0]
+        stated = ranks.get(module, config.get("r"))
+        if stated != rank:
+            raise ModelError(
+                f"adapter_config.json says rank {_shown(stated)} for {module} and its factors have {rank}. Save the "
+                "adapter again."
+            )
+        alpha = checked_alpha(alphas.get(module, config.get("lora_alpha")))
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        modules.append(LowRank(module, pair["A"], pair["B"], scale))
     return tuple(modules)
 
 
-def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rslora, where a pattern may give a module an alpha of its own."""
-    alpha, stated = _positive(config, "lora_alpha"), config.get("r")
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if _matches(key, module):
-            alpha = _positive({key: value}, key)
-    for key, value in (config.get("rank_pattern") or {}).items():
-        if _matches(key, module):
-            stated = value
-    if stated != rank:
-        raise ModelError(
-            f"adapter_config.json says rank {stated!r} for {module} and its factors have {rank}. Save the "
-            "adapter again."
+def own_values(config: dict[str, Any], key: str, modules: Sequence[str]) -> dict[str, Any]:
+    """The ranks or alphas that a pattern gives to modules, by module, resolved as `peft.utils.other.get_pattern_key` does.
+
+    A pattern is a regular expression for a module's whole name or the end of it behind a dot; the first that fits counts.
+    """
+    patterns = config.get(key)
+    if not patterns:
+        return {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"adapter_config.json has {key} = {_shown(patterns)}; it must be an object.")
+    try:
+        found = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            input=json.dumps([list(patterns), modules]),
+            capture_output=True,
+            text=True,
+            timeout=MATCH_SECONDS,
         )
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _matches(key: str, module: str) -> bool:
-    """Whether a pattern of adapter_config.json means a module: its whole name or the end of it, taken literally."""
-    if not re.fullmatch(r"\^?[\w.]+", key):
+    except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"adapter_config.json has the pattern {key!r}; only plain module names are supported. Spell them out."
-        )
-    return module == key.removeprefix("^") or (not key.startswith("^") and module.endswith(f".{key}"))
+            f"adapter_config.json's {key} takes longer than {MATCH_SECONDS:g} s to match. Spell the modules' names out."
+        ) from error
+    if found.returncode:
+        reason = (found.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise ModelError(f"adapter_config.json's {key} holds no regular expression ({reason}). Spell the names out.")
+    chosen = json.loads(found.stdout)
+    return {module: patterns[chosen[module]] for module in modules if chosen[module] in patterns}
 
 
-def _positive(config: dict[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+def checked_alpha(value: Any) -> float:
+    """An alpha as a number that float32, in which GGUF stores it, holds and can be divided by."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise ModelError(
-            f"adapter_config.json has {key} = {value!r}; it must be a number above 0. Save the adapter again."
+            f"adapter_config.json has lora_alpha = {_shown(value)}; it must be a number above 0. Save the adapter again."
         )
     return float(value)
 

@@ -6,28 +6,39 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest
-from gramlite.storage import atomic_output, json_bytes, sha256_file
+from gramlite.carried import notices_beside
+from gramlite.interrupt import uninterrupted
+from gramlite.storage import atomic_output, fsync_path, json_bytes, sha256_file
 
 MANIFEST_BYTES = 1 << 20
 
 
-def publish_file(destination: Path, build: Callable[[Path], Manifest], *, force: bool, need_bytes: int) -> Manifest:
+def publish_file(
+    destination: Path, build: Callable[[Path], Manifest], *sources: Path, force: bool, need_bytes: int
+) -> Manifest:
     """Let `build` write a file to the path it is given and describe it, then put the file and its manifest in place.
 
-    The manifest is on disk before the file is renamed and is renamed after it, so that a full disk or a crash leaves
-    the older artifact, or a file whose manifest refuses it, but never a manifest that vouches for other bytes.
+    Licences and notices of the `sources` go beside it. The manifest is on disk before the file is renamed and is renamed
+    after it, so that a full disk or a crash leaves the older artifact, or a file whose manifest refuses it, but never a
+    manifest that vouches for other bytes.
     """
-    with (
-        atomic_output(manifest_path(destination), force=True) as note,
-        atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES) as temporary,
-    ):
-        manifest = build(temporary)
+    with ExitStack() as stack:
+        note = stack.enter_context(atomic_output(manifest_path(destination), force=True))
+        notices = stack.enter_context(notices_beside(destination, *sources))
+        temporary = stack.enter_context(
+            atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES)
+        )
+        manifest = replace(build(temporary), notices=notices)
         write_durably(note, manifest_text(manifest))
+        fsync_path(temporary)  # which may take long, and the renames do not
+        with uninterrupted():
+            stack.close()
     return manifest
 
 

@@ -17,7 +17,9 @@ import numpy as np
 
 import gramlite
 from gramlite.artifact import Manifest, manifest_path, write_manifest
+from gramlite.carried import remove_notices
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import remove_path, sha256_file, target_of
 from gramlite.terminal import note
 
@@ -95,6 +97,7 @@ def smoke_judge(
     *,
     found: Margins | None = None,
     template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
     force: bool = False,
 ) -> Manifest:
     """Judge with the artifact at `path` and with its `source`, and put the figures into the manifest, which is returned.
@@ -109,7 +112,7 @@ def smoke_judge(
         if source is None:
             raise InputError("its margins were not recorded with this template")
         if isinstance(source, Path):
-            expected: Sequence[float] = judge_margins(source, template)
+            expected: Sequence[float] = judge_margins(source, template, chat)
         else:
             expected = source() if callable(source) else source
     except GramliteError as error:
@@ -117,7 +120,7 @@ def smoke_judge(
             note(f"warning: {path} was compared with nothing, for its source is refused: {error}")
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
-        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template)))
+        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template, chat)))
         collapse = smoke.collapse
     except (ResourceError, InputError, CannotRunHere) as error:
         return _record(path, manifest, {"skipped": f"it does not run here: {error}"})
@@ -135,12 +138,21 @@ def smoke_judge(
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
-def judge_margins(model: Path, template: str | None = None, *, adapter: Path | None = None) -> list[float]:
+def judge_margins(
+    model: Path, template: str | None = None, chat: ChatTemplate = OWN_TEMPLATE, *, adapter: Path | None = None
+) -> list[float]:
     """The margins of the packaged pairs, both orders, in direct mode; NaN where there is no verdict."""
     pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     margins = []
     runtime = gramlite.RuntimeOptions(adapter=str(adapter) if adapter else None)
-    with gramlite.load(model, template=template, settings=gramlite.Settings(mode="direct"), runtime=runtime) as judge:
+    with gramlite.load(
+        model,
+        template=template,
+        settings=gramlite.Settings(mode="direct"),
+        runtime=runtime,
+        chat_template=chat.choice,
+        trust_template=chat.trust,
+    ) as judge:
         for pair in pairs:
             verdict = judge(prompt=pair["prompt"], response_a=pair["response_a"], response_b=pair["response_b"])
             margins += [math.nan if order.margin is None else order.margin for order in verdict.orders]
@@ -189,12 +201,15 @@ def _withdraw(path: Path, manifest: Manifest) -> None:
     if manifest.format == "gptq" and path.is_dir():
         from gramlite.backends.gptq import twin_path
 
-        twin = twin_path(path)  # packed to judge with, and of no use to anybody else
-        for leftover in (manifest_path(twin), twin):
-            remove_path(leftover)
-    note = manifest_path(path)
-    remove_path(target_of(path))
-    remove_path(note)
+        _remove(twin_path(path))  # packed to judge with, and of no use to anybody else
+    _remove(path)
+
+
+def _remove(artifact: Path) -> None:
+    listed = manifest_path(artifact)
+    remove_notices(artifact)
+    remove_path(target_of(artifact))
+    remove_path(listed)
 
 
 def _number(value: float) -> float | None:

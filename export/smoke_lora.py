@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from gramlite.artifact import Manifest
 from gramlite.errors import ModelError
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import lies_in
 
 from .adapter import export_adapter
@@ -26,7 +27,14 @@ WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 
 def smoke_adapter(
-    output: Path, manifest: Manifest, folder: Path, base: Path, *, template: str | None = None, force: bool = False
+    output: Path,
+    manifest: Manifest,
+    folder: Path,
+    base: Path,
+    *,
+    template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
+    force: bool = False,
 ) -> Manifest:
     """Judge with the GGUF adapter at `output` over its base, and with `folder` merged into it; return the manifest.
 
@@ -38,17 +46,24 @@ def smoke_adapter(
             need_weights(base)
             with scratch_folder(output, folder, base) as scratch:
                 merge_adapter(base, folder, scratch / "merged")
-                return gguf_margins(scratch / "merged", scratch, choice)
+                return gguf_margins(scratch / "merged", scratch, choice, chat)
 
         def over_base() -> list[float]:
             with scratch_folder(output) as scratch:
-                return gguf_margins(base, scratch, choice, adapter=output)
+                return gguf_margins(base, scratch, choice, chat, adapter=output)
 
         return smoke_judge(output, manifest, merged, found=over_base, template=choice, force=force)
 
 
 def smoke_merged(
-    output: Path, manifest: Manifest, base: Path, folder: Path, *, template: str | None = None, force: bool = False
+    output: Path,
+    manifest: Manifest,
+    base: Path,
+    folder: Path,
+    *,
+    template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
+    force: bool = False,
 ) -> Manifest:
     """Judge with the merged checkpoint at `output`, and with the adapter in `folder` over its base; return the manifest."""
     with template_file(output, base, folder, template) as choice:
@@ -56,23 +71,25 @@ def smoke_merged(
         def over_base() -> list[float]:
             with scratch_folder(output) as scratch:
                 export_adapter(folder, base, scratch / "adapter.gguf", dtype="f32")
-                return gguf_margins(base, scratch, choice, adapter=scratch / "adapter.gguf")
+                return gguf_margins(base, scratch, choice, chat, adapter=scratch / "adapter.gguf")
 
         def merged() -> list[float]:
             with scratch_folder(output) as scratch:
-                return gguf_margins(output, scratch, choice)
+                return gguf_margins(output, scratch, choice, chat)
 
         return smoke_judge(output, manifest, over_base, found=merged, template=choice, force=force)
 
 
-def gguf_margins(checkpoint: Path, scratch: Path, template: str | None, adapter: Path | None = None) -> list[float]:
+def gguf_margins(
+    checkpoint: Path, scratch: Path, template: str | None, chat: ChatTemplate, adapter: Path | None = None
+) -> list[float]:
     """The first pairs' margins of a checkpoint as F16, or as BF16 where it has larger values than F16."""
     path = scratch / "judge.gguf"
     try:
         export_gguf(checkpoint, path, dtype="f16")
     except ModelError:
         export_gguf(checkpoint, path, dtype="bf16")
-    return judge_margins(path, template, adapter=adapter)
+    return judge_margins(path, template, chat, adapter=adapter)
 
 
 def need_weights(base: Path) -> None:

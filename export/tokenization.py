@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError
+from gramlite.interrupt import uninterrupted
 
 PROBES = (
     "Hello world", " leading space", "trailing space ", "two  spaces   three", "\n", "\n\n", "\n \n",
@@ -53,6 +54,7 @@ def compare_tokenizers(gguf: Path, folder: Path) -> int | None:
     return len(probes)
 
 
+@uninterrupted()
 def tokenize_with_llama(gguf: Path, texts: list[str]) -> list[list[int]]:
     """Token ids of texts by a GGUF's own tokenizer, special literals recognized, nothing added around them."""
     import llama_cpp

@@ -267,7 +267,7 @@ def read_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return {"default": path.read_text(encoding="utf-8")}
+            return {"default": path.read_text(encoding="utf-8-sig")}
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{path} cannot be read ({error}). Download it again.") from error
     stored = settings.get("chat_template")

@@ -28,7 +28,8 @@ class Manifest:
     where it has a name for it; `source` names the checkpoint and its sha256; `settings` are the method's own
     options; `calibration` says what data calibrated it, with its hash; `tools` maps package to version;
     `template` holds `name`, `sha256` and, where the artifact cannot hold it itself, `text`; `files` maps each
-    relative path to its sha256; `smoke` holds the figures of the smoke judging.
+    relative path to its sha256; `notices` does so for the licences and notices beside a one-file artifact, which are
+    not checked; `smoke` holds the figures of the smoke judging.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Manifest:
     template: dict[str, Any] | None = None
     bits_per_weight: float | None = None
     files: dict[str, str] = field(default_factory=dict)
+    notices: dict[str, str] = field(default_factory=dict)
     smoke: dict[str, Any] | None = None
     manifest_version: int = MANIFEST_VERSION
 

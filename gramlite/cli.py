@@ -12,8 +12,12 @@ from typing import Any
 
 import click
 
+from . import interrupt
 from .errors import INTERRUPTED, GateError, GramliteError, InputError, ResourceError
 from .terminal import note, open_streams, visible
+
+KEEP_ROWS = (["judge"], ["rank"], ["calibrate"], ["bench", "run"])  # with -o, and go on with --resume
+
 
 REMOVED = {
     "quantize distill": "quantize distill was removed. Judge with a GPTQ folder as it is: "
@@ -115,15 +119,31 @@ def main(arguments: list[str] | None = None) -> None:
     logger = logging.getLogger("gramlite")
     logger.setLevel(logging.INFO)
     logger.addHandler(_StderrHandler())
-    sys.exit(run(arguments))
+    try:
+        if sys._getframe(1).f_globals.get("__name__") == "__main__":  # the process is ours, as it is not in a test
+            interrupt.install()
+        code = interrupt.settle(run(arguments))
+    except KeyboardInterrupt:  # before there was anything to stop, or while the outcome was told
+        click.echo(interrupt.words(), nl=False, err=True)
+        code = interrupt.settle(INTERRUPTED)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    keeps_rows = arguments[:1] in KEEP_ROWS or arguments[:2] in KEEP_ROWS
+    going_on = keeps_rows and any(word.startswith(("-o", "--output")) for word in arguments)
+    interrupt.begin(arguments)
+    if going_on:
+        interrupt.say_on_interrupt(interrupt.how_to_go_on)
     try:
         code = command.main(args=arguments, prog_name="gramlite", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except interrupt.interrupts():  # asked only when something was raised
+        click.echo(interrupt.words(), nl=False, err=True)
+        return INTERRUPTED
     except GramliteError as error:
         lines = str(error).split("\n") if isinstance(error, GateError) else [str(error)]  # a clause a line
         note(f"Error: {lines[0]}", *lines[1:])
@@ -132,9 +152,6 @@ def run(arguments: list[str] | None = None) -> int:
         error.message = visible(error.message)  # type: ignore[misc]  # which is final, and from anywhere
         error.show()
         return InputError.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        note("Interrupted.")
-        return INTERRUPTED
     except UnicodeEncodeError as error:
         note(
             f"Error: {ascii(error.object):.200} has characters that {error.encoding} cannot hold. Rename it, or type: PYTHONUTF8=1"

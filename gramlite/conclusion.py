@@ -26,9 +26,9 @@ def conclude(orders: Sequence[OrderVerdict]) -> dict[str, Any]:
 
 
 def conclude_order(
-    order: Order, generations: Sequence[Generation], *, prompt_tokens: int, calibration: Calibration | None
+    order: Order, generations: Sequence[Generation], *, prompt_ids: tuple[int, ...], calibration: Calibration | None
 ) -> OrderVerdict:
-    """Combine the votes of one order, un-swapped; `prompt_tokens` are without the scaffold that opens the answer."""
+    """Combine the votes of one order, un-swapped; `prompt_ids` are without the scaffold that opens the answer."""
     sign = 1 if order == "ab" else -1
     margins = [sign * generation.margin for generation in generations if generation.margin is not None]
     margin = mean_log_odds(margins)
@@ -45,10 +45,12 @@ def conclude_order(
         forced=any(generation.forced for generation in generations),
         votes={side: winners.count(side) for side in ("A", "B")},
         tokens={
-            "prompt": prompt_tokens,
+            "prompt": len(prompt_ids),
             "cached": min(generation.cached for generation in generations),
             "generated": sum(generation.generated for generation in generations),
         },
+        prompt_ids=prompt_ids,
+        generated_ids=generations[0].ids,
     )
 
 

@@ -42,6 +42,15 @@ def table(title: str, rows: Sequence[Mapping[str, str | Text]], *, left: int = 1
     return made
 
 
+def show_table(title: str, rows: Sequence[Mapping[str, str]], *, left: int = 1) -> None:
+    """Print a table; one that is too wide, and wider than it is long, is turned so that its rows are columns."""
+    out, made = console(), table(title, rows, left=left)
+    heading, *names = rows[0]
+    if len(rows) < len(names) and out.measure(made, options=out.options.update(max_width=1000)).maximum > out.width:
+        made = table(title, [{"": name} | {row[heading]: row[name] for row in rows} for name in names])
+    out.print(made)
+
+
 def show_facts(rows: Sequence[Sequence[str | Text]]) -> None:
     """Print rows in columns; the last is never wrapped, so that a command or a path in it can be copied."""
     cells = [[literal(cell) for cell in row] for row in rows]

@@ -69,7 +69,8 @@ class Generation:
 
     `margin` is logit(first choice) − logit(second choice) in nats, None where there is no verdict, and then `reason`
     says why. `forced` is true when the thinking was closed by us. `generated` counts the tokens sampled, `cached` the
-    prompt tokens that were not computed again.
+    prompt tokens that were not computed again. `ids` are all tokens behind the prompt as the model was fed them, sampled
+    and forced ones, and last the verdict's, the likelier choice.
     """
 
     margin: float | None
@@ -78,6 +79,7 @@ class Generation:
     generated: int
     cached: int = 0
     reason: str | None = None
+    ids: tuple[int, ...] = ()
 
 
 class Decoder:
@@ -112,6 +114,7 @@ class Decoder:
     def _begin(self) -> None:
         self._answering = not self._thinks
         self._tokens: list[int] = []
+        self._ids = list(self.prefix)
         self._text = bytearray()
         self._forced = False
         self._random = np.random.default_rng(self.sampling.seed) if self.sampling.temperature > 0 else None
@@ -147,6 +150,12 @@ class Decoder:
             return ()
         if self._answering:
             return self._read_answer(logits)
+        fed = self._go_on(logits)
+        self._ids += fed
+        return fed
+
+    def _go_on(self, logits: Logits) -> Sequence[int]:
+        """Sample the next token of the thinking; return it with what is forced behind it."""
         token = self._sample(logits)
         if token is None:
             return self.fail("the model's logits are not finite")
@@ -188,6 +197,7 @@ class Decoder:
             generated=len(self._tokens),
             cached=cached,
             reason=self._reason,
+            ids=tuple(self._ids),
         )
 
     def _sample(self, logits: Logits) -> int | None:
@@ -205,6 +215,7 @@ class Decoder:
         if not (np.isfinite(first) and np.isfinite(second)):
             return self.fail("the model's logits are not finite")
         self._margin = first - second
+        self._ids.append(self._choices[self._margin < 0])
         self.finished = True
         return ()
 

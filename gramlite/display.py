@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .console import console, progress
 from .pair import Order, Verdict
+from .rows import identifier_text
 from .terminal import note, say_json, visible
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Display:
             else:
                 self._out.print(self._describe(row))
         elif row["verdict"] is None:
-            self._errors.print(Text(visible(f"{row['id']}: {row['reason']}"), style="red"))
+            self._errors.print(Text(visible(f"{row_name(row)}: {row['reason']}"), style="red"))
         self.advance()
 
     def _show_pair(self, verdict: Verdict) -> None:
@@ -140,10 +141,15 @@ def verdict_line(verdict: Verdict) -> Text:
     return line.append(f" ({', '.join(details)})", style="not bold default")
 
 
+def row_name(row: Mapping[str, Any]) -> str:
+    """A row's id as text."""
+    return "(no id)" if row["id"] is None else identifier_text(row["id"])
+
+
 def row_line(row: Mapping[str, Any]) -> Text:
     """One row of a file on one line."""
     winner = row["verdict"]
-    line = Text(f"{visible(str(row['id']))[:40]:<40} ")
+    line = Text(f"{visible(row_name(row))[:40]:<40} ")
     line.append(f"{winner or '-':<4}", style=WINNER_STYLES[winner])
     if winner is None:
         return line.append(visible(str(row["reason"])), style="red")

@@ -177,6 +177,12 @@ def _check_tokenizer(header: Header) -> None:
     _check_token_arrays(header, len(tokens))
     if model == "gpt2":
         _typed(header, "tokenizer.ggml.merges", "array[string]")
+        if not header.metadata.get("tokenizer.ggml.pre"):
+            raise ModelError(
+                f"{header.path} is refused: 'tokenizer.ggml.pre' is missing, so llama.cpp would split words by a default "
+                "that the model was hardly trained with. Convert the model again with a current converter, which says "
+                "how its tokenizer splits them."
+            )
     elif missing := {f"<0x{byte:02X}>" for byte in range(256)}.difference(tokens):
         # llama.cpp falls back on them for unknown text, and ends the process where one is missing
         raise header.refusal(f"'tokenizer.ggml.tokens' lacks the byte token {min(missing)}")

@@ -33,13 +33,13 @@ class Journal:
         self.kept: Counter[str] = Counter()
         self._record = json.loads(json.dumps(record))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(str(self._beside("lock")), timeout=0)
+        self._lock = FileLock(str(_beside(path, "lock")), timeout=0)
         self._file: BinaryIO | None = None
         try:
             self._lock.acquire()
         except Timeout:
             raise IntegrityError(
-                f"{path} is being written: locked by pid {self._writer()}. Wait for it, or choose another -o."
+                f"{path} is being written: locked by pid {_recorded(path).get('pid', 'unknown')}. Wait for it, or choose another -o."
             ) from None
         try:
             if resume and path.exists():
@@ -48,7 +48,7 @@ class Journal:
             else:
                 with atomic_output(path, force=True) as empty:
                     empty.touch()
-            write_json(self._beside("run.json"), {"pid": os.getpid(), **self._record})
+            write_json(_beside(path, "run.json"), {"pid": os.getpid(), **self._record})
             self._file = path.open("ab")
             fsync_path(path.parent)
         except BaseException:
@@ -81,22 +81,9 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _beside(self, ending: str) -> Path:
-        return self.path.with_name(f"{self.path.name}.{ending}")
-
-    def _previous(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self._beside("run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return value if isinstance(value, dict) else {}
-
-    def _writer(self) -> object:
-        return self._previous().get("pid", "unknown")
-
     def _check_record(self) -> None:
         """Refuse to mix rows made in different ways."""
-        previous = self._previous() or self._record_of_rows()
+        previous = _recorded(self.path) or self._record_of_rows()
         previous.pop("pid", None)
         if previous and (changes := differences(previous, {key: self._record.get(key) for key in previous})):
             raise IntegrityError(
@@ -141,6 +128,33 @@ def read_journal(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
             except ValueError:
                 row = None
             yield (row if isinstance(row, dict) else None), line
+
+
+def rows_kept(path: Path) -> int:
+    """How many whole lines a journal has."""
+    try:
+        with path.open("rb") as file:
+            return sum(line.endswith(b"\n") for line in file)
+    except OSError:
+        return 0
+
+
+def begun_here(path: Path) -> bool:
+    """Whether it is this process that has begun to write a journal."""
+    return _recorded(path).get("pid") == os.getpid()
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What lies beside a journal of how it is made; empty where that cannot be read."""
+    try:
+        value = json.loads(_beside(path, "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -18,8 +18,8 @@ from .confidence import Calibration
 from .decoding import Decoder, choice_tokens, describe
 from .errors import GramliteError, InputError, ModelError
 from .open_pair import OpenPair
-from .pair import Order, OrderVerdict, Pair, Verdict, Winner
-from .prompt import EncodedPrompt, common_prefix, encode_prompt
+from .pair import Identifier, Order, OrderVerdict, Pair, Verdict, Winner
+from .prompt import PROMPT_ENCODING, EncodedPrompt, common_prefix, encode_prompt
 from .scaffold import Scaffold
 from .settings import FEW_SEQUENCES, OPEN_PAIRS, Settings
 from .storage import sha256_cached
@@ -39,6 +39,7 @@ class Judge:
     """Judges pairs. Make one with `gramlite.load`.
 
     One judge may be called from many threads; calls wait for each other. `close` frees the model, for all judges on it.
+    In a process that was forked since, every use raises GramliteError.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Judge:
             "delimiters": self.settings.delimiters,
             "template": {"name": self.template.name, "sha256": self.template.sha256},
             "scaffold": asdict(self.scaffold),
+            "prompt_encoding": PROMPT_ENCODING,
         }
         if self.calibration:
             record["calibration"] = {"temperature": self.calibration.temperature, "bias": self.calibration.bias}
@@ -158,7 +160,7 @@ class Judge:
         return hashlib.sha256(json.dumps(self.settings_record, sort_keys=True).encode()).hexdigest()[:12]
 
     def __call__(
-        self, *, prompt: str, response_a: str, response_b: str, id: str | None = None, on_text: Listener | None = None
+        self, *, prompt: str, response_a: str, response_b: str, id: Identifier = None, on_text: Listener | None = None
     ) -> Verdict:
         """Judge one pair.
 
@@ -206,7 +208,8 @@ class Judge:
     def close(self) -> None:
         """Free the model. What another thread is judging is stopped first; afterwards every call is refused.
 
-        Closing again changes nothing. Raises GramliteError inside a verdict of this very thread, as from `on_text`.
+        Closing again changes nothing, nor does closing in a forked child. Raises GramliteError inside a verdict of this
+        very thread, as from `on_text`.
         """
         self._turn.close(stop=self.backend.abort, free=self.backend.close)
 
@@ -323,7 +326,7 @@ class Judge:
         for prompt in prompts.values():
             self._check_length(prompt)
         stems = {order: self._stems(shown, order, prompt) for order, prompt in prompts.items()} if self._grouped else {}
-        flags += (*hits, *(f"special:{name}:{text}" for name, text in literals))
+        flags += tuple(dict.fromkeys([*hits, *(f"special:{name}:{text}" for name, text in literals)]))
         return OpenPair(pair, self.settings, flags, prompts, stems, self.calibration)
 
     def _encode(self, pair: Pair, order: Order) -> EncodedPrompt:
@@ -383,7 +386,7 @@ class Judge:
             conclude_order(
                 order,
                 [opened.done[key] for key in sorted(opened.done) if key[0] == order],
-                prompt_tokens=len(opened.prompts[order].tokens),
+                prompt_ids=opened.prompts[order].tokens,
                 calibration=self.calibration,
             )
             for order in self.settings.presented_orders

@@ -16,7 +16,7 @@ from .confidence import stored_calibration
 from .errors import InputError, ModelError
 from .judge import Judge, Settings
 from .model_folder import is_text, read_json_object
-from .scaffold import scaffold_for
+from .scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
 from .storage import sha256_cached
 from .template import resolve_template
 
@@ -29,15 +29,17 @@ def load(
     template: str | None = None,
     settings: Settings | None = None,
     runtime: RuntimeOptions | None = None,
+    chat_template: str | None = None,
     trust_template: bool = False,
     calibrated: bool = False,
 ) -> Judge:
     """Open a judge.
 
     `model` is an artifact's file or folder; None is the reference judge, built once into the cache. `template` is a
-    built-in name or a file, where the model does not say itself. `calibrated` applies the calibration that is stored
-    for these settings, and raises InputError where none is. Raises ModelError for a model that is refused and
-    ResourceError for one that does not fit.
+    built-in name or a file, where the model does not say itself. `chat_template` is a built-in scaffold's name or a
+    Jinja file to use in place of the model's own; an unknown one is only run with `trust_template`. `calibrated`
+    applies the calibration that is stored for these settings, and raises InputError where none is. Raises ModelError
+    for a model that is refused and ResourceError for one that does not fit.
     """
     if model is None:
         from .reference import cached_gguf
@@ -55,7 +57,8 @@ def load(
             "--parallel %d changes nothing: %s (%s) runs one sequence at a time. GGUF files run several.", *told
         )
     try:
-        judge = _judge(artifact, backend, template, settings, runtime, trust_template)
+        chat = ChatTemplate(choice=chat_template, trust=trust_template)
+        judge = _judge(artifact, backend, template, settings, runtime, chat)
         if calibrated:
             judge = judge.calibrated(stored_calibration(artifact.path, judge.model, judge.settings_record))
         return judge
@@ -70,7 +73,7 @@ def _judge(
     template: str | None,
     settings: Settings,
     runtime: RuntimeOptions,
-    trust: bool,
+    chat: ChatTemplate = OWN_TEMPLATE,
 ) -> Judge:
     metadata = backend.metadata
     recorded = (artifact.manifest.template if artifact.manifest else None) or {}
@@ -83,10 +86,17 @@ def _judge(
     scaffold = scaffold_for(
         chat_template,
         thinks=chosen.form.thinks,
-        trust=trust,
+        trust=chat.trust,
         bos=str(metadata.get("bos") or ""),
         eos=str(metadata.get("eos") or ""),
+        special=metadata.get("special"),
+        choice=chat.choice,
     )
+    if chat.choice and (strangers := scaffold.marks - backend.vocabulary.special_tokens.keys()):
+        logger.warning(
+            "%s has no token %s, which the chat template %s writes: it was trained with another one.",
+            artifact.path, ", ".join(sorted(strangers)), chat.choice,
+        )  # fmt: skip
     model = describe_model(artifact, metadata, runtime)
     return Judge(backend, chosen, scaffold, settings, model, adapter=runtime.adapter)
 

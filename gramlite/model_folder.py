@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -10,6 +11,8 @@ from typing import Any, TypeGuard
 from .errors import ModelError
 
 MAX_JSON_BYTES = 256 << 20
+SPECIAL = ("unk", "pad", "sep", "cls", "mask")  # tokens that chat templates may name beside bos and eos
+MAX_COUNT = 1 << 31
 # what llama.cpp takes for the end of a generation, by literal, whatever a model's files declare
 END_LITERALS = (
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
@@ -26,18 +29,19 @@ class ModelFolder:
     chat_template: str | None
     bos: str
     eos: str
+    special: dict[str, str]
     ends: frozenset[int]
 
     @property
     def context(self) -> int:
         """The most tokens the model was trained for; raises ModelError where config.json does not say."""
-        return self.count("max_position_embeddings")
+        return min(self.count("max_position_embeddings"), attention_window(self.config) or MAX_COUNT)
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive number of config.json; raises ModelError where it is missing or none."""
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 0 < value < 1 << 31:
+        if type(value) is not int or not 0 < value < MAX_COUNT:
             raise ModelError(f"{self.path / 'config.json'} has {key} = {value!r}. Download the model again.")
         return value
 
@@ -49,6 +53,7 @@ class ModelFolder:
             "template": None,  # the manifest's or the model card's, which both lie in the folder
             "bos": self.bos,
             "eos": self.eos,
+            "special": self.special,
         }
 
 
@@ -68,8 +73,20 @@ def read_model_folder(path: Path) -> ModelFolder:
         chat_template=_chat_template(path, settings),
         bos=_literal(settings, "bos_token"),
         eos=_literal(settings, "eos_token"),
+        special={f"{name}_token": _literal(settings, f"{name}_token") for name in SPECIAL},
         ends=frozenset(ends),
     )
+
+
+def attention_window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a Mistral's attention spans, None without a bound; the context ends there, up to which all agree.
+
+    Beyond it llama.cpp would attend to all. transformers takes 4,096 where config.json says nothing.
+    """
+    value = config.get("sliding_window", 4096) if config.get("model_type") == "mistral" else None
+    if value is not None and (type(value) is not int or not 0 < value < MAX_COUNT):
+        raise ModelError(f"config.json's sliding_window is {value!r}; it must be a number or null. Download it again.")
+    return value
 
 
 def read_json_object(path: Path, *, advice: str = "Download it again.", finite: bool = False) -> dict[str, Any]:
@@ -104,7 +121,7 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{file} cannot be read ({error}). Download it again.") from error
     stored = settings.get("chat_template")

@@ -10,6 +10,7 @@ from .errors import InputError
 
 Winner = Literal["A", "B", "tie"]
 Order = Literal["ab", "ba"]
+Identifier = str | int | float | None  # as JSON has it: true and false are ints here
 
 FIELD_LIMIT_BYTES = 1 << 20
 TEXT_FIELDS = ("prompt", "response_a", "response_b")
@@ -26,7 +27,7 @@ class Pair:
     prompt: str
     response_a: str
     response_b: str
-    id: str | None = None
+    id: Identifier = None
     label: Winner | None = None
     meta: Mapping[str, Any] | None = None
 
@@ -56,7 +57,8 @@ class OrderVerdict:
 
     `p_a` is the probability that the pair's response_a is better, `margin` its log-odds in nats. With votes, `p_a` is
     the mean over the votes and `margin` its log-odds. A calibrated judge rescales both, but not the `votes`.
-    `rationale` is the first vote's thinking, `sections` its parts.
+    `rationale` is the first vote's thinking, `sections` its parts. `prompt_ids` are the prompt's tokens, `generated_ids`
+    all that the model was fed behind it in the first vote, and last the verdict's token; rows don't hold them.
     """
 
     order: Order
@@ -67,6 +69,8 @@ class OrderVerdict:
     forced: bool
     votes: Mapping[str, int]
     tokens: Mapping[str, int]
+    prompt_ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    generated_ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def sections(self) -> dict[str, str]:
@@ -94,7 +98,7 @@ class Verdict:
     whether the orders agree (None with one order), `flags` what was noticed in the input.
     """
 
-    id: str | None
+    id: Identifier
     winner: Winner | None
     p_a: float | None
     margin: float | None

@@ -15,6 +15,8 @@ from functools import lru_cache
 from .errors import InputError
 from .vocabulary import Vocabulary
 
+PROMPT_ENCODING = 2  # one more wherever the same input comes to be shown to a model in another way
+
 
 @dataclass(frozen=True)
 class Segment:

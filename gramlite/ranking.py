@@ -21,7 +21,7 @@ from .conclusion import conclude
 from .decoding import softmax_first
 from .errors import InputError
 from .logistic import Floats
-from .pair import Pair, Verdict, Winner
+from .pair import Identifier, Pair, Verdict, Winner
 from .ranking_plans import Batch, Method, plan_for
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Ranking:
     give them. `cycles` are circles of preference: (0, 2, 5) means 0 beats 2, 2 beats 5 and 5 beats 0.
     """
 
-    id: str | None
+    id: Identifier
     method: Method
     ranking: tuple[int, ...] | None
     scores: tuple[float, ...] | None = None
@@ -131,7 +131,7 @@ def rank(
     prompt: str,
     completions: Sequence[str],
     method: Method = "best",
-    id: str | None = None,
+    id: Identifier = None,
     known: KnownComparisons | None = None,
 ) -> Ranking:
     """Rank the completions of one prompt.
@@ -187,7 +187,7 @@ class _Contest:
                 self._known.add(self._judge, self._prompt, *asked[number], verdict)
         return margins
 
-    def result(self, id: str | None, method: Method, order: list[int] | None, *, broken: bool = False) -> Ranking:
+    def result(self, id: Identifier, method: Method, order: list[int] | None, *, broken: bool = False) -> Ranking:
         """The ranking in terms of all completions; without an `order`, by the scores of what was played."""
         undecided = [played for played in self._played if played.verdict.winner is None]
         games = [

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from .artifact import Manifest, hash_files, is_intact, manifest_path, write_manifest
+from .carried import notices_beside
 from .errors import InputError, ResourceError
 from .gguf_header import Header, read_header
 from .reference_weights import (
@@ -70,7 +71,10 @@ def build_gguf(destination: Path, *, dtype: Dtype = "q8_0", force: bool = False)
     template = packaged_template()
     weight_kind = gguf.GGMLQuantizationType[dtype.upper()]
     need_bytes = int(WEIGHTS * BYTES_PER_WEIGHT[dtype]) + BYTES_BESIDE_WEIGHTS
-    with atomic_output(destination, force=force, need_bytes=need_bytes) as temporary:
+    with (
+        notices_beside(destination, DATA) as notices,
+        atomic_output(destination, force=force, need_bytes=need_bytes) as temporary,
+    ):
         base = read_base()
         writer = gguf.GGUFWriter(temporary, base.architecture)
         try:
@@ -92,6 +96,7 @@ def build_gguf(destination: Path, *, dtype: Dtype = "q8_0", force: bool = False)
         quantization=dtype.upper(),
         bits_per_weight=8 * payload / WEIGHTS,
         template={"name": template.name, "sha256": template.sha256},
+        notices=notices,
     )
     return destination
 
@@ -112,7 +117,9 @@ def build_checkpoint(destination: Path, *, force: bool = False) -> Path:
             shutil.copyfile(path, temporary / path.name)
         (temporary / "README.md").write_text(_model_card(template), encoding="utf-8")
         _write_safetensors(temporary / "model.safetensors", tensors)
-    _write_manifest(destination, format="hf", quantization="BF16", bits_per_weight=16.0, template=template.describe())
+    _write_manifest(
+        destination, format="hf", quantization="BF16", bits_per_weight=16.0, template=template.describe(), notices={}
+    )
     return destination
 
 
@@ -187,7 +194,13 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Bits]) -> None:
 
 
 def _write_manifest(
-    path: Path, *, format: str, quantization: str, bits_per_weight: float, template: dict[str, Any]
+    path: Path,
+    *,
+    format: str,
+    quantization: str,
+    bits_per_weight: float,
+    template: dict[str, Any],
+    notices: dict[str, str],
 ) -> None:
     manifest = Manifest(
         format=format,
@@ -203,6 +216,7 @@ def _write_manifest(
         template=template,
         bits_per_weight=round(bits_per_weight, 4),
         files=hash_files(path),
+        notices=notices,
     )
     write_manifest(path, manifest)
 

@@ -2,42 +2,75 @@
 
 A model's own Jinja template is code from somebody else. It is never run unless the user trusts it; the templates of
 the models that judges are made of are recognised by hash and their scaffold, one user message and the generation
-prompt, is written down here. With `trust` a template is rendered once in jinja2's sandbox, in a process of its own
-that is ended when it takes too long.
+prompt, is written down here. With `trust` a template is rendered in jinja2's sandbox, in a process of its own that is
+ended when it takes too long (see render_chat.py), and what it does to a message is learnt from a few examples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from .errors import ModelError
 from .prompt import Segment
 
 RENDER_SECONDS = 5.0
-RENDER_LIMIT = 100_000
+RENDER_LIMIT = 1_000_000  # characters
+OPENS_THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+ODD_TEXT = (
+    '\n\n\t <b>&amp;</b> "it\'s" {{ x }} {% y %} \\n [INST] é 中 😀 ' + "and so on, " * 10_000
+)  # what a message may hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """Which chat template a model is asked with: `choice` is a built-in scaffold's name or a file, None the model's own.
+
+    `trust` allows one that is not built in to be run, in a sandbox.
+    """
+
+    choice: str | None = None
+    trust: bool = False
+
+
+OWN_TEMPLATE = ChatTemplate()
 
 
 @dataclass(frozen=True)
 class Scaffold:
-    """The text before and after the user message; `trims` says that the template strips white space around it."""
+    """The text before and after the user message; `trims` says where the template strips white space around it."""
 
     name: str
     before: str
     after: str
-    trims: bool = False
+    trims: bool | Literal["start", "end"] = False
+
+    @property
+    def marks(self) -> set[str]:
+        """The literals in it that should be special tokens of the model."""
+        return set(re.findall(r"<\|\w+\|>", self.before + self.after))
 
     def wrap(self, message: Sequence[Segment]) -> list[Segment]:
         """The whole prompt: the user message's segments between the scaffold's own."""
         parts = list(message)
-        if self.trims:  # only our own text: a template never begins or ends with an untrusted field
-            parts[0] = Segment(parts[0].text.lstrip(), parts[0].field)
-            parts[-1] = Segment(parts[-1].text.rstrip(), parts[-1].field)
+        if self.trims in (True, "start"):
+            parts = _stripped(parts, str.lstrip)
+        if self.trims in (True, "end"):
+            parts = _stripped(parts[::-1], str.rstrip)[::-1]
         return [Segment(self.before), *parts, Segment(self.after)]
+
+
+def _stripped(parts: list[Segment], strip: Callable[[str], str]) -> list[Segment]:
+    """Segments without the white space that they begin with, over as many of them as it takes."""
+    blank = next((index for index, part in enumerate(parts) if strip(part.text)), len(parts))
+    return [Segment(strip(part.text) if index <= blank else part.text, part.field) for index, part in enumerate(parts)]
 
 
 _CHATML_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
@@ -62,8 +95,11 @@ QWEN25 = Scaffold(
     "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
     _CHATML_AFTER,
 )
+CHATML = Scaffold("chatml", "<|im_start|>user\n", _CHATML_AFTER)
 QWEN3 = Scaffold("qwen3", "<|im_start|>user\n", _CHATML_AFTER)
 QWEN3_NO_THINK = Scaffold("qwen3-no-think", "<|im_start|>user\n", _CHATML_AFTER + "<think>\n\n</think>\n\n")
+
+BUILT_IN = {each.name: each for each in (CHATML, SMOLLM2, LLAMA3, LLAMA31, QWEN25, QWEN3, QWEN3_NO_THINK)}
 
 # sha256 of the chat template without trailing white space → its scaffold. Files of the models' own repositories.
 KNOWN_TEMPLATES = {
@@ -78,63 +114,103 @@ KNOWN_TEMPLATES = {
 
 
 def template_hash(chat_template: str) -> str:
-    """The hash that known chat templates are recognised by: line feeds only, no trailing white space."""
-    return hashlib.sha256(chat_template.replace("\r\n", "\n").rstrip().encode("utf-8")).hexdigest()
+    """The hash that known chat templates are recognised by: line feeds only, no byte order mark, no trailing white space."""
+    text = chat_template.removeprefix("\ufeff").replace("\r\n", "\n").rstrip()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def scaffold_for(
-    chat_template: str | None, *, thinks: bool, trust: bool = False, bos: str = "", eos: str = ""
+    chat_template: object,
+    *,
+    thinks: bool,
+    trust: bool = False,
+    bos: str = "",
+    eos: str = "",
+    special: Mapping[str, str] | None = None,
+    choice: str | None = None,
 ) -> Scaffold:
-    """The scaffold of a model, by the hash of its chat template.
+    """The scaffold of a model, by the hash of its chat template or as `choice` names it (see ChatTemplate).
 
-    `thinks` is false for a verdict-only judge, which Qwen3 answers after its empty think block. `trust` allows an
-    unknown template to be rendered in the sandbox. Raises ModelError for an unknown or a missing template.
+    `thinks` is false for a verdict-only judge, which is answered after an empty think block where the template would
+    open one. `special` holds the literals that templates may ask for beside `bos` and `eos`, such as `pad_token`.
+    Raises ModelError for an unknown or a missing template.
     """
-    if not chat_template:
-        raise ModelError("The model has no chat template. Export it again from a checkpoint that has one.")
-    known = KNOWN_TEMPLATES.get(template_hash(chat_template))
+    if choice is not None and choice not in BUILT_IN:
+        chat_template = _read_file(choice)
+    if not chat_template and choice is None:
+        raise ModelError(
+            "The model has no chat template. Say which one it was trained with: --chat-template "
+            f"{'|'.join(BUILT_IN)}, or a Jinja file."
+        )
+    if not isinstance(chat_template, str) and choice not in BUILT_IN:
+        raise ModelError("The model's chat template is no text. Export or download it again, or add --chat-template.")
+    known = BUILT_IN.get(choice or "") or KNOWN_TEMPLATES.get(template_hash(str(chat_template)))
     if known is QWEN3 and not thinks:
         return QWEN3_NO_THINK
     if known:
         return known
+    whose = f"The chat template {choice}" if choice else "The model's chat template"
     if not trust:
         raise ModelError(
-            f"The model's chat template is unknown (sha256 {template_hash(chat_template)[:12]}…) and was not run: it is "
-            "code that came with the model. If you trust its origin, add --trust-template."
+            f"{whose} is unknown (sha256 {template_hash(str(chat_template))[:12]}…) and was not run: it is code from "
+            "somebody else. If you trust its origin, add --trust-template."
         )
-    return _render(chat_template, bos=bos, eos=eos)
+    tokens = {"bos_token": bos, "eos_token": eos, **(special or {})}
+    variables = {name: literal for name, literal in tokens.items() if literal}
+    return _learn(whose, str(chat_template), thinks, variables)
 
 
-def _render(chat_template: str, *, bos: str, eos: str) -> Scaffold:
-    """Render an unknown template around a sentinel, in a process that is bounded in time and memory."""
-    sentinel = "gramlite-sentinel-" + hashlib.sha256(chat_template.encode("utf-8")).hexdigest()
-    question = json.dumps({"template": chat_template, "content": sentinel, "bos": bos, "eos": eos})
+def _read_file(choice: str) -> str:
+    try:
+        return Path(choice).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The chat template {choice!r} is neither built in ({', '.join(BUILT_IN)}) nor a readable text file ({error})."
+        ) from error
+
+
+def _learn(whose: str, chat_template: str, thinks: bool, variables: Mapping[str, str]) -> Scaffold:
+    """What an unknown template writes around a message, and that it leaves the message itself alone."""
+    sentinel = "gramlite-sentinel-" + template_hash(chat_template)
+    odd = f"{sentinel}{ODD_TEXT}{sentinel}"
+    asked = variables if thinks else {**variables, "enable_thinking": False}
+    plain, padded, long = _render(whose, chat_template, [sentinel, f"\n {sentinel} \n", odd], asked)
+    if plain.count(sentinel) != 1:
+        raise ModelError(f"{whose} does not show the user message exactly once; it cannot be used.")
+    before, after = plain.split(sentinel)
+    cuts: dict[str, bool | Literal["start", "end"]] = {
+        f"{before}\n {sentinel} \n{after}": False,
+        f"{before}{sentinel}{after}": True,
+        f"{before}{sentinel} \n{after}": "start",
+        f"{before}\n {sentinel}{after}": "end",
+    }
+    if padded not in cuts or long != before + odd + after:
+        raise ModelError(f"{whose} changes the text of the user message; it cannot be used.")
+    if not thinks and after.rstrip().endswith("<think>"):
+        after = after.rstrip() + "\n\n</think>\n\n"
+    elif thinks:  # the answer begins with an opening of its own
+        after = OPENS_THINKING.sub("", after)
+        if "<think>" in after and "</think>" not in after:
+            raise ModelError(f"{whose} writes the beginning of the judge's thinking; it cannot be used.")
+    return Scaffold("custom", before, after, cuts[padded])
+
+
+def _render(whose: str, template: str, contents: list[str], variables: Mapping[str, object]) -> list[str]:
+    """Render an unknown template for each content, in a process that is bounded in time and memory."""
+    asked = {
+        "template": template.removeprefix("\ufeff"), "contents": contents, "variables": variables, "limit": RENDER_LIMIT,
+    }  # fmt: skip
+    command = [sys.executable, "-I", "-X", "utf8", str(Path(__file__).with_name("render_chat.py"))]
     try:
         finished = subprocess.run(
-            [sys.executable, "-I", "-c", _CHILD], input=question, capture_output=True, text=True, timeout=RENDER_SECONDS
-        )
+            command, input=json.dumps(asked), capture_output=True, encoding="utf-8", errors="replace",
+            timeout=RENDER_SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ModelError(f"The model's chat template ran for more than {RENDER_SECONDS:g} s and was stopped.") from None
+        raise ModelError(f"{whose} ran for more than {RENDER_SECONDS:g} s and was stopped.") from None
     if finished.returncode:
-        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"The model's chat template could not be rendered: {last[:200]}")
-    rendered: str = json.loads(finished.stdout)
-    if rendered.count(sentinel) != 1 or len(rendered) > RENDER_LIMIT:
-        raise ModelError("The model's chat template does not show the user message exactly once; it cannot be used.")
-    before, after = rendered.split(sentinel)
-    return Scaffold("custom", before, after)
-
-
-_CHILD = """
-import json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-asked = json.load(sys.stdin)
-def refuse(message):
-    raise ValueError(message)
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-environment.globals["raise_exception"] = refuse
-messages = [{"role": "user", "content": asked["content"]}]
-print(json.dumps(environment.from_string(asked["template"]).render(
-    messages=messages, add_generation_prompt=True, bos_token=asked["bos"], eos_token=asked["eos"])))
-"""
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        said = "".join(character if character.isprintable() else " " for character in last)
+        raise ModelError(f"{whose} could not be rendered: {said}")
+    rendered: list[str] = json.loads(finished.stdout)
+    return rendered

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from .backends import Request
 from .decoding import Generation
 from .errors import GramliteError, OutOfMemory, ResourceError
+from .forks import note_computing
 
 logger = logging.getLogger("gramlite")
 
@@ -61,6 +62,7 @@ class Steps(Generic[AnyPlace]):
     ) -> Finished:
         """Run requests; each time memory runs out the model steps down and those that are not finished start again."""
         self.require_loaded()
+        note_computing()
         self._stopped = False
         source = iter(requests)
         unfinished: dict[int, Request] = {}

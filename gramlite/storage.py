@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from .errors import GramliteError, InputError, ResourceError
+from .interrupt import unfinished, uninterrupted
 
 Inputs = Iterable[Path | str | None]  # files, and names that may be files, like a template's
 
@@ -188,6 +189,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
     destination.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(destination.parent, need_bytes)
     temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.add(temporary)
     try:
         yield temporary
         fsync_tree(temporary)
@@ -201,8 +203,10 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
         raise
     finally:
         remove_path(temporary)
+        unfinished.discard(temporary)
 
 
+@uninterrupted()
 def replace_path(source: Path, destination: Path) -> None:
     """Rename `source` over `destination`, a folder over one that gramlite made, and make the rename durable."""
     if source.is_dir() and destination.is_dir():

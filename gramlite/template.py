@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoding import AnswerForm
-from .delimiters import Policy, find_delimiters, neutralize
+from .delimiters import Policy, find_delimiters, find_special_tokens, neutralize
 from .errors import InputError, ModelError
 from .model_folder import is_text
 from .pair import Order, Pair
@@ -95,21 +95,27 @@ class Template:
 def screen(template: Template, pair: Pair, policy: Policy) -> tuple[Pair, tuple[str, ...]]:
     """Treat the template's delimiters inside a pair's text as `policy` says; return the pair to show and the flags.
 
-    Raises InputError under the policy "reject".
+    Special tokens of any family of models are flagged and stay, for as text they are harmless (see prompt.py).
+    Raises InputError for delimiters under the policy "reject".
     """
     texts: dict[str, str] = {}
     flags: dict[str, None] = {}
+    special: dict[str, None] = {}
     for field in PLACEHOLDERS:
         text: str = getattr(pair, field)
         hits = find_delimiters(text, template.delimiters)
+        special.update(dict.fromkeys(f"special:{field}:{token}" for token in find_special_tokens(text)))
         flags.update(dict.fromkeys(f"delimiter:{field}:{hit.delimiter}" for hit in hits))
-        texts[field] = neutralize(text, hits) if policy == "neutralize" else text
+        while hits and policy == "neutralize":  # again, where round brackets are part of a delimiter
+            text = neutralize(text, hits)
+            hits = find_delimiters(text, template.delimiters)
+        texts[field] = text
     if flags and policy == "reject":
         raise InputError(
             f"the text holds section delimiters ({', '.join(flags)}); drop --delimiters reject to defuse them."
         )
     shown = replace(pair, prompt=texts["prompt"], response_a=texts["response_a"], response_b=texts["response_b"])
-    return shown, tuple(flags)
+    return shown, (*flags, *special)
 
 
 def presented(pair: Pair, order: Order) -> dict[str, Segment]:
@@ -159,7 +165,7 @@ def template_beside(folder: Path) -> Template | None:
     """The template given by the model card (README.md) in a folder, or None."""
     card = folder / "README.md"
     try:
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     except OSError as error:
         raise ModelError(f"The model card {card} cannot be read ({error.strerror}).") from error
     prompt = pairwise_prompt_from_card(text)
@@ -214,8 +220,8 @@ def _recorded_template(recorded: Mapping[str, Any] | None) -> Template | None:
 
 def _template_file(path: Path) -> Template:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"The template {str(path)!r} is neither built in ({', '.join(BUILT_IN)}) nor a readable text file ({error})."
         ) from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from .errors import GramliteError
+from .forks import keep, require_process
 
 Item = TypeVar("Item")
 
@@ -29,6 +31,8 @@ class Turn:
         self._running: Generator[object, None, None] | None = None
         self._closed = False
         self._stopped = False
+        self._process = os.getpid()
+        keep(self)
 
     def __enter__(self) -> None:
         self.require_open()
@@ -57,13 +61,15 @@ class Turn:
                             return
                     yield item
             finally:
-                with self._in_use:
-                    items.close()
-                self._running = None
+                if os.getpid() == self._process:  # what runs in the parent is not the child's to end
+                    with self._in_use:
+                        items.close()
+                    self._running = None
 
     @contextmanager
     def using(self) -> Generator[None, None, None]:
         """Keep the model from being closed meanwhile; raises GramliteError where it is."""
+        require_process(self._process)
         with self._in_use:
             self.require_open()
             self._user = threading.get_ident()
@@ -73,7 +79,8 @@ class Turn:
                 self._user = None
 
     def require_open(self) -> None:
-        """Raise GramliteError where the model is closed."""
+        """Raise GramliteError where the model is closed, or was opened before this process was forked."""
+        require_process(self._process)
         if self._closed:
             raise GramliteError("This judge is closed. Load it again with gramlite.load(...).")
 
@@ -84,10 +91,13 @@ class Turn:
 
     def stop(self) -> None:
         """Have the next `require_going` of what runs raise; safe to call from a signal's thread."""
+        require_process(self._process)
         self._stopped = True
 
     def close(self, *, stop: Callable[[], None], free: Callable[[], None]) -> None:
-        """Let nobody use the model any more, stop who does, and free it."""
+        """Let nobody use the model any more, stop who does, and free it; a forked child leaves it to its parent."""
+        if os.getpid() != self._process:
+            return
         if self._user == threading.get_ident():
             raise GramliteError("This judge is in the middle of a verdict in this thread. Close it after that.")
         self._closed = True

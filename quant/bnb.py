@@ -8,7 +8,6 @@ as garbage without an error. So it is reloaded in a new process and its logits a
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +24,12 @@ from gramlite.export.save_tensors import open_to_readers, operating_system_error
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
+from gramlite.carried import carry_files
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import atomic_output, check_output, sha256_cached
 
-from .gptq_folder import CARRIED_FILES
 from .packages import need_packages
 
 TYPES = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
@@ -60,9 +61,7 @@ def quantize_bnb(
         with quiet(), operating_system_errors():
             model.save_pretrained(folder)
         open_to_readers(folder, folder / "config.json")
-        for name in CARRIED_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        carry_files(source, folder)
         difference = reload_difference(folder, model, type)
         del model
         if not difference <= ALLOWED:
@@ -167,14 +166,22 @@ def bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--type", "kind", type=click.Choice(list(TYPES), case_sensitive=False), default="nf4", show_default=True)
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    checkpoint: Path, output: Path, kind: str, template: str | None, smoke: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    kind: str,
+    template: str | None,
+    chat: ChatTemplate,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write a CHECKPOINT as a bitsandbytes folder, and check that it reloads as it was."""
     manifest = quantize_bnb(checkpoint, output, type=kind.lower(), template=template, force=force)
     if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -13,6 +13,7 @@ from gramlite.artifact import Manifest
 from gramlite.backends import Device
 from gramlite.decoding import Mode
 from gramlite.errors import InputError
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 
 from .calibration import Transcript, load_calibration
 from .ggml import Job, quantize_file
@@ -31,6 +32,7 @@ def calibrate(
     opened: Source,
     calibration: Path,
     *,
+    chat: ChatTemplate = OWN_TEMPLATE,
     tokens: int,
     seed: int,
     device: Device = "auto",
@@ -43,7 +45,9 @@ def calibrate(
             "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
         )
     need_packages("gptq", "torch", "transformers")
-    return load_calibration(calibration, judge=opened.path, tokens=tokens, seed=seed, device=device, mode=mode)
+    return load_calibration(
+        calibration, judge=opened.path, chat=chat, tokens=tokens, seed=seed, device=device, mode=mode
+    )
 
 
 def measure_importance(

@@ -14,6 +14,7 @@ import click
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair
+from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 
 if TYPE_CHECKING:
     from gramlite.backends import Device
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gramlite.judge import Judge
 
 DEFAULT_TOKENS = 65_536
+VERSION = 2  # of transcripts; those of 1, which had none, were tokenized again from the judge's text
 
 mode_option = click.option(
     "--mode",
@@ -33,7 +35,7 @@ mode_option = click.option(
 
 @dataclass(frozen=True)
 class Transcript:
-    """One judging: the prompt's token ids and the generation's, of which the verdict is the last."""
+    """One judging: the token ids of the prompt and of all behind it, of which the verdict is the last."""
 
     prompt_ids: tuple[int, ...]
     generated_ids: tuple[int, ...]
@@ -49,6 +51,7 @@ def load_calibration(
     *,
     judge: str | Path,
     template: str | None = None,
+    chat: ChatTemplate = OWN_TEMPLATE,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     device: Device = "auto",
@@ -67,21 +70,24 @@ def load_calibration(
     else:
         pairs = read_pairs(path)
         random.Random(seed).shuffle(pairs)
-        chosen, mode = _judge_pairs(pairs, judge, template, tokens, device, mode)
+        chosen, mode = _judge_pairs(pairs, judge, template, chat, tokens, device, mode)
     described = describe(chosen, tokens=tokens, seed=seed, source=path.name)
     return chosen, described if holds_transcripts(path) else described | {"mode": mode}
 
 
 def read_transcripts(path: Path) -> list[Transcript]:
-    """Read a JSONL file of `prompt_ids`, `generated_ids` and, optionally, `id`.
+    """Read a JSONL file of `version` (2), `prompt_ids`, `generated_ids` and, optionally, `id`.
 
-    Raises InputError that names the line where a row is something else.
+    Raises InputError that names the line where a row is something else, or a transcript of another version.
     """
-    with path.open(encoding="utf-8") as lines:
-        return [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    from gramlite.rows import Lines
+    from gramlite.rows.lines import whole_lines
+
+    with Lines(path) as lines:
+        return [_parse(line, path, number) for number, line in enumerate(whole_lines(lines), 1) if line.strip()]
 
 
-def _parse(line: str, path: Path, number: int) -> Transcript:
+def _parse(line: bytes, path: Path, number: int) -> Transcript:
     try:
         row = json.loads(line)
         prompt, generated = tuple(row["prompt_ids"]), tuple(row["generated_ids"])
@@ -89,6 +95,11 @@ def _parse(line: str, path: Path, number: int) -> Transcript:
         raise InputError(f"{path} line {number} is no transcript: prompt_ids and generated_ids are needed.") from error
     if not prompt or not all(type(token) is int and token >= 0 for token in prompt + generated):
         raise InputError(f"{path} line {number}: ids must be whole numbers, and prompt_ids must not be empty.")
+    if row.get("version") != VERSION:
+        raise InputError(
+            f"{path} line {number} is a transcript of version {row.get('version', 1)}, whose ids need not be the judge's "
+            f'own. Calibrate on the pairs again; ids that are exactly what the judge was fed are marked "version": {VERSION}.'
+        )
     return Transcript(prompt, generated, str(row.get("id", number)))
 
 
@@ -97,7 +108,7 @@ def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for transcript in transcripts:
             row = {"prompt_ids": transcript.prompt_ids, "generated_ids": transcript.generated_ids}
-            file.write(json.dumps({"id": transcript.id} | row) + "\n")
+            file.write(json.dumps({"version": VERSION, "id": transcript.id} | row) + "\n")
 
 
 def choose_transcripts(
@@ -125,35 +136,14 @@ def _within(transcripts: Iterable[Transcript], tokens: int) -> Iterator[Transcri
 
 
 def record_transcripts(judge: Judge, pairs: Iterable[Pair]) -> Iterator[Transcript]:
-    """Let a judge judge pairs and put down each order's prompt, rationale and verdict as token ids.
+    """Let a judge judge pairs and put down, of each order, the token ids that it read, wrote and was made to write.
 
     Pairs without a verdict, or settled without the model, are left out.
     """
-    from gramlite.prompt import encode_prompt, encode_trusted
-    from gramlite.template import presented, screen
-
-    form, vocabulary = judge.template.form, judge.backend.vocabulary
-    seen: list[Pair] = []
-
-    def watched() -> Iterator[Pair]:
-        for pair in pairs:
-            seen.append(pair)
-            yield pair
-
-    for index, verdict in enumerate(judge.many(watched())):
+    for verdict in judge.many(pairs):
         for order in verdict.orders:
-            if order.verdict not in ("A", "B") or order.margin is None:
-                continue
-            shown, _ = screen(judge.template, seen[index], judge.settings.delimiters)
-            segments = judge.scaffold.wrap(judge.template.segments(presented(shown, order.order)))
-            said = form.choices[(order.verdict == "B") != (order.order == "ba")]
-            thinks = order.rationale is not None
-            answer = f"{form.opening}{order.rationale}{form.closing}{form.answer}" if thinks else form.direct
-            yield Transcript(
-                tuple(encode_prompt(vocabulary, segments).tokens),
-                tuple(encode_trusted(vocabulary, answer + said)),
-                f"{seen[index].id}:{order.order}",
-            )
+            if order.verdict in ("A", "B") and order.generated_ids:
+                yield Transcript(order.prompt_ids, order.generated_ids, f"{verdict.id}:{order.order}")
 
 
 def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, source: str) -> dict[str, Any]:
@@ -173,16 +163,19 @@ def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, sourc
 
 def holds_transcripts(path: Path) -> bool:
     """Whether a JSONL file's first row is a transcript; otherwise its rows should be pairs."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return '"prompt_ids"' in first
+    from gramlite.rows import Lines
+    from gramlite.rows.lines import whole_lines
+
+    with Lines(path) as lines:
+        first = next((line for line in whole_lines(lines) if line.strip()), b"")
+    return b'"prompt_ids"' in first
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """All pairs of a JSONL file; raises InputError where a row is none."""
-    from gramlite.rows import read_rows
+    from gramlite.rows import Lines, read_rows
 
-    with path.open("rb") as stream:
+    with Lines(path) as stream:
         rows = list(read_rows(stream))
     for row in rows:
         if row.pair is None:
@@ -191,14 +184,27 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _judge_pairs(
-    pairs: list[Pair], model: str | Path, template: str | None, tokens: int, device: Device, mode: Mode
+    pairs: list[Pair],
+    model: str | Path,
+    template: str | None,
+    chat: ChatTemplate,
+    tokens: int,
+    device: Device,
+    mode: Mode,
 ) -> tuple[list[Transcript], Mode]:
     from gramlite.backends import RuntimeOptions
     from gramlite.judge import Settings
     from gramlite.loading import load
 
     runtime = RuntimeOptions(device=device)
-    with load(model, template=template, settings=Settings(mode=mode, orders="ab"), runtime=runtime) as judge:
+    with load(
+        model,
+        template=template,
+        settings=Settings(mode=mode, orders="ab"),
+        runtime=runtime,
+        chat_template=chat.choice,
+        trust_template=chat.trust,
+    ) as judge:
         chosen = list(_within(record_transcripts(judge, pairs), tokens))
     if not chosen:
         raise InputError(f"No pair's transcript fits into --tokens {tokens:,}. Raise it, or give other pairs.")

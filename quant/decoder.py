@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gramlite.export.architecture import family_of
 from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
 
 from gramlite.cache_keyword import with_cache
 from gramlite.errors import InputError, ModelError
+from gramlite.model_folder import attention_window
 
 from .batches import Batch, Shared
 from .memory import FreedMemory
@@ -17,9 +19,8 @@ from .memory import FreedMemory
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers whose linears have these names:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-STAGES = (
+STAGES = (  # the linears of every family's layers, which are pre-norm
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -39,6 +40,7 @@ class Decoder:
 
         self.checkpoint, self.device = checkpoint, device
         self.skeleton = _build_skeleton(checkpoint)
+        self.window = attention_window(checkpoint.config)
         self.dtype: torch.dtype = torch.float32 if device == "cpu" else self.skeleton.dtype
         self.freed = FreedMemory(device)
         self.rotary = type(self.skeleton.model.rotary_emb)(self.skeleton.config).to(device)
@@ -52,6 +54,9 @@ class Decoder:
         largest = max(max(map(max, batch.sequences)) for batch in batches)
         if largest >= len(table):
             raise InputError(f"A calibration transcript holds token {largest}; the model has {len(table)}.")
+        longest, window = max(batch.start + max(map(len, batch.sequences)) for batch in batches), self.window
+        if window and longest > window:
+            raise InputError(f"A calibration transcript has {longest:,} tokens; the model's attention spans {window:,}.")
         return [batch.spread(table).to(device=self.device, dtype=self.dtype) for batch in batches]
 
     @contextmanager
@@ -130,11 +135,7 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = checkpoint.config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"{checkpoint.folder} is a {kind!r} model; layer by layer quantization knows {', '.join(ARCHITECTURES)}."
-        )
+    family_of(checkpoint.config)
     config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)

@@ -21,6 +21,8 @@ from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
+from gramlite.carried import plan_notices
+from gramlite.commands.options import chat_options
 from gramlite.device import thread_count
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.ggml_types import GGML_TYPES
@@ -119,7 +121,7 @@ def quantize_source(
                 files={destination.name: sha256_file(temporary)},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=_room(source.header, kind))
+        return publish_file(destination, build, source.path, force=force, need_bytes=_room(source.header, kind))
 
 
 def file_type(name: str) -> str:
@@ -269,6 +271,7 @@ def no_low_rank(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the source.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -280,6 +283,7 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
         raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
     inputs = [options[name] for name in ("calibration", "imatrix", "template")]
     check_output(output, [source], force=options["force"], file=True, inputs=inputs)
+    plan_notices(output, source)  # what is in their way had better be told before a calibration
     if options["save_imatrix"]:
         sources = [source, output, output.with_name(f"{output.name}.json")]
         check_output(options["save_imatrix"], sources, force=options["force"], file=True, inputs=inputs)
@@ -291,7 +295,7 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
         if options["calibration"]:
             need_packages("gptq", "torch", "transformers")
             device = pick_device(options["device"])
-            sizes = {name: options[name] for name in ("tokens", "seed", "device", "mode")}
+            sizes = {name: options[name] for name in ("chat", "tokens", "seed", "device", "mode")}
             transcripts, described = calibrate(source, opened, options["calibration"], **sizes)
             name = options["calibration"].name
             matrix = matrix or measure_importance(source, opened, transcripts, name, device=device)
@@ -316,7 +320,7 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
                 opened, output, kind=kind, imatrix=matrix, overrides=overrides, force=options["force"]
             )
         if smoke:
-            template = options["template"]
-            manifest = smoke_judge(output, manifest, opened.path, template=template, force=options["force"])
+            judging = {name: options[name] for name in ("template", "chat", "force")}
+            manifest = smoke_judge(output, manifest, opened.path, **judging)
     print_notes(manifest)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -18,11 +18,13 @@ from typing import Any
 
 import click
 import numpy as np
+from gramlite.export.architecture import family_of
 from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
 from gramlite.storage import Inputs, atomic_output, check_output, sha256_cached
 
@@ -129,6 +131,7 @@ def preflight(
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint and its linears' names, when all that can be refused before anything is computed was looked at."""
     checkpoint = open_checkpoint(source)
+    family_of(checkpoint.config)
     names = linear_names(checkpoint)
     for name in names:
         settings.of(name).check(name, *checkpoint.tensors[f"{name}.weight"].shape)
@@ -296,6 +299,7 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -315,6 +319,7 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
         calibration,
         judge=options["judge"] or source,
         template=options["template"],
+        chat=options["chat"],
         tokens=options["tokens"],
         seed=options["seed"],
         device=options["device"],
@@ -335,5 +340,6 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
     manifest = read_manifest(output)
     assert manifest is not None  # it was written just now
     if smoke:
-        manifest = smoke_judge(output, manifest, source, template=options["template"], force=options["force"])
+        judging = {name: options[name] for name in ("template", "chat", "force")}
+        manifest = smoke_judge(output, manifest, source, **judging)
     print_report(report, manifest, as_json=as_json)

@@ -8,13 +8,18 @@ For each quantized linear, instead of its weight (in the classic "gptq" format, 
     g_idx    int32 [in]                       the group of each input
 
 All other tensors stay float16. "gptq_v2" differs in that zero points are stored as they are; it is read, not written.
+
+GPTQ-for-LLaMa began with the less one (its issue 230), so symmetric 4 bits store 7; AutoGPTQ's pull request 640 brought
+"gptq_v2", which stores 8. Which of the two a folder has is what checkpoint_format is for, and published folders say it
+wrongly (vLLM's pull request 38966: Qwen's with 8 under "gptq"). Where a folder is symmetric its zero points say it
+themselves, for the true one is the middle code, and they are believed. Asymmetric ones can be told apart by no value but
+the all-ones that "gptq" makes of 0, which its readers make 2**bits of, and which is refused.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +29,13 @@ from gramlite.export.checkpoint import INDEX, StoredTensor, damaged, read_json, 
 from gramlite.export.save_tensors import save_tensors
 from gramlite.export.stream import convert
 
+from gramlite.carried import carry_files
 from gramlite.errors import ModelError
 
 from .linear import QuantizedLinear, natural_groups
 
 SHARD_BYTES = 1 << 30
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-CARRIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "README.md",
-)  # fmt: skip
+PARTS = ("qweight", "qzeros", "scales")
 
 
 def pack_words(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
@@ -95,9 +97,7 @@ class GptqWriter:
         types = {"dtype": "float16", "torch_dtype": "float16"}
         _write_json(self.folder / "config.json", config | types | {"quantization_config": quantization})
         _write_json(self.folder / "quantize_config.json", quantization)
-        for file in CARRIED_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, self.folder / file)
+        carry_files(source, self.folder)
 
     def _flush(self) -> None:
         save_tensors(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
@@ -122,13 +122,17 @@ class GptqWriter:
 
 @dataclass(frozen=True)
 class GptqFolder:
-    """A GPTQ checkpoint: `linears` are the names of its quantized modules, in the order of the layers."""
+    """A GPTQ checkpoint: `linears` are the names of its quantized modules, in the order of the layers.
+
+    `stored_zero_offset` is what zero points are stored less, `labelled_offset` what it would be by checkpoint_format.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     linears: tuple[str, ...]
     stored_zero_offset: int
+    labelled_offset: int
 
     @property
     def files(self) -> list[Path]:
@@ -140,20 +144,15 @@ class GptqFolder:
 
         Raises ModelError where tensors are missing or don't fit each other, or a zero point is out of range.
         """
+        bits = self._bits(name)
         words, packed_zeros = self._read(f"{name}.qweight"), self._read(f"{name}.qzeros")
         scales = self._float16(f"{name}.scales")
-        if not words.ndim == packed_zeros.ndim == scales.ndim == 2 or not scales.size:
-            raise ModelError(f"{name} in {self.folder} has tensors that are no matrices. Download it again.")
-        groups, rows = scales.shape
-        bits = packed_zeros.shape[1] * 32 // rows
-        columns = words.shape[0] * 32 // max(bits, 1)
-        if packed_zeros.shape[0] != groups or words.shape[1] != rows or bits not in (2, 3, 4, 8) or columns % groups:
-            raise ModelError(f"{name} in {self.folder} has qweight, qzeros and scales that do not fit each other.")
+        columns, groups = words.shape[0] * 32 // bits, len(scales)
         zeros = unpack_words(np.ascontiguousarray(packed_zeros.T), bits).astype(np.int32) + self.stored_zero_offset
         if int(zeros.max()) >= 1 << bits:
             raise ModelError(
-                f"{name} in {self.folder} has zero points above {(1 << bits) - 1}, which its readers disagree about. "
-                "Quantize the checkpoint again, or save it in the format gptq_v2."
+                f"{name} in {self.folder} has zero points above {(1 << bits) - 1} by its checkpoint_format 'gptq', which "
+                "its readers disagree about. Quantize the checkpoint again, or save it in the format gptq_v2."
             )
         return QuantizedLinear(
             codes=np.ascontiguousarray(unpack_words(words, bits).T),
@@ -163,6 +162,42 @@ class GptqFolder:
             bits=bits,
             group_size=columns // groups,
         )
+
+    def symmetric_offset(self, *, declared: bool) -> int:
+        """What zero points are stored less so that each is the middle code; the label's where they are no such thing.
+
+        Raises ModelError where that is `declared` and not so, or one layer stores them as the other does not.
+        """
+        found = {self._symmetric_offset(name) for name in self.linears}
+        offset = found.pop() if len(found) == 1 else None
+        if offset is None and declared:
+            raise ModelError(
+                f"{self.folder} says that it is symmetric (sym) and has zero points that are the middle code neither as "
+                "checkpoint_format 'gptq' stores it nor as 'gptq_v2' does. Quantize the checkpoint again."
+            )
+        return self.labelled_offset if offset is None else offset
+
+    def _symmetric_offset(self, name: str) -> int | None:
+        """0 or 1 where every stored zero point is the middle code less so much, else None."""
+        bits, stored = self._bits(name), self._read(f"{name}.qzeros")
+        rows = stored.shape[1] * 32 // bits
+        for offset in (0, 1):
+            middle = np.full((rows, 1), (1 << (bits - 1)) - offset, dtype=np.uint8)
+            if np.array_equal(stored, np.broadcast_to(pack_words(middle, bits).T, stored.shape)):
+                return offset
+        return None
+
+    def _bits(self, name: str) -> int:
+        """A module's bits by the shapes of its tensors; raises ModelError unless these belong together."""
+        words, zeros, scales = (self._stored(f"{name}.{part}").shape for part in PARTS)
+        if not len(words) == len(zeros) == len(scales) == 2 or 0 in (*words, *zeros, *scales):
+            raise ModelError(f"{name} in {self.folder} has tensors that are no matrices. Download it again.")
+        groups, rows = scales
+        bits: int = zeros[1] * 32 // rows
+        fits = (zeros[0], words[1], zeros[1] * 32) == (groups, rows, bits * rows)
+        if not fits or bits not in (2, 3, 4, 8) or words[0] * 32 // bits % groups:
+            raise ModelError(f"{name} in {self.folder} has qweight, qzeros and scales that do not fit each other.")
+        return bits
 
     def read_float(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor that is not quantized, in float32."""
@@ -205,7 +240,10 @@ class GptqFolder:
 
 
 def open_gptq(folder: Path) -> GptqFolder:
-    """Open a GPTQ checkpoint; raises ModelError where the folder is none, or in a format that is not known."""
+    """Open a GPTQ checkpoint; raises ModelError where the folder is none, or in a format that is not known.
+
+    So it does where its zero points contradict what the folder says of them, before any weight is read.
+    """
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     if quantization is None and (folder / "quantize_config.json").is_file():
@@ -221,7 +259,11 @@ def open_gptq(folder: Path) -> GptqFolder:
     linears = tuple(name.removesuffix(".qweight") for name in sorted(tensors, key=_layer_order) if _is_code(name))
     if not linears:
         raise ModelError(f"{folder} holds no quantized layer.")
-    return GptqFolder(folder, config, tensors, linears, 1 if layout == "gptq" else 0)
+    labelled = 1 if layout == "gptq" else 0
+    found = GptqFolder(folder, config, tensors, linears, labelled, labelled)
+    if quantization.get("sym") is False:
+        return found
+    return replace(found, stored_zero_offset=found.symmetric_offset(declared=bool(quantization.get("sym"))))
 
 
 def _is_code(name: str) -> bool:

@@ -18,8 +18,10 @@ from gramlite.export.report import judge_command, print_artifact
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.artifact import Manifest
+from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
 from gramlite.onnx_graph import read_graph
+from gramlite.scaffold import ChatTemplate
 
 from .onnx_embedding import shrink_embedding
 
@@ -103,6 +105,7 @@ def choose_method(source: Path, type: str, group_size: int, method: str | None) 
 )
 @click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Where it is to run.")
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -114,6 +117,7 @@ def command(
     method: str | None,
     target: str,
     template: str | None,
+    chat: ChatTemplate,
     smoke: bool,
     force: bool,
     as_json: bool,
@@ -130,5 +134,5 @@ def command(
         force=force,
     )
     if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, force=force)
+        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

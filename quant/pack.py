@@ -35,8 +35,10 @@ from gramlite.export.stream import permute_heads
 from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
 from gramlite.artifact import Manifest, read_manifest, verify_files
+from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
 from gramlite.ggml_types import GGML_TYPES
+from gramlite.scaffold import ChatTemplate
 from gramlite.storage import check_output, sha256_cached
 
 from .blocks import gguf_blocks, gguf_type
@@ -109,7 +111,7 @@ def pack_gguf(
                 files={destination.name: sha256},
             )
 
-        return publish_file(destination, build, force=force, need_bytes=plan.payload + HEADER_BYTES)
+        return publish_file(destination, build, source, force=force, need_bytes=plan.payload + HEADER_BYTES)
 
 
 def plan_pack(source: Path, embedding: str) -> PackPlan:
@@ -246,6 +248,7 @@ def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> Quantiz
     help="Type of the embedding and the head.",
 )
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default the one recorded.")
+@chat_options
 @smoke_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -255,6 +258,7 @@ def command(
     output: Path,
     embedding: str,
     template: str | None,
+    chat: ChatTemplate,
     smoke: bool,
     force: bool,
     as_json: bool,
@@ -266,5 +270,5 @@ def command(
     manifest = pack(folder, output, embedding=embedding, template=template, force=force)
     if smoke:
         margins = recorded_margins(read_manifest(folder), manifest.template)
-        manifest = smoke_judge(output, manifest, margins, template=template, force=force)
+        manifest = smoke_judge(output, manifest, margins, template=template, chat=chat, force=force)
     print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.genai import GRAPH, build, check_family, initializers, require_builder, weight_bytes
+from gramlite.export.architecture import family_of
+from gramlite.export.genai import GRAPH, build, initializers, require_builder, weight_bytes
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import progress_bar
 
@@ -63,7 +64,7 @@ def pack_onnx(
     source, destination = Path(source), Path(destination)
     destination = check_output(destination, [source], force=force, inputs=[template])
     folder = open_gptq(source)
-    check_family(folder.config)
+    family_of(folder.config)
     require_builder()
     bits = {name: check(folder, name) for name in folder.linears}
     judge, origin = judge_template(source, template), read_manifest(source)

@@ -86,7 +86,7 @@ def test_output_file_and_resume(scripted: Path, tmp_path: Path, capsys: pytest.C
     output = tmp_path / "out.jsonl"
     base = ["judge", str(pairs), "-m", str(scripted), "-o", str(output)]
     assert run(base) == 5
-    assert [row["id"] for row in lines_of(output.read_text())] == ["p1", "2", "p2"]
+    assert [row["id"] for row in lines_of(output.read_text())] == ["p1", None, "p2"]
     assert run(base) == 2, "an existing file is not overwritten"
     pairs_file(tmp_path, PAIR, PAIR | {"id": "p2"}, PAIR | {"id": "p3"})
     assert run([*base, "--resume"]) == 0

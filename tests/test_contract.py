@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_jsonl
+from forked import check_child, fork_with
 
 import gramlite
 from gramlite import GramliteError, InputError, Judge, Pair, RuntimeOptions, Settings
@@ -287,3 +288,8 @@ def dequantized_twin(folder: Path, checkpoint: Path, twin: Path) -> Path:
         metadata={"format": "pt"},
     )
     return twin
+
+
+@pytest.mark.fault("fork")
+def test_every_use_in_a_forked_child_is_an_error(artifact: Path) -> None:
+    check_child(fork_with(artifact))

@@ -70,6 +70,24 @@ def test_a_closing_tag_that_is_a_special_token() -> None:
     assert fed.count(301) == 1, "the forced scaffold writes the tag as the model's own token"
 
 
+@pytest.mark.fault("transcripts")
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    ("written", "sampling"),
+    [(CLOSED, {}), ("all good", {"budget": 8}), ("a </th", {"budget": 6}), ("short", {}), ("x y z. " * 90, {}), ("", {"mode": "direct"})],
+)  # fmt: skip
+def test_the_ids_are_all_that_was_fed_and_then_the_verdict(
+    written: str, sampling: dict[str, object], restarted: bool
+) -> None:
+    for a, b, verdict in ((2.0, 0.5, "A"), (0.5, 2.0, "B")):
+        thinking = decoder(**sampling)
+        if restarted and "mode" not in sampling:
+            thinking.advance(logits_for(ord("?")))
+            thinking.restart()
+        generation, fed = run_script(thinking, written.encode(), a=a, b=b)
+        assert generation.ids == (*thinking.prefix, *fed, ord(verdict))
+
+
 def test_a_repetition_loop_ends_the_thinking() -> None:
     generation, _ = run_script(decoder(budget=5000), b"Response A is better. " * 100)
     assert generation.forced and generation.generated < 400 and generation.margin is not None

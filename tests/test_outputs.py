@@ -284,7 +284,8 @@ def test_a_picture_beside_a_page_is_not_removed(tmp_path: Path, monkeypatch: pyt
     swept: Any = SimpleNamespace(comparisons={"suite": {}}, runs_of=lambda suite: {"base": base}, base=base)
     plan: Any = SimpleNamespace(source=SimpleNamespace(checkpoint=tmp_path))
     monkeypatch.setattr(results, "what_it_says", lambda swept: [])
-    monkeypatch.setattr(results, "mode_sentence", lambda plan: "")
+    for sentence in ("mode_sentence", "settings_sentence"):
+        monkeypatch.setattr(results, sentence, lambda plan: "", raising=False)
     monkeypatch.setattr(results, "tables_markdown", lambda swept: [])
     monkeypatch.setattr(results, "made_with", lambda plan, swept: [])
     results.write_page(tmp_path / "page.md", plan, swept)

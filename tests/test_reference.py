@@ -22,6 +22,7 @@ from gramlite.artifact import Manifest, hash_files, manifest_path, read_manifest
 from gramlite.commands import reference as reference_command
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.gguf_header import Header, read_header
+from gramlite.storage import sha256_file
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 BUILD_IN_PROCESS = "from gramlite.reference import cached_gguf; print(cached_gguf())"
@@ -298,6 +299,15 @@ def test_gguf_vocabulary_is_the_tokenizers(f16: Path, checkpoint: Path) -> None:
 
 
 @needs_base
+@pytest.mark.fault("notices")
+def test_the_notice_lies_beside_the_file_as_in_the_folder(f16: Path, checkpoint: Path) -> None:
+    beside = f16.with_name(f"{f16.name}.NOTICE")
+    assert beside.read_bytes() == (checkpoint / "NOTICE").read_bytes() == (reference_weights.DATA / "NOTICE").read_bytes()
+    manifest = read_manifest(f16)
+    assert manifest is not None and manifest.notices == {beside.name: sha256_file(beside)}
+
+
+@needs_base
 def test_manifests_say_what_was_merged(f16: Path, checkpoint: Path) -> None:
     for path, format, quantization, bits in ((f16, "gguf", "F16", 16.0), (checkpoint, "hf", "BF16", 16.0)):
         manifest = read_manifest(path)
@@ -367,7 +377,7 @@ def test_two_processes_at_once_build_once(built_at_once: tuple[Path, list[str], 
     assert sorted(error.count("building the reference judge") for error in errors) == [0, 1]
     assert "".join(errors).count("\n") == 1, "one line, from the one that builds"
     kept = {entry.name for entry in path.parent.iterdir()} - {path.name + ".lock"}
-    assert kept == {path.name, manifest_path(path).name}
+    assert kept == {path.name, manifest_path(path).name, f"{path.name}.NOTICE"}
 
 
 class CountedBuild:

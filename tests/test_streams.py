@@ -40,7 +40,7 @@ def shell(command: str, place: Path, **environment: str) -> subprocess.Completed
     [
         ("gramlite judge pairs.jsonl -m scripted.json >&-", 1),
         ("gramlite judge pairs.jsonl -m scripted.json -o rows.jsonl >&-", 0),
-        ("gramlite judge - -m scripted.json <&-", 1),
+        ("gramlite judge - -m scripted.json <&-", 2),
         ("gramlite judge pairs.jsonl -m scripted.json <&-", 0),
         ("gramlite judge missing.jsonl -m scripted.json 2>&-", 2),
         ("gramlite judge missing.jsonl -m scripted.json <&- >&- 2>&-", 2),

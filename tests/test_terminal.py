@@ -23,7 +23,7 @@ from gramlite.quant.report import LayerReport, QuantizationReport, print_report
 from gramlite import cli
 from gramlite.artifact import Manifest, hash_files, write_manifest
 from gramlite.cli import run
-from gramlite.commands import doctor, pull
+from gramlite.commands import doctor, pull, reference
 from gramlite.display import visible
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def test_calibrate(place: Path, terminal: Callable[..., tuple[int, str]]) -> Non
 
 
 @fault
-def test_bench(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
+def test_bench(place: Path, terminal: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, model = pairs_at(place, 12, bad=False), judge_at(place)
     runs = [place / f"one{NAME}", place / f"two{NAME}"]
     for folder in runs:
@@ -204,6 +204,9 @@ def test_bench(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
     check(printed, f"Compared with one{NAMED}", f"two{NAMED}", f"two{NAMED} by subset", f"{SHOWN}/report.html")
     page, markdown = ((place / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert NAMED in page and r"[red]\\x1b]0;t\\x07\\u202e" in markdown and not DRIVES.search(markdown)
+    monkeypatch.setenv("COLUMNS", "110")
+    code, printed = terminal("bench", "compare", *runs)
+    check(printed, f"one{NAMED} ", f"two{NAMED} ", "│ no verdict ")
     code, printed = terminal("bench", "compare", *runs, "--json")
     check(printed)
     assert json.loads(printed)["run"] == f"two{NAME}"
@@ -265,6 +268,10 @@ def test_what_is_written_is_told_with_what_to_type(
         f"(plain 2.00000) {SHOWN}\n",
     )
     assert out.text.count(f"gramlite judge PAIRS.jsonl -m '{path_shown}'\n") == 2, "whole, to be copied"
+    built = {"path": str(path), "dtype": "Q8_0", "bytes": 5, "seconds": 1.0, "sha256": "1" * 64}
+    monkeypatch.setattr(reference, "build", lambda *_, **__: built)
+    code, printed = terminal("reference", "-o", path)
+    check(printed, f"{path_shown}  Q8_0", f"Next: gramlite judge -m '{path_shown}' --prompt")
     chosen = pull.Selection(f"owner/{HOSTILE}", "1" * 40, (f"{HOSTILE}.gguf",), 5)
     monkeypatch.setattr(pull, "pull", lambda *_, **__: chosen)
     code, printed = terminal("pull", f"owner/{HOSTILE}", "-o", place)
@@ -298,6 +305,7 @@ def test_a_gate_has_a_line_for_each_clause(place: Path, terminal: Callable[..., 
 # --- reports --------------------------------------------------------------------------------------------------
 
 
+@fault
 def test_a_name_makes_no_link_in_markdown() -> None:
     assert escaped("[x](https://y)") == r"[x\](https://y)" and escaped("![x][y]: z") == r"![x\][y\]: z"
     assert escaped("-3.0 [-4.1, 2.0] a|b_c <i>") == r"-3.0 [-4.1, 2.0] a\|b\_c \<i\>"
@@ -367,11 +375,11 @@ def calls_and_imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] == "rich"]
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if (
-                name in ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write")
-                or "from_markup" in name
-            ):
+            function = node.func
+            owner = function.value if isinstance(function, ast.Attribute) else None
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            ours = isinstance(owner, ast.Name) and owner.id == "click"
+            if (name == "print" and owner is None) or (ours and name in ("echo", "secho")) or name == "from_markup":
                 found.append(name)
     return found
 

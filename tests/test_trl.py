@@ -54,6 +54,54 @@ def test_conversations_read_like_plain_text() -> None:
         text_of([{"role": "user", "content": [{"type": "image", "image": object()}]}])
 
 
+IMAGE = [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]
+BAD = [
+    IMAGE,
+    [{"role": "assistant", "content": None}],
+    [{"role": "assistant"}],
+    [*said("2"), {"role": "user", "content": "more"}],
+    [{"content": "2"}],
+    ["2"],
+    [],
+    None,
+    3,
+]
+
+
+@pytest.mark.fault("conversations")
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_bad_completion_has_no_reward_and_those_beside_it_have_theirs(bad: Any) -> None:
+    backend = Strengths()
+    reward = win_rate_reward(judge_on(backend), outcome="win")
+    rewards = reward(prompts=["q", "q", "q", "p", "p"], completions=["1", bad, "3", bad, said("2")])
+    assert rewards == [0.0, None, 1.0, None, None] and len(backend.asked) == 2
+    against = win_rate_reward(judge_on(Strengths()), reference="answer", outcome="win")
+    rewards = against(prompts=["q"] * 4, completions=["1", bad, "3", "1"], answer=["2", "2", bad, said("0")])
+    assert rewards == [0.0, None, None, 1.0]
+
+
+@pytest.mark.fault("conversations")
+def test_a_bad_prompt_takes_no_reward_from_others() -> None:
+    reward = win_rate_reward(judge_on(Strengths()), outcome="win")
+    assert reward(prompts=["q", IMAGE, "q", IMAGE], completions=["1", "1", "3", "3"]) == [0.0, None, 1.0, None]
+
+
+@pytest.mark.fault("conversations")
+def test_completions_may_repeat_the_prompt() -> None:
+    plain, whole = Strengths(), Strengths()
+    prompt = [{"role": "user", "content": "q"}]
+    rewards = win_rate_reward(judge_on(whole))(prompts=[prompt] * 2, completions=[[*prompt, *said("1")], said("3")])
+    assert rewards == win_rate_reward(judge_on(plain))(prompts=["q", "q"], completions=["1", "3"])
+    assert whole.asked == plain.asked
+
+
+@pytest.mark.fault("conversations")
+def test_a_completion_with_tools_is_read_whole() -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]}
+    tools = [call, {"role": "tool", "name": "f", "content": "3 C"}, *said("3 degrees.")]
+    assert text_of(tools) == 'Assistant: f({"a": 1})\n\nTool: 3 C\n\nAssistant: 3 degrees.'
+
+
 def test_no_verdict_is_no_reward() -> None:
     reward = win_rate_reward(judge_on(Strengths()), outcome="win")
     assert reward(prompts=["q"] * 3, completions=["1", "2\0", "3"]) == [0.0, None, 1.0]

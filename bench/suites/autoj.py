@@ -2,8 +2,8 @@
 
 Official rule (`codes/leaderboard/pairwise_eval.py`, type "pairwise"): agreement is the share of pairs on
 which both orders say the label, over all pairs, those labelled a tie included; consistency the share on
-which the orders agree. A judge that never says "tie" cannot reach the tied pairs, so agreement without ties
-is reported beside it.
+which the orders agree. Where one order is judged (type "single") agreement is the share on which it says the
+label. A judge that never says "tie" cannot reach the tied pairs, so agreement without ties is reported beside it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ GROUPS = {
     "others",
 }
 GROUP_OF = {scenario: group for group, scenarios in GROUPS.items() for scenario in scenarios.split()}
+OFFICIAL = {group: 24 * len(scenarios.split()) for group, scenarios in GROUPS.items()}
 
 
 def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
@@ -77,18 +78,19 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     matched = scoring.match(rows, pairs)
     untied = matched.where(lambda item: item.label != "tie")
     scores: dict[str, float | None] = {
-        "agreement": scoring.mean(item.agreed == item.label for item in matched.judged),
-        "agreement_without_ties": scoring.mean(item.agreed == item.label for item in untied),
+        "agreement": scoring.both_right(matched.judged),
+        "agreement_without_ties": scoring.both_right(untied),
         "accuracy_without_ties": scoring.accuracy(matched.judged),
     }
     if matched.both_orders:
         scores["consistency"] = scoring.mean(item.agreed is not None for item in matched.judged)
     for name, items in sorted(matched.by_subset().items()):
-        scores[f"{name} agreement"] = scoring.mean(item.agreed == item.label for item in items)
+        scores[f"{name} agreement"] = scoring.both_right(items)
         if matched.both_orders:
             scores[f"{name} consistency"] = scoring.mean(item.agreed is not None for item in items)
-    notes = scoring.single_order_note(matched)
+    notes = scoring.official_size(pairs, OFFICIAL)
     ties = len(matched.judged) - len(untied)
     if ties:
         notes.append(f"{ties} pairs are labelled a tie, which a judge without ties always misses.")
-    return scoring.result(matched, headline="agreement", scores=scores, notes=notes)
+    one = "Auto-J's agreement asks both: this is its script's type single."
+    return scoring.result(matched, headline="agreement", scores=scores, notes=notes, one_order=one)

@@ -26,7 +26,8 @@ SOURCE = (
     "target_scores (or targets) in a folder or file for each category."
 )
 FILES = ("hhh_alignment_eval.json", "hhh_alignment", "hhh.jsonl", records.WHOLE_FOLDER)
-CATEGORIES = ("harmless", "helpful", "honest", "other")
+OFFICIAL = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
+CATEGORIES = tuple(OFFICIAL)
 HEADINGS = "Task Description", "The instruction to evaluate", "Response to evaluate", "Score Rubrics", "Feedback"
 SECTION = re.compile(rf"^###({'|'.join(HEADINGS)}):", re.MULTILINE)
 
@@ -107,4 +108,4 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
         "macro": scoring.mean_of_all(by_category.values()),
         **by_category,
     }
-    return scoring.result(matched, headline="micro", scores=scores, notes=scoring.single_order_note(matched))
+    return scoring.result(matched, headline="micro", scores=scores, notes=scoring.official_size(pairs, OFFICIAL))

@@ -1,9 +1,10 @@
 """JudgeBench (Tan et al., ICLR 2025): pairs of model answers of which one is objectively correct.
 
 Official rule (`utils/metrics.py`, the default of its script): each pair is judged in both orders; +1 for a
-decision that is the label, -1 for its opposite, 0 for anything else; a pair counts when the sum is
-positive, over all pairs. The GRAM papers report the mean of the four groups' accuracies with the mean of
-both orders' probability instead.
+decision that is the label, -1 for its opposite, 0 for a tie or none; a pair counts when the sum is positive,
+over all pairs: right in one order and tied in the other is enough. Papers print other readings too, which
+have names of their own here: `group_mean` is the mean of the four groups, `both_orders_right` the stricter
+share, `gram_macro` (GRAM) the mean of the groups with the verdict of both orders' mean probability.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ FILES = (
     "judgebench_claude.jsonl",
 )
 LABELS: dict[str, Winner] = {'"A>B"': "A", '"B>A"': "B"}
-GROUPS = ("knowledge", "reasoning", "math", "coding")
+PREFIXES = {
+    "mmlu-pro": "knowledge",
+    "livebench-reasoning": "reasoning",
+    "livebench-math": "math",
+    "livecodebench": "coding",
+}
+GROUPS = tuple(PREFIXES.values())
+OFFICIAL = [dict(zip(GROUPS, sizes, strict=True)) for sizes in ((154, 98, 56, 42), (154, 51, 34, 31))]  # GPT-4o, Claude
 
 
 def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
@@ -54,11 +62,8 @@ def _pairs(path: Path) -> Iterator[Pair]:
 
 
 def group_of(source: str) -> str:
-    """The paper's group of an official source."""
-    if source.startswith("mmlu-pro"):
-        return "knowledge"
-    known = {"livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding"}
-    return known.get(source, "other")
+    """The paper's group of an official source, by the source's prefix."""
+    return next((group for prefix, group in PREFIXES.items() if source.startswith(prefix)), "other")
 
 
 def net(item: scoring.Judged) -> int:
@@ -68,7 +73,7 @@ def net(item: scoring.Judged) -> int:
 
 
 def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """`official` over all pairs and by group, and the GRAM papers' `gram_macro` with its groups."""
+    """`official` over all pairs and by group, and the other readings under names of their own."""
     matched = scoring.match(rows, pairs)
     groups: dict[str, list[scoring.Judged]] = {name: [] for name in GROUPS}
     for item in matched.judged:
@@ -76,10 +81,12 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     scores: dict[str, float | None] = {"official": scoring.mean(net(item) > 0 for item in matched.judged)}
     for name, items in groups.items():
         scores[f"official_{name}"] = scoring.mean(net(item) > 0 for item in items)
+    scores["group_mean"] = scoring.mean_of_all(scores[f"official_{name}"] for name in GROUPS)
+    if matched.both_orders:
+        scores["both_orders_right"] = scoring.both_right(matched.judged)
     by_group = {name: scoring.mean(item.correct for item in groups[name]) for name in GROUPS}
     scores["gram_macro"] = scoring.mean_of_all(by_group.values())
     scores |= {f"gram_{name}": value for name, value in by_group.items()}
-    notes = scoring.single_order_note(matched)
-    if not matched.both_orders:
-        notes.append("JudgeBench's script judges both orders; this is its --single_game.")
-    return scoring.result(matched, headline="official", scores=scores, notes=notes)
+    notes = scoring.official_size(pairs, *OFFICIAL, part_of=lambda pair: group_of(scoring.subset_of(pair)))
+    one = "JudgeBench's script judges both orders; this is its --single_game."
+    return scoring.result(matched, headline="official", scores=scores, notes=notes, one_order=one)

@@ -1,9 +1,9 @@
 """LLMBar (Zeng et al., ICLR 2024): instructions with one output that follows them and one that does not.
 
 Official rule (`LLMEvaluator/evaluate.py`): each instance is judged in both orders; a subset's accuracy is
-the mean of the two orders' accuracies, its positional agreement the share of instances on which the orders
-name the same output. The adversarial average is the mean of its four subsets, the average the mean of all
-five.
+the mean of the two orders' accuracies, anything but the label being wrong; its positional agreement the share
+of instances on which the orders say the same, be it nothing. The adversarial average is the mean of its four
+subsets, the average the mean of all five; `both_orders_right` is the script's correct_both.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ SOURCE = (
 FILES = ("LLMBar", "Processed", "llmbar.jsonl", "llmbar_processed.jsonl", records.WHOLE_FOLDER)
 LABELS: dict[str, Winner] = {"1": "A", "2": "B", '"1"': "A", '"2"': "B"}
 ADVERSARIAL = tuple(f"Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual"))
+OFFICIAL = dict(zip(("Natural", *ADVERSARIAL), (100, 134, 92, 47, 46), strict=True))
+PROCESSED = {"FairEval": 66, "LLMEval^2": 200, "MT-Bench": 200}
 
 
 def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
@@ -70,17 +72,18 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracy and positional agreement of each subset, and the averages where every subset is there."""
     matched = scoring.match(rows, pairs)
     subsets = matched.by_subset()
-    scores: dict[str, float | None] = {"accuracy": both_orders_accuracy(matched.judged)}
-    if matched.both_orders:
-        scores["agreement"] = scoring.mean(item.agreed is not None for item in matched.judged)
-    for name, items in sorted(subsets.items()):
-        scores[f"{name} accuracy"] = both_orders_accuracy(items)
+    scores: dict[str, float | None] = {}
+    for prefix, items in [("", matched.judged), *((f"{name} ", items) for name, items in sorted(subsets.items()))]:
+        scores[f"{prefix}accuracy"] = both_orders_accuracy(items)
         if matched.both_orders:
-            scores[f"{name} agreement"] = scoring.mean(item.agreed is not None for item in items)
+            scores[f"{prefix}agreement"] = scoring.mean(len(set(item.orders.values())) == 1 for item in items)
+            scores[f"{prefix}both_orders_right"] = scoring.both_right(items)
     adversarial = [scores.get(f"{name} accuracy") for name in ADVERSARIAL]
     headline = "accuracy"
     if any(name.startswith("Adversarial") or name == "Natural" for name in subsets):
         scores["adversarial_average"] = scoring.mean_of_all(adversarial)
         scores["average"] = scoring.mean_of_all([scores.get("Natural accuracy"), *adversarial])
-        headline = "average"
-    return scoring.result(matched, headline=headline, scores=scores, notes=scoring.single_order_note(matched))
+        headline = "average" if scores["average"] is not None else "accuracy"
+    notes = scoring.official_size(pairs, OFFICIAL, PROCESSED)
+    one = "LLMBar's accuracy is the mean of both."
+    return scoring.result(matched, headline=headline, scores=scores, notes=notes, one_order=one)

@@ -2,8 +2,8 @@
 
 Official rule (FastChat's `compute_agreement.py`): a judge's verdict on a pair is the response that both
 orders name, else a tie; it is compared with every expert vote. Setup 1 counts all votes and ties; setup 2
-drops every comparison in which either side says tie. Both are given for each turn; pairs without a verdict
-are left out, as in the script.
+drops every comparison in which either side says tie. Both are given for each turn; pairs without a verdict in
+one of the orders are left out, as in the script.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def agreement(items: Iterable[scoring.Judged], *, with_ties: bool) -> float | No
     """Share of expert votes that the judge's verdict equals."""
     same = []
     for item in items:
-        if item.verdict is None:
+        if item.verdict is None or None in item.orders.values():
             continue
         said = item.agreed or "tie"
         votes = item.meta.get("votes") or [item.label]
@@ -127,5 +127,5 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
         scores[f"{name} with ties"] = agreement(items, with_ties=True)
         scores[f"{name} without ties"] = agreement(items, with_ties=False)
     scores["accuracy_without_ties"] = scoring.accuracy(matched.judged)
-    notes = scoring.single_order_note(matched)
-    return scoring.result(matched, headline="all without ties", scores=scores, notes=notes)
+    one = "FastChat's verdict is what both orders say."
+    return scoring.result(matched, headline="all without ties", scores=scores, one_order=one)

@@ -16,7 +16,7 @@ from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
 from gramlite.pair import Pair, Winner
-from gramlite.rows import SHAPES, Labels, pair_from_json
+from gramlite.rows import SHAPES, Labels, identifier_text, pair_from_json, puts_better_first
 
 SOURCE = f"Give a file of JSON lines as pairs:FILE. Accepted shapes: {SHAPES}; a label is A, B or tie."
 FILES = ("pairs.jsonl",)
@@ -31,7 +31,7 @@ def load(path: Path, *, limit: int | None = None, labels: Mapping[str, Winner | 
 
 
 def _pairs(path: Path, said: Mapping[str, Winner | None] | None) -> Iterator[Pair]:
-    seen: set[str | None] = set()
+    seen: set[str] = set()
     rows = list(records.read_records(path))
     labels = Labels((record for _, record in rows), said)
     for number, record in rows:
@@ -39,27 +39,27 @@ def _pairs(path: Path, said: Mapping[str, Winner | None] | None) -> Iterator[Pai
             pair = pair_from_json(record, default_id=str(number), read_label=labels.read)
         except InputError as error:
             raise InputError(f"{path.name}, line {number}: {error}") from None
-        if pair.id in seen:
+        if identifier_text(pair.id) in seen:
             raise InputError(f"{path.name}, line {number}: the id {pair.id!r} is there twice. Make ids unique.")
-        seen.add(pair.id)
+        seen.add(identifier_text(pair.id))
         meta = {k: v for k, v in (pair.meta or {}).items() if k not in records.PLANTED}
         subset = record.get("subset") or meta.get("subset") or "all"
         meta = {"prompt_sha": records.digest(pair.prompt), **meta, "subset": str(subset)}
-        if "chosen" in record and "response_a" not in record:
+        if puts_better_first(record):
             pair = _sided(pair)
         yield replace(pair, meta=meta)
 
 
 def _sided(pair: Pair) -> Pair:
     """Move the chosen response to the side that a hash of the id says."""
-    if records.chosen_side(str(pair.id)) == "A":
+    if records.chosen_side(identifier_text(pair.id)) == "A":
         return pair
     return replace(pair, response_a=pair.response_b, response_b=pair.response_a, label="B")
 
 
 def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracy, agreement with ties, consistency, the share of first-shown responses; accuracy by subset."""
-    matched = scoring.match(rows, pairs)
+    matched = scoring.match(rows, pairs, unlabelled=True)
     labelled = matched.where(lambda item: item.label is not None)
     first = [
         said == ("A" if order == "ab" else "B")
@@ -77,8 +77,6 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     for name, items in sorted(matched.by_subset().items()):
         if name != "all":
             scores[f"{name} accuracy"] = scoring.accuracy(items)
-    notes = scoring.single_order_note(matched)
     unlabelled = len(matched.judged) - len(labelled)
-    if unlabelled:
-        notes.append(f"{unlabelled} pairs have no label and count only for consistency and flips.")
+    notes = [f"{unlabelled} pairs have no label and count only for consistency and flips."] if unlabelled else []
     return scoring.result(matched, headline="accuracy", scores=scores, notes=notes)

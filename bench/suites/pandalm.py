@@ -1,8 +1,9 @@
 """PandaLM's test set (Wang et al., ICLR 2024): answers of small models, three human annotators a pair.
 
-Official rule (`data/compute_metrics.py`): the label is the majority of the annotators (0 tie, 1, 2; the
-first vote where all three differ), an answer that cannot be read counts as a tie; accuracy, and precision,
-recall and F1 averaged over the three classes, an undefined ratio counting as 0.
+Rule: the label is the majority of the annotators (0 tie, 1, 2; the first vote where all three differ); accuracy,
+and precision, recall and F1 averaged over the three classes, an undefined ratio counting as 0. An answer that
+cannot be read is wrong; the reading that takes it for a tie has names that end in `_unreadable_as_tie`. PandaLM
+shows one order, `one_order_accuracy` where both were judged.
 """
 
 from __future__ import annotations
@@ -53,26 +54,34 @@ def _pairs(path: Path) -> Iterator[Pair]:
         )
 
 
-def class_ratios(items: Sequence[scoring.Judged], name: str) -> tuple[float, float, float]:
+def class_ratios(said: Sequence[str | None], labels: Sequence[str | None], name: str) -> tuple[float, float, float]:
     """Precision, recall and F1 of one class."""
-    said = [item for item in items if (item.verdict or "tie") == name]
-    true = [item for item in items if item.label == name]
-    hits = sum(item.label == name for item in said)
-    precision = hits / len(said) if said else 0.0
-    recall = hits / len(true) if true else 0.0
+    hits = sum(one == label == name for one, label in zip(said, labels, strict=True))
+    precision = hits / said.count(name) if hits else 0.0
+    recall = hits / labels.count(name) if hits else 0.0
     return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
 
 
+def metrics(said: Sequence[str | None], labels: Sequence[str | None]) -> dict[str, float | None]:
+    """Accuracy, and the classes' mean precision, recall and F1; what is said is None where it can't be read."""
+    ratios = zip(*(class_ratios(said, labels, name) for name in CLASSES), strict=True)
+    means = dict(zip(("precision", "recall", "f1"), map(scoring.mean, ratios), strict=True))
+    right = scoring.mean(one == label for one, label in zip(said, labels, strict=True))
+    return {"accuracy": right, **(means if labels else dict.fromkeys(means))}
+
+
 def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """`accuracy`, `precision`, `recall` and `f1` as PandaLM's script, and the accuracy without ties."""
+    """`accuracy`, `precision`, `recall` and `f1`, and the other readings under names of their own."""
     matched = scoring.match(rows, pairs)
-    scores: dict[str, float | None] = {
-        "accuracy": scoring.mean((item.verdict or "tie") == item.label for item in matched.judged)
-    }
-    ratios = [class_ratios(matched.judged, name) for name in CLASSES]
-    for position, name in enumerate(("precision", "recall", "f1")):
-        scores[name] = sum(ratio[position] for ratio in ratios) / 3 if matched.judged else None
+    said, labels = [item.verdict for item in matched.judged], [item.label for item in matched.judged]
+    scores = metrics(said, labels)
+    if None in said:
+        as_tie = metrics([one or "tie" for one in said], labels)
+        scores |= {f"{name}_unreadable_as_tie": value for name, value in as_tie.items()}
+    if matched.both_orders:
+        scores["one_order_accuracy"] = scoring.mean(item.orders["ab"] == item.label for item in matched.judged)
     scores["accuracy_without_ties"] = scoring.accuracy(matched.judged)
     for name, items in sorted(matched.by_subset().items()):
-        scores[f"{name} accuracy"] = scoring.mean((item.verdict or "tie") == item.label for item in items)
-    return scoring.result(matched, headline="accuracy", scores=scores, notes=scoring.single_order_note(matched))
+        scores[f"{name} accuracy"] = scoring.mean(item.correct for item in items)
+    notes = scoring.official_size(pairs, {"pairs": 999}, part_of=lambda pair: "pairs")
+    return scoring.result(matched, headline="accuracy", scores=scores, notes=notes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..artifact import Artifact
 from ..decoding import Decoder, Generation
 from ..errors import InputError, ModelError
+from ..forks import keep, threads_here
 from ..vocabulary import Vocabulary
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -133,5 +134,8 @@ def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
             f"--load-in {options.load_in} quantizes a Hugging Face checkpoint while it is loaded; {artifact.path} is a "
             f"{artifact.format} artifact, which stays what it is. Drop --load-in."
         )
+    if not getattr(module, "OWN_THREADS", False):
+        options = replace(options, threads=threads_here(options.threads))
     backend: Backend = module.open_artifact(artifact, options)
+    keep(backend, refuse=True)
     return backend

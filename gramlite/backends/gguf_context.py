@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ..decoding import Logits
 from ..device import Offload, thread_count
 from ..errors import GramliteError, ModelError, OutOfMemory, ResourceError
-from .gguf_library import forget_words, last_words, memory_words, start_library
+from ..interrupt import uninterrupted
+from .gguf_library import first_words, forget_words, last_words, memory_words, start_library
 
 NO_ROOM = 1  # llama_decode's return values
 ABORTED = 2
@@ -28,6 +29,7 @@ class LlamaContext:
     """The model at `path` as planned; every sequence lies in one unified KV cache.
 
     A batch is filled with `add`, whose tokens give no logits unless `want` asks for them, and computed by `decode`.
+    Where llama.cpp may have something to log, no KeyboardInterrupt is raised: the callback that hears it would lose it.
     Raises ModelError for a file that llama.cpp refuses, OutOfMemory where the GPU's memory runs out, ResourceError where
     the context does not fit.
     """
@@ -48,6 +50,7 @@ class LlamaContext:
             self.close()
             raise
 
+    @uninterrupted()
     def _load(self, path: Path, plan: Offload) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = plan.gpu_layers
@@ -56,9 +59,10 @@ class LlamaContext:
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             self._check_memory()
-            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+            raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
 
+    @uninterrupted()
     def _make(self, plan: Offload, threads: int | None) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = plan.context
@@ -80,7 +84,7 @@ class LlamaContext:
         if not self._context:
             self._check_memory()
             raise ResourceError(
-                f"llama.cpp could not make a context of {plan.context:,} tokens: {last_words()}. "
+                f"llama.cpp could not make a context of {plan.context:,} tokens: {first_words()}. "
                 "Try a smaller --context, or --device cpu."
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -114,6 +118,7 @@ class LlamaContext:
         """Ask for the logits of one of the batch's tokens."""
         self._batch.logits[index] = True
 
+    @uninterrupted()
     def decode(self) -> None:
         """Compute the batch."""
         status = llama_cpp.llama_decode(self._context, self._batch)
@@ -154,6 +159,7 @@ class LlamaContext:
         """Forget every sequence."""
         llama_cpp.llama_memory_clear(self._memory, False)
 
+    @uninterrupted()
     def save(self, sequence: int) -> Saved | None:
         """A copy of a sequence's cells in main memory; None where llama.cpp gives none."""
         size = int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
@@ -161,20 +167,23 @@ class LlamaContext:
         pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return saved if size and llama_cpp.llama_state_seq_get_data(self._context, pointer, size, sequence) else None
 
+    @uninterrupted()
     def restore(self, sequence: int, saved: Saved) -> bool:
         """Put a saved sequence back; False where llama.cpp does not take it."""
         pointer = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return bool(llama_cpp.llama_state_seq_set_data(self._context, pointer, saved.size, sequence))
 
+    @uninterrupted()
     def open_adapter(self, path: str) -> Any:
         """Load a LoRA adapter, which is freed with the model; raises ModelError for one that llama.cpp refuses."""
         forget_words()
         adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:
             self._check_memory()
-            raise ModelError(f"llama.cpp could not load the adapter {path}: {last_words()}. Does it fit this model?")
+            raise ModelError(f"llama.cpp could not load the adapter {path}: {first_words()}. Does it fit this model?")
         return adapter
 
+    @uninterrupted()
     def set_adapters(self, adapters: Sequence[Any]) -> None:
         """Compute with these adapters together from here on."""
         count = len(adapters)
@@ -191,6 +200,7 @@ class LlamaContext:
         """Take an `abort` back."""
         self._abort_text.value = b""
 
+    @uninterrupted()
     def close(self) -> None:
         batch, context, model = self._batch, self._context, self.model
         self._batch = self._context = self.model = None  # first, so that an interrupt leads to nothing freed twice

@@ -11,18 +11,26 @@ from pathlib import Path
 import llama_cpp
 
 from ..device import Gpu, Machine, free_memory, has_driver, has_mps
+from ..interrupt import uninterrupted
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "unable to allocate", "not enough memory")
 
+ERROR = 4  # ggml's level of log lines
+
 _log_tail: deque[str] = deque(maxlen=40)
+_errors: list[str] = []  # since the words were forgotten, the first ones
 _started = threading.Lock()
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, data: object) -> None:
-    _log_tail.append(text.decode("utf-8", "replace"))
+    said = text.decode("utf-8", "replace")
+    _log_tail.append(said)
+    if level == ERROR and len(_errors) < 20:
+        _errors.append(said)
 
 
+@uninterrupted()
 def start_library() -> None:
     """Start llama.cpp, and keep what it logs instead of printing it."""
     with _started:
@@ -33,6 +41,12 @@ def start_library() -> None:
 def forget_words() -> None:
     """Drop what was logged, so that a failure is not explained with an older one."""
     _log_tail.clear()
+    _errors.clear()
+
+
+def first_words() -> str:
+    """The first error since the words were forgotten, which is the cause of those that follow it."""
+    return next((error.strip() for error in _errors if error.strip()), None) or last_words()
 
 
 def last_words() -> str:
@@ -47,6 +61,7 @@ def memory_words() -> str | None:
     return next((line for line in reversed(lines) if any(word in line for word in MEMORY_WORDS)), None)
 
 
+@uninterrupted()
 def machine() -> Machine:
     """This machine as llama.cpp's build sees it."""
     gpus = _gpus() if llama_cpp.llama_supports_gpu_offload() else []

@@ -13,10 +13,13 @@ import llama_cpp
 
 from ..errors import GramliteError, ModelError
 from ..gguf_header import Header
+from ..interrupt import uninterrupted
 from ..quantization import quantization_name
-from .gguf_library import last_words, start_library
+from .gguf_library import first_words, forget_words, start_library
 
-SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+MARKED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+SPECIAL = {"unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}  # as GGUF spells them
 
 
 class LlamaVocabulary:
@@ -29,7 +32,7 @@ class LlamaVocabulary:
         self._buffer = ctypes.create_string_buffer(1024)
         self._pieces: dict[int, bytes] = {}
         self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & SPECIAL]
+        special = [t for t in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & MARKED]
         self.special_tokens: Mapping[str, int] = {
             llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"): token for token in special
         }
@@ -37,18 +40,21 @@ class LlamaVocabulary:
         self.end_tokens = frozenset([*ends, int(llama_cpp.llama_vocab_eos(self._vocab))])
 
     @classmethod
+    @uninterrupted()
     def of_file(cls, path: Path, *, normalize: bool) -> LlamaVocabulary:
         """The vocabulary without the weights, for as long as the process runs or until `close`."""
         start_library()
+        forget_words()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
-            raise ModelError(f"llama.cpp could not load {path}: {last_words()}. Export or download it again.")
+            raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         vocabulary = cls(model, normalize=normalize)
         vocabulary._own_model = model
         return vocabulary
 
+    @uninterrupted()
     def close(self) -> None:
         """Free what `of_file` loaded."""
         if self._own_model:
@@ -90,4 +96,5 @@ def judging_metadata(header: Header) -> dict[str, Any]:
         "template": template if any(template.values()) else None,
         "bos": literal("bos"),
         "eos": literal("eos"),
+        "special": {f"{name}_token": literal(key) for name, key in SPECIAL.items()},
     }

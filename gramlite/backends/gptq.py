@@ -21,7 +21,7 @@ from . import Backend, RuntimeOptions, gguf
 
 logger = logging.getLogger("gramlite")
 
-RECIPE = 1  # raise it when packing writes other bytes, so that cached files are made again
+RECIPE = 2  # raise it when packing writes other bytes, so that cached files are made again
 EMBEDDING = "f16"  # exact: GPTQ folders hold float16
 
 
@@ -59,9 +59,18 @@ def no_cuda_reason() -> str | None:
 
 
 def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
-    """The folder itself, on the GPU with the most free memory."""
+    """The folder itself, on the GPU with the most free memory; gptqmodel takes its zero points as the label says."""
     import torch
 
+    from gramlite.quant.gptq_folder import open_gptq
+
+    found = open_gptq(artifact.path)
+    if found.stored_zero_offset != found.labelled_offset:
+        right = "gptq" if found.stored_zero_offset else "gptq_v2"
+        raise ModelError(
+            f"{artifact.path} has zero points as the checkpoint_format {right!r} stores them, and says another. Correct "
+            "it in config.json, or run the folder packed: --device cpu."
+        )
     from ..folder_memory import footprint, stored_bytes
     from ..model_folder import read_model_folder
     from ..placement import Placement, place
@@ -97,10 +106,12 @@ def packed(folder: Path) -> Path:
     """
     from filelock import FileLock
 
+    from gramlite.quant.gptq_folder import open_gptq
     from gramlite.quant.pack import pack_gguf
 
     if not folder.is_dir():
         raise ModelError(f"{folder} is no GPTQ folder.")
+    open_gptq(folder)  # which refuses it before anything is hashed or said
     destination = twin_path(folder)
     try:
         if is_intact(destination):

@@ -58,7 +58,9 @@ class HfBackend:
         self._sequence = OneSequence(self._compute)
 
     def _empty(self) -> Any:
-        return transformers.DynamicCache(config=self._model.config)
+        config = self._model.config
+        # the cache of an attention with a window forgets what it passes, and cannot be cropped then
+        return transformers.DynamicCache(config=None if getattr(config, "sliding_window", None) else config)
 
     def _free(self) -> None:
         self._model = self._cache = None

@@ -34,6 +34,7 @@ logger = logging.getLogger("gramlite")
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+OWN_THREADS = True  # each session makes its own, in a forked process too
 CELLS = 512  # the KV buffers grow in steps of this many tokens
 
 Below = Callable[[Placement, int | None], Placement | None]

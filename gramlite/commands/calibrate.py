@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import INTERRUPTED, InputError
+from ..errors import InputError
 from ..terminal import note, say, say_json
-from .judge import judge_rows, open_input, resume_command
+from .judge import judge_rows, open_input, say_rows_on_interrupt
 from .options import JudgeOptions, judge_options, labels_option
 
 if TYPE_CHECKING:
@@ -62,11 +62,10 @@ def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
         require_both_sides(np.array([OUTCOMES[pair.label] for pair in pairs if pair.label]))
 
 
-def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled | None:
-    """Judge the rows, each on disk before the next, in `output` where it is given; None when interrupted."""
+def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled:
+    """Judge the rows, each on disk before the next, in `output` where it is given."""
     from ..confidence import labelled
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal, read_journal
 
     answers = {row.digest: (row.pair.label, row.pair.prompt) for row in rows if row.pair}
@@ -75,36 +74,20 @@ def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool,
         record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
         journal = stack.enter_context(Journal(path, record=record, resume=resume, force=force))
         display = stack.enter_context(Display(as_json=True, quiet=True, total=len(rows)))
-        stack.enter_context(on_interrupt(judge.abort))
-        try:
-            judge_rows(judge, rows, display, journal, lookahead=True)
-        except KeyboardInterrupt:
-            display.close()
-            saved = (
-                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
-                if output
-                else "Nothing was saved."
-            )
-            note(f"Interrupted. {saved}")
-            return None
+        judge_rows(judge, rows, display, journal, lookahead=True)
         found = [row for row, _ in read_journal(path) if row]
     return labelled((row, *answers[row["input"]]) for row in found if row.get("input") in answers)
 
 
-def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]] | None:
-    """The table of budgets and the verdicts at the chosen one; None when interrupted."""
+def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]]:
+    """The table of budgets and the verdicts at the chosen one."""
     from ..budget import measure
     from ..console import progress
-    from ..interrupt import on_interrupt
 
     pairs = [row.pair for row in rows if row.pair]
-    with progress() as bar, on_interrupt(judge.abort):
+    with progress() as bar:
         task = bar.add_task("Judging", total=None)
-        try:
-            return measure(judge, pairs, on_verdict=lambda: bar.advance(task))
-        except KeyboardInterrupt:
-            note("Interrupted. Nothing was saved.")
-            return None
+        return measure(judge, pairs, on_verdict=lambda: bar.advance(task))
 
 
 def run(
@@ -124,19 +107,13 @@ def run(
         require_writable(artifact)
         table = None
         if automatic:
-            found = measured(judge, rows)
-            if found is None:
-                return INTERRUPTED
-            table, verdicts = found
+            table, verdicts = measured(judge, rows)
             store_budget(artifact, table)
             judge = judge.with_settings(budget=table.chosen)
             answers = [(row.pair.label, row.pair.prompt) for row in rows if row.pair]
             data = labelled((verdict, *answer) for verdict, answer in zip(verdicts, answers, strict=True))
         else:
-            collected = judged(judge, rows, output, resume, force)
-            if collected is None:
-                return INTERRUPTED
-            data = collected
+            data = judged(judge, rows, output, resume, force)
         calibration = calibrate(data, judge.model, judge.settings_record)
         warn_of_labels(data)
         path = store_calibration(artifact, calibration)
@@ -221,4 +198,5 @@ def command(
         check_rows(output, [pairs, *options.inputs()], resume=resume, force=force)
     if options.model:
         check_file(sidecar_path(Path(options.model)), [pairs])
+    say_rows_on_interrupt(output)
     return run(options, labelled_rows(pairs, ties=ties == "half", said=labels), output, resume, force, as_json)

@@ -150,7 +150,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what was found in columns, and the memory as a table."""
-    from ..console import console, show_facts, table
+    from ..console import show_facts, show_table
 
     facts = [
         (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
@@ -165,7 +165,7 @@ def show(found: dict[str, Any]) -> None:
             {"context": f"{context:,}"} | {MEMORY.get(part, part): f"{needed[part] / MiB:,.0f}" for part in needed}
             for context, needed in found["memory"].items()
         ]
-        console().print(table(f"Memory needed on {found.get('memory_on', 'the CPU')}, MiB", rows, left=0))
+        show_table(f"Memory needed on {found.get('memory_on', 'the CPU')}, MiB", rows, left=0)
 
 
 @click.command()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from ..interrupt import how_to_go_on, say_on_interrupt
+from ..journal import begun_here, rows_kept
 from ..terminal import note
 from .options import JudgeOptions, judge_options
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..judge import Judge
     from ..pair import Pair, Verdict
-    from ..rows import Row
+    from ..rows import Lines, Row
 
 
 def judge_one(judge: Judge, pair: Pair, display: Display, journal: Journal | None) -> int:
@@ -97,39 +97,45 @@ def output_row(judge: Judge, row: Row, verdict: Verdict | None) -> dict[str, Any
             output["reason"] = f"line {row.line}: {verdict.reason}"
     else:
         output = {
-            "id": str(row.line), "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
+            "id": row.id, "verdict": None, "p_a": None, "margin": None, "consistent": None, "reason": row.error,
             "flags": [], "sections": None, "orders": [], "model": judge.model, "settings": judge.settings_hash,
         }  # fmt: skip
     return {**output, "line": row.line, "input": row.digest}
 
 
-def open_input(source: str) -> tuple[BinaryIO, int | None, bool]:
-    """The input stream, its number of lines where it can be counted, and whether reading ahead is harmless."""
-    if source == "-":
-        return sys.stdin.buffer, None, False
+def open_input(
+    source: str, build: Callable[[Mapping[str, Any], str], object] | None = None
+) -> tuple[Lines, int | None, bool]:
+    """The input, its number of rows where it can be counted, and whether reading ahead is harmless.
+
+    Raises InputError, before a model is loaded, for a file that `build` (a pair's, unless given) can make no row of.
+    """
+    from ..rows import Lines, check_kind, pair_from_json
+
     path = Path(source)
-    try:
-        if not path.is_file():
-            if not path.exists():
-                raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
-            return path.open("rb"), None, False
-        with path.open("rb") as counted:
-            lines = sum(1 for line in counted if line.strip())
-        return path.open("rb"), lines, True
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    if source != "-" and not path.exists():
+        raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
+    if source == "-" or not path.is_file():
+        return Lines(source), None, False
+    with Lines(path) as lines:
+        count = check_kind(lines, build or pair_from_json)
+    return Lines(path), count, True
 
 
-def resume_command() -> str:
-    """What to type to go on with an interrupted run."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--force")]
-    return shlex.join(["gramlite", *arguments, "--resume"])
+def say_rows_on_interrupt(rows: Path | None, folder: Path | None = None) -> None:
+    """Let an interrupt say how many rows are in a journal, or in its `folder`, and what to type to go on."""
+
+    def words() -> str:
+        if rows is None:
+            return "Nothing was saved."
+        return f"{rows_kept(rows)} rows are in {folder or rows}. {how_to_go_on(begun=begun_here(rows))}"
+
+    say_on_interrupt(words)
 
 
 def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal, check_rows
     from ..rows import read_rows
 
@@ -137,26 +143,14 @@ def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bo
         check_rows(output, [source, *options.inputs()], resume=resume, force=force)
     stream, lines, lookahead = open_input(source)
     with ExitStack() as stack:
-        if source != "-":
-            stack.callback(stream.close)
+        stack.callback(stream.close)
         judge = stack.enter_context(options.open())
         record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
         journal = None
         if output:
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
         display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines))
-        stack.enter_context(on_interrupt(judge.abort))
-        try:
-            tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
-        except KeyboardInterrupt:
-            display.close()
-            rows = (
-                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
-                if output
-                else "Nothing was saved."
-            )
-            note(f"Interrupted. {rows}")
-            return INTERRUPTED
+        tally = judge_rows(judge, read_rows(stream), display, journal, lookahead=lookahead)
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
 
@@ -193,6 +187,7 @@ def command(
         raise InputError("Give a file of pairs, or all three of --prompt, --a and --b.")
     if resume and not output:
         raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    say_rows_on_interrupt(output)
     if not any(given):
         if not pairs:
             raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
@@ -209,7 +204,6 @@ def utf8(argument: str | None) -> str:
 def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal, check_rows
 
     pair.check()
@@ -221,6 +215,5 @@ def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: boo
         if output:
             record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
-        stack.enter_context(on_interrupt(judge.abort))
         display = stack.enter_context(Display(as_json=as_json, quiet=False, total=None))
         return judge_one(judge, pair, display, journal)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ..scaffold import BUILT_IN, ChatTemplate
 from ..settings import MOST_SEQUENCES, THINK_SEQUENCES
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class JudgeOptions:
     model: str | None
     adapter: str | None
     template: str | None
-    trust_template: bool
+    chat_template: str | None = None
+    trust_template: bool = False
     mode: str
     orders: str
     votes: int
@@ -43,8 +45,9 @@ class JudgeOptions:
     load_in: str | None = None
 
     def open(self) -> Judge:
-        """Open the judge that these options describe."""
+        """Open the judge that these options describe; an interrupt stops it."""
         from ..backends import RuntimeOptions
+        from ..interrupt import on_interrupt
         from ..judge import Settings
         from ..loading import load
 
@@ -69,8 +72,14 @@ class JudgeOptions:
             load_in=self.load_in,  # type: ignore[arg-type]
         )
         judge = load(
-            self.model, template=self.template, settings=settings, runtime=runtime, trust_template=self.trust_template
+            self.model,
+            template=self.template,
+            settings=settings,
+            runtime=runtime,
+            chat_template=self.chat_template,
+            trust_template=self.trust_template,
         )
+        on_interrupt(judge.abort)
         try:
             return self._measured(judge)
         except BaseException:
@@ -116,11 +125,16 @@ def budget(value: str | int) -> int | Literal["auto"]:
     return int(value)
 
 
+CHAT_OPTIONS = (
+    click.option("--chat-template", metavar="NAME|FILE",
+                 help=f"{', '.join(BUILT_IN)}, or a Jinja file.  [default: the model's own]"),
+    click.option("--trust-template", is_flag=True, help="Run a chat template that is not built in, in a sandbox."),
+)  # fmt: skip
 OPTIONS = (
     click.option("-m", "--model", metavar="MODEL", help="GGUF file or artifact folder.  [default: the reference judge]"),
     click.option("--adapter", metavar="LORA", help="LoRA adapter in GGUF form to judge with."),
     click.option("--template", metavar="NAME|FILE", help="gramlite, gram-r2, gram, or a file.  [default: the model's own]"),
-    click.option("--trust-template", is_flag=True, help="Run the model's own unknown chat template, in a sandbox."),
+    *CHAT_OPTIONS,
     click.option("--mode", type=click.Choice(["think", "direct"]), default="think", show_default=True,
                  help="Write a rationale first, or answer in one forward pass."),
     click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,
@@ -161,6 +175,18 @@ labels_option = click.option(
     "--labels", callback=said_labels, metavar="0=A,1=B,2=tie",
     help="What the labels of your own pairs mean where they don't say it themselves; error=none is no label.",
 )  # fmt: skip
+
+
+def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which chat template a model is asked with; they arrive as `chat: ChatTemplate`."""
+
+    @functools.wraps(function)
+    def packed(*, chat_template: str | None, trust_template: bool, **arguments: Any) -> Any:
+        return function(chat=ChatTemplate(choice=chat_template, trust=trust_template), **arguments)
+
+    for option in reversed(CHAT_OPTIONS):
+        packed = option(packed)
+    return packed
 
 
 def judge_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ..artifact import PICKLE_SUFFIXES
+from ..carried import is_notice
 from ..errors import GramliteError, InputError, ModelError
 from ..storage import check_free_space, remove_path, sha256_file
 from ..terminal import say, say_json
@@ -59,7 +60,7 @@ def select(repository: str, commit: str, sizes: dict[str, int], wanted: Sequence
 
 
 def _beside(name: str) -> bool:
-    return "/" not in name and name.endswith(BESIDE_WEIGHTS)
+    return "/" not in name and (name.endswith(BESIDE_WEIGHTS) or is_notice(name))
 
 
 def pull(repository: str, wanted: Sequence[str], output: Path, *, revision: str | None) -> Selection:

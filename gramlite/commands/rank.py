@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import INTERRUPTED, SOME_ROWS_WITHOUT_VERDICT, InputError
-from ..terminal import note
-from .judge import open_input, resume_command
+from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from .judge import open_input, say_rows_on_interrupt
 from .options import JudgeOptions, judge_options
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def ranked_row(judge: Judge, line: Line[Item], method: Method, known: Any) -> di
     item = line.value
     if item is None:
         ranking = Ranking(
-            id=str(line.number), method=method, ranking=None, reason=line.error, model=judge.model,
+            id=line.id, method=method, ranking=None, reason=line.error, model=judge.model,
             settings=judge.settings_hash,
         )  # fmt: skip
         return {**ranking.to_json(), "line": line.number, "input": line.digest}
@@ -81,9 +80,10 @@ class RankingTable:
         from rich.text import Text
 
         from ..console import table
+        from ..display import row_name
         from ..terminal import visible
 
-        name = visible(str(row["id"]))[:40]
+        name = visible(row_name(row))[:40]
         if row["ranking"] is None:
             return Text(f"{name:<40} - {visible(str(row['reason']))}", style="red")
         won, lost = _record(row)
@@ -119,16 +119,14 @@ def run_file(
 ) -> int:
     """Rank a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..interrupt import on_interrupt
     from ..journal import Journal, check_rows
     from ..rows import item_from_json, read_lines
 
     if output:
         check_rows(output, [source, *options.inputs()], resume=resume, force=force)
-    stream, lines, _ = open_input(source)
+    stream, lines, _ = open_input(source, item_from_json)
     with ExitStack() as stack:
-        if source != "-":
-            stack.callback(stream.close)
+        stack.callback(stream.close)
         judge = stack.enter_context(options.open())
         journal = None
         if output:
@@ -137,18 +135,7 @@ def run_file(
             journal = stack.enter_context(Journal(output, record=record, resume=resume, force=force))
         table = RankingTable()
         display = stack.enter_context(Display(as_json=as_json, quiet=output is not None, total=lines, readable=table))
-        stack.enter_context(on_interrupt(judge.abort))
-        try:
-            tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal, table)
-        except KeyboardInterrupt:
-            display.close()
-            saved = (
-                f"{display.shown} rows are in {output}. To go on: {resume_command()}"
-                if output
-                else "Nothing was saved."
-            )
-            note(f"Interrupted. {saved}")
-            return INTERRUPTED
+        tally = rank_lines(judge, read_lines(stream, item_from_json), method, display, journal, table)
         display.summary(tally, output)
     return SOME_ROWS_WITHOUT_VERDICT if tally["without verdict"] else 0
 
@@ -176,4 +163,5 @@ def command(
     """
     if resume and not output:
         raise InputError("--resume goes on with an output file; add -o OUT.jsonl.")
+    say_rows_on_interrupt(output)
     return run_file(options, items, method, output, resume, force, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -42,8 +43,8 @@ def build(kind: Literal["gguf", "checkpoint"], output: Path, *, dtype: str, forc
 def next_command(kind: str, path: str) -> str:
     """What to type after the build."""
     if kind == "gguf":
-        return f"gramlite judge -m {path} --prompt 'What is 2+2?' --a '4' --b '5'"
-    return f"gramlite export gguf {path} -o {path.rstrip('/')}.F16.gguf"
+        return f"gramlite judge -m {shlex.quote(path)} --prompt 'What is 2+2?' --a '4' --b '5'"
+    return shlex.join(["gramlite", "export", "gguf", path, "-o", f"{path.rstrip('/')}.F16.gguf"])
 
 
 @click.command("reference", short_help="Build the reference judge.")

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..judge import Judge
 from ..pair import Pair, Verdict
 from ..ranking import compare
-from ..rows import conversation
+from ..rows.conversations import conversation, split, turns_of
 
 Text = str | Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., list[float | None]]
@@ -41,32 +41,42 @@ def win_rate_reward(
     Without `reference`, a completion's reward is the mean outcome against the other completions of its prompt in the
     call; with it, the outcome against the completion in the dataset's column of that name. An outcome is the judge's
     probability of winning, or with "win" 1, 0.5 or 0. Equal completions count one half against each other. The reward
-    is None, which TRL leaves out, where there is nothing to compare with or no verdict.
+    is None, which TRL leaves out, where there is nothing to compare with or no verdict, and for a completion that is no
+    text; those beside it have theirs.
     """
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        questions = [text_of(prompt) for prompt in prompts]
-        answers = [text_of(completion) for completion in completions]
-        if len(questions) != len(answers):
-            raise InputError(f"{len(questions)} prompts came with {len(answers)} completions.")
+        if len(prompts) != len(completions):
+            raise InputError(f"{len(prompts)} prompts came with {len(completions)} completions.")
         if reference is None:
-            return _within_groups(judge, questions, answers, outcome)
+            return _within_groups(judge, list(map(_read, prompts, completions)), outcome)
         if reference not in columns:
             raise InputError(f"The dataset has no column {reference!r} to compare completions with.")
-        references = [text_of(text) for text in columns[reference]]
-        pairs = [Pair(*texts) for texts in zip(questions, answers, references, strict=True)]
+        read = [_read(*texts) for texts in zip(prompts, completions, columns[reference], strict=True)]
+        pairs = [Pair(question, first, second) for question, (first, second) in filter(None, read)]
         with closing(judge.many(pairs)) as verdicts:
-            return [_outcome(verdict, outcome) for verdict in verdicts]
+            return [_outcome(next(verdicts), outcome) if found else None for found in read]
 
     reward.__name__ = "gramlite_win_rate"  # what TRL calls it in its logs
     return reward
 
 
-def _within_groups(judge: Judge, questions: Sequence[str], answers: Sequence[str], outcome: str) -> list[float | None]:
+def _read(prompt: Text, *completions: Text) -> tuple[str, list[str]] | None:
+    """The question and the responses as texts, None where one of them is none."""
+    try:
+        sides = {f"completion {index}": turns_of(value, "it", "assistant") for index, value in enumerate(completions)}
+        return split([turns_of(prompt, "the prompt")], sides)
+    except InputError:
+        return None
+
+
+def _within_groups(judge: Judge, read: Sequence[tuple[str, list[str]] | None], outcome: str) -> list[float | None]:
+    answers = {index: found[1][0] for index, found in enumerate(read) if found}
     groups: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        groups.setdefault(question, []).append(index)
-    rewards: list[float | None] = [None] * len(answers)
+    for index, found in enumerate(read):
+        if found:
+            groups.setdefault(found[0], []).append(index)
+    rewards: list[float | None] = [None] * len(read)
     for question, members in groups.items():
         texts = list(dict.fromkeys(answers[index] for index in members))
         pairs = [(first, second) for second in range(len(texts)) for first in range(second)]
@@ -97,16 +107,4 @@ def text_of(value: Text) -> str:
 
     Raises InputError for messages whose content is not text.
     """
-    if isinstance(value, str):
-        return value
-    messages: list[dict[str, str]] = []
-    for message in value:
-        content = message.get("content")
-        if isinstance(content, list):  # blocks, as multimodal datasets have them
-            blocks = [block.get("text") for block in content if isinstance(block, Mapping)]
-            texts = [block for block in blocks if isinstance(block, str)]
-            content = "".join(texts) if len(texts) == len(content) else None
-        if not isinstance(content, str):
-            raise InputError("A judge reads text; a message here has a content that is none.")
-        messages.append({"role": str(message.get("role", "assistant")), "content": content})
-    return conversation(messages) if messages else ""
+    return conversation(value) if value != [] else ""

@@ -1,13 +1,23 @@
 """Input rows: JSON lines in the shapes that preference data comes in, read one at a time and checked.
 
-`lines` reads a stream, `shapes` makes a pair or an item of an object, `conversations` makes texts of messages, `labels`
-reads labels. A bad line never stops the others: it comes out as a row with an error that names its line number.
+`files` makes lines of what lies on disk, `lines` reads them, `shapes` makes a pair or an item of an object,
+`conversations` makes texts of messages, `labels` reads labels. A bad line never stops the others: it comes out as a
+row with an error that names its line number.
 """
 
 from .conversations import conversation
+from .files import Lines, check_kind
 from .labels import LabelError, Labels, label_from, label_of, parse_labels
 from .lines import LINE_LIMIT_BYTES, Line, Row, read_labelled, read_lines, read_rows
-from .shapes import SHAPES, Item, item_from_json, pair_from_json
+from .shapes import (
+    SHAPES,
+    Item,
+    identifier_of,
+    identifier_text,
+    item_from_json,
+    pair_from_json,
+    puts_better_first,
+)
 
 __all__ = [
     "LINE_LIMIT_BYTES",
@@ -16,13 +26,18 @@ __all__ = [
     "LabelError",
     "Labels",
     "Line",
+    "Lines",
     "Row",
+    "check_kind",
     "conversation",
+    "identifier_of",
+    "identifier_text",
     "item_from_json",
     "label_from",
     "label_of",
     "pair_from_json",
     "parse_labels",
+    "puts_better_first",
     "read_labelled",
     "read_lines",
     "read_rows",

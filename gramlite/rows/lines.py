@@ -7,24 +7,34 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import InputError
-from ..pair import FIELD_LIMIT_BYTES, Pair, Winner
+from ..pair import FIELD_LIMIT_BYTES, Identifier, Pair, Winner
 from .labels import LabelError, Labels, carried_label
-from .shapes import pair_from_json
+from .shapes import UnknownShapeError, identifier_of, pair_from_json
 
 LINE_LIMIT_BYTES = 8 * FIELD_LIMIT_BYTES
 
 
+class Readable(Protocol):
+    """What lines are read from: a binary file, or whatever gives its lines one by one."""
+
+    def readline(self, limit: int = ..., /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Row:
-    """A line of input: its number from 1, a digest of its bytes, and the pair on it or what is wrong with it."""
+    """A line of input: its number from 1, a digest of its bytes, and the pair on it or what is wrong with it.
+
+    `id` is the line's own, whatever is wrong with it, or its number as text; None where it does not parse.
+    """
 
     line: int
     digest: str
     pair: Pair | None
     error: str | None = None
+    id: Identifier = None
 
 
 Value = TypeVar("Value")
@@ -32,24 +42,29 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Line(Generic[Value]):
-    """A line of any input, as in Row, with what was made of it."""
+    """A line of any input, as in Row, with what was made of it.
+
+    `strange` says that it is of no accepted shape or no object: perhaps the whole file is of another kind.
+    """
 
     number: int
     digest: str
     value: Value | None
     error: str | None = None
+    id: Identifier = None
+    strange: bool = False
 
 
-def read_rows(stream: BinaryIO) -> Iterator[Row]:
+def read_rows(stream: Readable) -> Iterator[Row]:
     """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds.
 
     A label that needs its file to be understood, or isn't, is left out: see `read_labelled`.
     """
     for line in read_lines(stream, partial(pair_from_json, read_label=carried_label)):
-        yield Row(line.number, line.digest, line.value, line.error)
+        yield Row(line.number, line.digest, line.value, line.error, line.id)
 
 
-def read_labelled(stream: BinaryIO, said: Mapping[str, Winner | None] | None = None) -> list[Row]:
+def read_labelled(stream: Readable, said: Mapping[str, Winner | None] | None = None) -> list[Row]:
     """All rows with their labels, which are understood only together: see `Labels`, also for what is `said` of them.
 
     Raises LabelError that names the label and the line of a pair whose label is not understood.
@@ -69,41 +84,46 @@ def read_labelled(stream: BinaryIO, said: Mapping[str, Winner | None] | None = N
             raise LabelError(f"line {line.number}: {error}") from None
         except InputError as error:
             problem = f"line {line.number}: {error}"
-        rows.append(Row(line.number, line.digest, pair, problem))
+        rows.append(Row(line.number, line.digest, pair, problem, line.id))
     return rows
 
 
-def read_lines(stream: BinaryIO, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:
+def read_lines(stream: Readable, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:
     """Read JSON lines and make something of each object with `build(object, default id)`; see `read_rows`."""
-    for number, line in enumerate(_lines(stream), 1):
+    for number, line in enumerate(whole_lines(stream), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         text = line.strip()
         if not text:
             continue
         digest = hashlib.sha256(text).hexdigest()[:16]
+        identifier: Identifier = None
         try:
             if len(line) > LINE_LIMIT_BYTES:
                 raise InputError(f"the line has more than {LINE_LIMIT_BYTES:,} bytes.")
-            yield Line(number, digest, build(_parse(text), str(number)))
+            value = _parse(text)
+            identifier = str(number)
+            if not isinstance(value, dict):
+                raise InputError(f"a JSON object is needed, not {type(value).__name__}.")
+            identifier = identifier_of(value, identifier)
+            yield Line(number, digest, build(value, str(number)), None, identifier)
         except InputError as error:
-            yield Line(number, digest, None, f"line {number}: {error}")
+            strange = isinstance(error, UnknownShapeError) or not text.startswith(b"{")
+            yield Line(number, digest, None, f"line {number}: {error}", identifier, strange)
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
+def whole_lines(stream: Readable) -> Iterator[bytes]:
+    """The lines of a stream, of one that is too long only what tells so."""
     while line := stream.readline(LINE_LIMIT_BYTES + 1):
         yield line
         while len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):  # pass over the rest unread
             line = stream.readline(LINE_LIMIT_BYTES + 1)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes) -> Any:
     try:
-        value = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"not valid UTF-8 at byte {error.start}.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"a JSON object is needed, not {type(value).__name__}.")
-    return value

@@ -136,8 +136,8 @@ def test_ids_must_be_unique_and_there_must_be_pairs(tmp_path: Path) -> None:
 def start(*arguments: object) -> subprocess.Popen[str]:
     # a process started in the background ignores SIGINT, and so do its children until they say otherwise
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listening}; from gramlite.bench.run import command; command(standalone_mode=True)"
-    command = [sys.executable, "-c", code]
+    code = f"{listening}; from gramlite.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "run"]
     return subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
@@ -180,7 +180,7 @@ def test_an_interrupt_says_how_to_go_on(scripted: Path, tmp_path: Path) -> None:
     wait_for_rows(tmp_path / "one", 3)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert "Interrupted." in err and "--resume" in err
+    assert process.returncode == 130 and "Interrupted." in err and "--resume" in err
 
 
 # --- with the reference judge --------------------------------------------------------------------------------

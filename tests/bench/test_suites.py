@@ -121,7 +121,7 @@ def test_rmbench_matrix(tmp_path: Path, generator: np.random.Generator) -> None:
 
     def levels(domain: str) -> dict[str, float]:
         wins = np.zeros((3, 3))
-        chosen = [item for item in items if item["domain"] == domain]
+        chosen = [item for item in items if item["domain"].startswith(domain)]
         for item in chosen:
             for i in range(3):
                 for j in range(3):
@@ -134,10 +134,7 @@ def test_rmbench_matrix(tmp_path: Path, generator: np.random.Generator) -> None:
         }
 
     found = {part: levels(part) for part in parts}
-    found["safety"] = {
-        level: (found["safety-refuse"][level] + found["safety-response"][level]) / 2
-        for level in ("easy", "normal", "hard")
-    }
+    found["safety"] = levels("safety")
     expected: dict[str, float | None] = {}
     for part, values in found.items():
         expected[part] = float(np.mean(list(values.values())))
@@ -183,8 +180,8 @@ def test_rewardbench(tmp_path: Path, generator: np.random.Generator) -> None:
                  "mt-bench-med": 40},
         "chat_hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
                       "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-        "safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-                   "xstest-should-respond": 154, "donotanswer": 136},
+        "safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+                   "xstest-should-respond": 250, "donotanswer": 136},
         "reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
                       "hep-python": 164, "hep-rust": 164},
     }  # fmt: skip
@@ -233,7 +230,7 @@ def test_llmbar(tmp_path: Path, generator: np.random.Generator) -> None:
         second = np.mean([said(row, 1) == label for row, label in zip(judged, labels[name], strict=True)])
         accuracy[name] = (first + second) / 2
         expected[f"{name} accuracy"] = accuracy[name]
-        expected[f"{name} agreement"] = np.mean([said(r, 0) == said(r, 1) and said(r, 0) is not None for r in judged])
+        expected[f"{name} agreement"] = np.mean([said(r, 0) == said(r, 1) for r in judged])
     expected["adversarial_average"] = np.mean([accuracy[name] for name in names[1:]])
     expected["average"] = np.mean(list(accuracy.values()))
     check(suite.score(rows.values(), pairs)["scores"], {name: float(value) for name, value in expected.items()})
@@ -283,12 +280,12 @@ def test_pandalm(tmp_path: Path, generator: np.random.Generator) -> None:
     pairs = list(suite.load(path))
     assert (pairs[0].prompt, pairs[1].prompt) == ("do 0", "do 1\n\nmore")
     rows = [judge(generator, str(pair.id)) for pair in pairs]
-    confusion = np.zeros((3, 3))
+    confusion = np.zeros((3, 4))
     for vote, row in zip(votes, rows, strict=True):
         truth = max(vote, key=vote.count)  # the first of equals
-        confusion[truth, {"A": 1, "B": 2}.get(str(row["verdict"]), 0)] += 1
-    diagonal = np.diag(confusion)
-    precision, recall = diagonal / confusion.sum(axis=0), diagonal / confusion.sum(axis=1)
+        confusion[truth, {"tie": 0, "A": 1, "B": 2, None: 3}[row["verdict"]]] += 1
+    diagonal = np.diag(confusion[:, :3])
+    precision, recall = diagonal / confusion.sum(axis=0)[:3], diagonal / confusion.sum(axis=1)
     expected = {
         "accuracy": diagonal.sum() / 150,
         "precision": precision.mean(),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ def test_what_a_type_is_made_of(tmp_path: Path) -> None:
     assert part("Q4_K_M", fewer).record == part("Q4_K_M").record  # the calibration is nothing to it
     for text in ("gptq:4x64", "auto:4.5bpw", "Q4_0+imatrix"):
         assert part(text, fewer).record != part(text).record
+    thinking = replace(source, mode="think")
+    assert part("Q4_K_M", thinking).record == part("Q4_K_M").record
+    for text in ("gptq:4x64", "auto:4.5bpw", "Q4_0+imatrix"):
+        assert part(text, thinking).record != part(text).record
     (source.checkpoint / "model.safetensors").write_bytes(b"other weights")
     assert part("F16", Source(checkpoint=source.checkpoint)).record != {}
     with pytest.raises(InputError, match="--calibration"):
@@ -284,6 +289,59 @@ def test_a_folder_of_another_sweep_is_left_alone(fakes: list[str], tmp_path: Pat
     assert all(len(row["orders"]) == 1 for row in read_run(tmp_path / "out/runs/pairs/Q8_0").rows.values())
 
 
+CALIBRATED = "F16,Q4_0+imatrix"
+
+
+@pytest.mark.fault("transcripts")
+@pytest.mark.parametrize("mode", ["direct", "think"])
+def test_calibration_is_judged_in_the_mode_of_the_sweep(
+    mode: str, fakes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_pairs(tmp_path / "calibration.jsonl", 5)
+    asked: list[Source] = []
+    monkeypatch.setattr(
+        variants,
+        "artifact_part",
+        lambda v, source, folder: asked.append(source) or sweep_fakes.artifact_part(v, source, folder),
+    )
+    assert sweep(tmp_path, "--calibration", pairs, "--mode", mode, types=CALIBRATED).return_value == 0
+    judged: list[str] = []
+    monkeypatch.setattr(
+        "gramlite.quant.calibration.load_calibration", lambda *_, **options: judged.append(options["mode"]) or ([], {})
+    )
+    variants.build_transcripts(tmp_path / "transcripts.jsonl", source=asked[-1], judge=tmp_path)
+    assert judged == [mode]
+    record = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert record["asked"]["calibration"]["mode"] == record["asked"]["settings"]["mode"] == mode
+    assert f"Calibrated on judging in {mode} mode." in (tmp_path / "out/results.md").read_text()
+
+
+@pytest.mark.fault("transcripts")
+def test_a_calibration_of_another_mode_is_refused(fakes: list[str], tmp_path: Path) -> None:
+    """That of a folder from before the mode was recorded, too, which was judged in think mode whatever was asked."""
+    pairs = write_pairs(tmp_path / "calibration.jsonl", 5)
+    asked = ["--calibration", pairs]
+    assert sweep(tmp_path, *asked, types=CALIBRATED).return_value == 0
+    result = sweep(tmp_path, *asked, "--mode", "think", types=CALIBRATED)
+    assert 'calibration.mode: "direct" → "think"' in str(result.exception)
+    path = tmp_path / "out/sweep.json"
+    record = json.loads(path.read_text())
+    del record["asked"]["calibration"]["mode"], record["asked"]["calibration"]["transcripts"]
+    path.write_text(json.dumps(record))
+    result = sweep(tmp_path, *asked, types=CALIBRATED)
+    assert isinstance(result.exception, IntegrityError) and "calibration.mode" in str(result.exception)
+    assert sweep(tmp_path, *asked, "--force", types=CALIBRATED).return_value == 0
+
+
+@pytest.mark.fault("transcripts")
+def test_finished_transcripts_have_no_mode(fakes: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "transcripts.jsonl"
+    path.write_text('{"version": 2, "prompt_ids": [1], "generated_ids": [2]}\n')
+    assert sweep(tmp_path, "--calibration", path, types=CALIBRATED).return_value == 0
+    assert json.loads((tmp_path / "out/sweep.json").read_text())["asked"]["calibration"]["mode"] is None
+    assert "Calibrated on transcripts as they were recorded." in (tmp_path / "out/results.md").read_text()
+
+
 def test_the_gate_ends_the_sweep(fakes: list[str], tmp_path: Path) -> None:
     result = sweep(tmp_path, "--gate", "flips<=1", "--junit", tmp_path / "gate.xml", "--github", types="F16,Q8_0")
     assert isinstance(result.exception, GateError) and "undecidable for Q8_0" in str(result.exception)
@@ -384,13 +442,14 @@ def start_sweep(folder: Path, types: str) -> subprocess.Popen[str]:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sweep_fakes; from gramlite.bench import variants\n"
         "variants.artifact_part = sweep_fakes.artifact_part\n"
-        "from gramlite.bench.sweep import command; import sys; sys.exit(command(standalone_mode=False))"
+        "from gramlite.cli import main; main()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
+    arguments = ["bench", "sweep", folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -434,10 +493,13 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_no_maker(tmp_path: Path) -> N
     wait_for(tmp_path / "out/sweep.json")
     time.sleep(0.5)
     began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "type the same command to go on" in errors
     assert time.monotonic() - began < 10
+    assert "Traceback" not in errors
+    log = tmp_path / "out/log.txt"
+    assert not log.exists() or "Traceback" not in log.read_text()
     assert not (tmp_path / "out/artifacts/F16.gguf").exists()
 
 

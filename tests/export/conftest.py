@@ -100,6 +100,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             }
         },
     ),
+    "mistral": ("Mistral", "gpt-2", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": False}),
+    "mistral-window": ("Mistral", "gpt-2", {"sliding_window": 48}),
     "qwen3": ("Qwen3", "qwen2", {"tie_word_embeddings": False, "head_dim": 32}),
 }
 
@@ -267,7 +269,8 @@ def make_adapter() -> Callable[..., Path]:
         weights = load_file(checkpoint / "model.safetensors")
         for module in modules:
             out_features, in_features = weights[f"{module}.weight"].shape
-            own = (settings.get("rank_pattern") or {}).get(module.rpartition(".")[2], rank)
+            ranks = settings.get("rank_pattern")
+            own = ranks.get(module.rpartition(".")[2], rank) if isinstance(ranks, dict) else rank
             for letter, shape in (("A", (own, in_features)), ("B", (out_features, own))):
                 factor = torch.randint(-4, 5, shape).to(getattr(torch, dtype)) / 8
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor

@@ -164,7 +164,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "all"}, "bias = 'all'"),
     "alpha": ({"lora_alpha": 0}, "lora_alpha = 0"),
     "rank": ({"r": 8}, "rank 8 .* its factors have 4"),
-    "pattern": ({"alpha_pattern": {"(a+)+$": 1.0}}, "plain module names"),
 }
 
 

@@ -151,7 +151,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(checkpoint: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is unknown.*LlamaForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is unknown.*LlamaForCausalLM"),
         ({"architectures": None}, "None is unknown"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),

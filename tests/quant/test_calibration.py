@@ -35,9 +35,29 @@ def test_transcripts_round_trip(tmp_path: Path, transcripts: list[Transcript]) -
      '{"prompt_ids": [-1], "generated_ids": []}', '{"prompt_ids": "abc", "generated_ids": []}'],
 )  # fmt: skip
 def test_a_line_that_is_no_transcript_is_named(line: str, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"prompt_ids": [1], "generated_ids": [2]}\n\n' + line + "\n")
+    (tmp_path / "t.jsonl").write_text('{"version": 2, "prompt_ids": [1], "generated_ids": [2]}\n\n' + line + "\n")
     with pytest.raises(InputError, match=r"t\.jsonl line 3"):
         read_transcripts(tmp_path / "t.jsonl")
+
+
+@pytest.mark.fault("transcripts")
+@pytest.mark.parametrize("version", ["", '"version": 1, '])
+def test_transcripts_of_the_version_that_tokenized_text_again_are_refused(version: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(f'{{{version}"prompt_ids": [1], "generated_ids": [2]}}\n')
+    with pytest.raises(InputError, match=r"t\.jsonl line 1 is a transcript of version 1.*again"):
+        load_calibration(tmp_path / "t.jsonl", judge="none")
+
+
+@pytest.mark.fault("transcripts")
+def test_recorded_ids_are_those_of_the_first_vote(scripted: Path) -> None:
+    """Also where the votes' mean, or a calibration, says something else than that vote."""
+    with load(scripted, settings=Settings(orders="ab", votes=3, temperature=0.5)) as judge:
+        vocabulary = judge.backend.vocabulary
+        recorded = list(record_transcripts(judge, PAIRS[:2]))
+    assert all(vocabulary.piece(t.generated_ids[-1]) in (b"A", b"B") for t in recorded)
+    assert {b"".join(map(vocabulary.piece, t.generated_ids[:-1])) for t in recorded} == {
+        b"<think>\nFeedback:\nfine\n\nConclusion:\nscripted\n</think>\n<answer>\n"
+    }
 
 
 def test_budget_is_kept_and_nothing_is_cut(transcripts: list[Transcript]) -> None:
@@ -59,6 +79,7 @@ def test_hash_changes_with_any_token(transcripts: list[Transcript]) -> None:
     assert first["transcripts"] == 12
 
 
+@pytest.mark.fault("transcripts")
 def test_recorded_tokens_are_what_the_judge_read_and_said(scripted: Path) -> None:
     with load(scripted, settings=Settings(orders="both")) as judge:
         recorded = list(record_transcripts(judge, PAIRS))
@@ -71,7 +92,7 @@ def test_recorded_tokens_are_what_the_judge_read_and_said(scripted: Path) -> Non
         for order in verdict.orders:
             name = f"{pair.id}:{order.order}"
             said = order.verdict if order.order == "ab" else {"A": "B", "B": "A"}[str(order.verdict)]
-            assert texts[name] == f"<think>\n{order.rationale}</think>\n<answer>\n{said}"
+            assert texts[name] == f"<think>\n{order.rationale}\n</think>\n<answer>\n{said}"
             first, second = (prompts[name].index(text) for text in (pair.response_a, pair.response_b))
             assert (first < second) == (order.order == "ab")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,65 @@ def test_refusals(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ModelError, match=message):
             open_gptq(folder)
+
+
+def symmetric(bits: int) -> QuantizedLinear:
+    linear = random_linear(bits)
+    return replace(linear, zeros=np.full_like(linear.zeros, 1 << (bits - 1)))
+
+
+def stored_as(layout: str, linear: QuantizedLinear) -> QuantizedLinear:
+    """What the writer, which takes one off zero points, has to be given for a layer to be stored in a layout."""
+    return linear if layout == "gptq" else replace(linear, zeros=linear.zeros + np.uint8(1))
+
+
+@pytest.mark.parametrize("declared", [{"sym": True}, {}], ids=["sym", "unsaid"])
+@pytest.mark.parametrize(
+    ("label", "layout"),
+    [
+        ("gptq", "gptq"),
+        ("gptq_v2", "gptq_v2"),
+        pytest.param("gptq", "gptq_v2", marks=pytest.mark.fault("zero-points")),
+        pytest.param("gptq_v2", "gptq", marks=pytest.mark.fault("zero-points")),
+    ],
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_zero_points_are_right_whatever_the_label(
+    bits: int, label: str, layout: str, declared: dict[str, Any], tmp_path: Path
+) -> None:
+    linear = symmetric(bits)
+    written = {f"model.layers.{number}.mlp.up_proj": stored_as(layout, linear) for number in (0, 1)}
+    folder = open_gptq(write(tmp_path / "out", written, bits=bits, checkpoint_format=label, **declared))
+    for name in folder.linears:
+        assert np.array_equal(folder.read_linear(name).zeros, linear.zeros)
+        assert np.array_equal(folder.read_linear(name).dequantize(), linear.dequantize())
+    assert (folder.stored_zero_offset == folder.labelled_offset) == (label == layout)
+
+
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+def test_asymmetric_zero_points_are_what_the_label_says(label: str, tmp_path: Path) -> None:
+    """Even where all are the middle code: a folder that says sym false is believed."""
+    for number, linear in enumerate((random_linear(4), symmetric(4))):
+        written = {"layer": stored_as(label, linear)} if number else {"layer": linear}
+        folder = open_gptq(write(tmp_path / f"out{number}", written, checkpoint_format=label, sym=False))
+        expected = linear.zeros if number or label == "gptq" else linear.zeros - 1
+        assert np.array_equal(folder.read_linear("layer").zeros, expected)
+
+
+@pytest.mark.fault("zero-points")
+def test_zero_points_that_contradict_what_the_folder_says_are_refused_by_name(tmp_path: Path) -> None:
+    right, other = symmetric(4), stored_as("gptq_v2", symmetric(4))
+    mixed = replace(right, zeros=np.where(np.arange(3) == 1, other.zeros, right.zeros))
+    cases: list[tuple[dict[str, QuantizedLinear], dict[str, Any]]] = [
+        ({"one": right, "two": other}, {"sym": True}),
+        ({"one": mixed}, {"sym": True}),
+        ({"one": random_linear(4)}, {"sym": True}),
+        ({"one": replace(right, zeros=right.zeros + np.uint8(3))}, {"sym": True, "checkpoint_format": "gptq_v2"}),
+    ]
+    for number, (linears, quantization) in enumerate(cases):
+        folder = write(tmp_path / str(number), linears, **quantization)
+        with pytest.raises(ModelError, match="checkpoint_format"):
+            open_gptq(folder)
+    wrapped = write(tmp_path / "wrapped", {"one": replace(right, zeros=right.zeros * 0)}, sym=False)
+    with pytest.raises(ModelError, match="above 15 by its checkpoint_format 'gptq'"):
+        open_gptq(wrapped).read_linear("one")

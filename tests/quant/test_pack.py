@@ -25,8 +25,9 @@ from gramlite.quant.linear import QuantizedLinear
 from gramlite.quant.pack import command, pack_gguf
 from gramlite.quant.solve import GptqSettings, round_to_nearest
 
-from gramlite.artifact import hash_files, read_manifest, verify_files, write_manifest
-from gramlite.backends.gptq import packed, twin_path
+from gramlite.artifact import Artifact, hash_files, read_manifest, verify_files, write_manifest
+from gramlite.backends import RuntimeOptions
+from gramlite.backends.gptq import open_on_cuda, packed, twin_path
 from gramlite.errors import InputError, ModelError
 from gramlite.loading import artifact_sha256
 
@@ -231,6 +232,68 @@ def test_a_damaged_folder_leaves_nothing_behind(
     with pytest.raises(ModelError, match=r"gate_proj is \(96, 64\)"):
         pack_gguf(folder, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+def stored_otherwise(folder: Path, settings: dict[str, Any]) -> None:
+    """Zero points of a gptq folder as gptq_v2 stores them, under the label that it has."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    zeros = {name: words for name, words in tensors.items() if name.endswith(".qzeros")}
+    assert all((words.view(np.uint32) == 0x77777777).all() for words in zeros.values())
+    save_file(tensors | {name: words + 0x11111111 for name, words in zeros.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "gramlite.json").unlink()
+
+
+@pytest.mark.fault("zero-points")
+def test_zero_points_stored_otherwise_than_labelled_pack_and_judge_alike(
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    folder = quantize(checkpoint_of("llama-tied"), tmp_path / "gptq", GptqSettings(group_size=32))
+    pack_gguf(folder, tmp_path / "right.gguf")
+    stored_otherwise(folder, {})
+    pack_gguf(folder, tmp_path / "model.gguf")
+    right, wrong = packed_tensors(tmp_path / "right.gguf"), packed_tensors(tmp_path / "model.gguf")
+    twin = packed_tensors(packed(folder))
+    for name, tensor in right.items():
+        assert np.array_equal(dequantized(tensor), dequantized(wrong[name])), name
+        assert np.array_equal(dequantized(tensor), dequantized(twin[name])), name
+    with pytest.raises(ModelError, match="'gptq_v2' stores them, and says another"):
+        open_on_cuda(Artifact(folder, "gptq", None), RuntimeOptions(device="cuda"))  # where gptqmodel goes by the label
+
+
+@pytest.mark.fault("zero-points")
+@pytest.mark.parametrize("words", [["pack", "--to", "gguf"], ["pack", "--to", "onnx"], ["judge", "--device", "cpu"]])
+def test_zero_points_that_nobody_can_tell_are_refused_before_any_work(
+    words: list[str],
+    checkpoint_of: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from gramlite.cli import run
+
+    monkeypatch.setenv("GRAMLITE_CACHE", str(tmp_path / "cache"))
+    folder = quantize(checkpoint_of("llama-tied"), tmp_path / "gptq", GptqSettings(group_size=32))
+    stored_otherwise(folder, {})
+    tensors = load_file(folder / "model.safetensors")
+    one = next(name for name in tensors if name.endswith(".qzeros"))
+    save_file(tensors | {one: tensors[one] - 0x11111111}, folder / "model.safetensors")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    tail = ["-o", str(tmp_path / "out")] if words[0] == "pack" else ["--prompt", "p", "--a", "a", "--b", "b"]
+    model = [str(folder)] if words[0] == "pack" else ["-m", str(folder)]
+    code = run([words[0], *model, *words[1:], *tail])
+    told = capsys.readouterr().err
+    assert code == ModelError.exit_code == 3 and "checkpoint_format" in told and "packing" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_folder_that_is_not_what_its_manifest_says_is_not_packed(

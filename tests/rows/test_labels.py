@@ -109,6 +109,7 @@ NOT_UNDERSTOOD: dict[str, tuple[str, list[Any], str, int, str]] = {
     "true": ("label", ["A", True], "label true ", 2, ""),
     "false": ("winner", ["model_a", False], "label false in winner", 2, ""),
     "NaN": ("label", [1, 2, NAN], "label 1 ", 1, ""),
+    "beyond all floats": ("label", [1, 2, 10**400], "label 1 ", 1, ""),
     "infinite": ("preference", [1, math.inf], "label 1 in preference", 1, ""),
     "garbage": ("label", ["A", "B", "garbage"], 'label "garbage" ', 3, ""),
     "error": ("winner", ["tie", "error"], 'label "error" in winner', 2, ""),
@@ -120,6 +121,8 @@ NOT_UNDERSTOOD: dict[str, tuple[str, list[Any], str, int, str]] = {
     "both hot": ("label", [[1, 1]], "label [1, 1] ", 1, ""),
     "none hot": ("label", [[0, 0]], "label [0, 0] ", 1, ""),
     "three hot": ("label", [[0, 0, 1]], "label [0, 0, 1] ", 1, ""),
+    "one hot, one odd": ("label", [[1, "x"]], "label [1, 'x'] ", 1, ""),
+    "one hot, one half": ("label", [[0.5, 1]], "label [0.5, 1] ", 1, ""),
     "an empty list": ("label", [[]], "label [] ", 1, ""),
     "columns, two hot": ("", [one_hot(1, 0, 1)], "label [1, 0, 1] in winner_model_a", 1, ""),
     "columns, none hot": ("", [one_hot(0, 0, 0)], "label [0, 0, 0] in winner_model_a", 1, ""),
@@ -153,6 +156,23 @@ def test_a_label_that_is_not_understood_is_named_before_a_model_is_opened(
     captured = capsys.readouterr()
     assert f"line {line}: the {says}" in captured.err and "there-is-no-model" not in captured.err
     assert "--labels" in captured.err and not captured.out and not output.exists()
+
+
+@fault
+def test_the_refusal_says_what_to_do() -> None:
+    from gramlite.rows import Labels, parse_labels
+
+    rows = [{"label": value} for value in (*range(12), 0.5, "x")]
+    with pytest.raises(InputError, match="label holds the numbers 0, 0.5, 1, 2, 3, 4, 5, 6; .* --labels 0=A,1=B,2=tie"):
+        Labels(rows).read(rows[0])
+    with pytest.raises(InputError, match=r"A, B or tie .* Response A, \[\[A\]\].* null .* is none.* --labels yes=A"):
+        Labels(rows).read(rows[-1])
+    with pytest.raises(InputError, match="--labels says it of 0, 1 only"):
+        Labels(rows, parse_labels("0=A,1=B")).read(rows[2])
+    with pytest.raises(InputError, match="^the label \"x{78}… is not understood"):
+        label_from("x" * 200)
+    with pytest.raises(InputError, match="^the label \"x{78}\" is not understood"):
+        label_from("x" * 78)
 
 
 @fault
