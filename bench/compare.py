@@ -257,8 +257,11 @@ def command(
     """
     import sys
 
-    from .folder import distinct_names, read_run
-    from .gate import enforce, evaluate, github_annotations, parse_gate, write_junit
+    from gramlite.storage import check_note
+
+    from .folder import distinct_names, files_of, read_run
+    from .gate import GATE, enforce, evaluate, github_annotations, parse_gate, write_junit
+    from .report import check_report, report_files, write_report
     from .tables import need_sentence
 
     clauses = parse_gate(gate) if gate else []
@@ -267,6 +270,11 @@ def command(
     if (junit or github) and not gate:
         raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
     base, *others = distinct_names([read_run(path) for path in (base_run, *runs)])
+    inputs = [file for run in (base, *others) for file in files_of(run)]
+    if report:
+        check_report(report, inputs)
+    if junit:
+        check_note(junit, [*inputs, *(report_files(report) if report else [])], GATE)
     comparisons = [compare_runs(base, other, seed=seed, cluster=not independent) for other in others]
     findings = [finding for comparison in comparisons for finding in evaluate(comparison, clauses)]
     needs = [need_sentence(comparison, need) for comparison in comparisons] if need is not None else []
@@ -280,8 +288,6 @@ def command(
         show(base, comparisons, {other.name: other for other in others})
         say(*needs, *(finding.sentence for finding in findings))
     if report:
-        from .report import write_report
-
         written = write_report(report, base, others, comparisons)
         note(f"Report: {', '.join(map(str, written))}")
     if junit:

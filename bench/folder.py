@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gramlite.errors import InputError
+from gramlite.journal import check_rows
 from gramlite.judge import mean_log_odds, winner_of
 from gramlite.rows import LabelError, identifier_text, label_from
 from gramlite.rows.labels import shown
+from gramlite.storage import Inputs, check_note
 
 from .records import read_records
 
@@ -124,6 +126,26 @@ def _whole_rows(path: Path) -> Iterator[tuple[int, Row]]:
     from gramlite.journal import read_journal
 
     return ((number, row) for number, (row, _) in enumerate(read_journal(path), 1) if row is not None)
+
+
+def files_of(run: Run) -> list[Path]:
+    """What a run was read from, and the file of its suite, whose texts a report shows."""
+    suite = [Path(str(run.suite["path"]))] if run.suite.get("path") else []
+    return [run.path / ROWS, run.path / RECORD, *suite] if run.path.is_dir() else [run.path, *suite]
+
+
+def check_run_folder(folder: Path, inputs: Inputs = (), *, resume: bool, force: bool) -> None:
+    """Refuse a run folder before any work is done for it.
+
+    Raises InputError where it holds a run and neither `resume` nor `force` is set, and, even with them, where it holds
+    files of these names that are not gramlite's.
+    """
+    if (folder / ROWS).exists() and not (resume or force):
+        raise InputError(f"{folder} holds a run. Add --resume to go on with it, or --force to start it anew.")
+    rows = check_rows(folder / ROWS, inputs, resume=True, force=True)
+    record = check_note(folder / RECORD, inputs, '"run_version"')
+    if force and rows.exists() and not (record.exists() or rows.with_name(f"{ROWS}.run.json").exists()):
+        raise InputError(f"{folder} holds a {ROWS} and no record of a run, so --force will not replace it.")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

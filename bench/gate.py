@@ -23,6 +23,7 @@ from .compare import Comparison
 from .measures import MEASURES
 from .statistics import pairs_to_settle, pairs_to_settle_rate
 
+GATE = "gramlite gate"  # by which a file of outcomes is known again
 Outcome = Literal["pass", "fail", "undecidable"]
 CLAUSE = re.compile(r"^\s*([a-z_]+)\s*(>=|<=)\s*([-+]?\d+(?:\.\d+)?)\s*%?\s*$")
 NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")
@@ -142,7 +143,7 @@ def write_junit(path: Path, findings: Sequence[Finding], *, undecided: str = "fa
     """Write the findings as a JUnit XML file, a test suite for each run and a test case for each clause."""
     from xml.etree import ElementTree as xml
 
-    root = xml.Element("testsuites", name="gramlite gate")
+    root = xml.Element("testsuites", name=GATE)
     for run in dict.fromkeys(finding.run for finding in findings):
         own = [finding for finding in findings if finding.run == run]
         failures = sum(fails(finding, undecided) for finding in own)

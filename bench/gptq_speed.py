@@ -19,6 +19,7 @@ from typing import Any
 
 import gramlite
 from gramlite.cache_keyword import with_cache
+from gramlite.device import thread_count
 from gramlite.judge import Judge
 from gramlite.pair import Pair
 from gramlite.terminal import say_json
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4, help="prompts to read beside gptqmodel")
     parser.add_argument("--read", type=int, default=128, help="tokens of each")
     parser.add_argument("--write", type=int, default=8, help="tokens to write behind each")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=thread_count(None))
     options = parser.parse_args()
 
     def say(row: dict[str, Any]) -> None:

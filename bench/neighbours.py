@@ -50,6 +50,9 @@ def llama_contest(judge: Judge, model: Path, *, threads: int, context: int, toke
     """llama-cpp-python as people use it: a probability by logprobs, a bare letter, and a rationale of up to `tokens`."""
     import llama_cpp
 
+    if model.is_dir() or not hasattr(judge.backend, "_llama"):
+        raise InputError("--against llama-cpp-python needs a GGUF file. Give one as -m, or drop it.")
+
     def open_model(logits_all: bool) -> Any:
         return llama_cpp.Llama(
             str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=logits_all, verbose=False

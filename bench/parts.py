@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manife
 from gramlite.errors import GramliteError, ModelError
 from gramlite.storage import remove_path, write_json
 
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # as `atomic_output` calls them
 Build = Callable[[Path], object]
 
 
@@ -92,8 +94,9 @@ def is_intact(part: Part) -> bool:
 
 def sweep_leftovers(folder: Path) -> None:
     """Remove what makers that were killed have left; for whoever holds the folder's lock."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        remove_path(path)
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            remove_path(path)
 
 
 def in_child(part: Part, log: Path) -> None:

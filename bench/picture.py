@@ -224,14 +224,15 @@ def inline_svg(panel: Panel) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{described}" ', 1)
 
 
-def write_pictures(stem: Path, panels: Sequence[Panel]) -> list[Path]:
-    """Write all panels as `STEM.png` and `STEM.svg`."""
+def write_pictures(files: Sequence[Path], panels: Sequence[Panel]) -> list[Path]:
+    """Write all panels to each of the files, as PNG or SVG by its name."""
     if not panels:
         return []
     figure = draw(panels)
-    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
-    with atomic_output(png, force=True) as temporary:
-        figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    with atomic_output(svg, force=True) as temporary:
-        temporary.write_text(svg_of(figure, "gramlite"), encoding="utf-8")
-    return [png, svg]
+    for path in files:
+        with atomic_output(path, force=True) as temporary:
+            if path.suffix == ".svg":
+                temporary.write_text(svg_of(figure, "gramlite"), encoding="utf-8", errors="backslashreplace")
+            else:
+                figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return [*files]

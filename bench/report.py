@@ -15,7 +15,7 @@ from html import escape as escape_markup
 from pathlib import Path
 
 from gramlite.errors import GramliteError
-from gramlite.storage import atomic_output
+from gramlite.storage import Inputs, atomic_output, check_file, check_note
 from gramlite.terminal import visible
 
 from . import page
@@ -28,6 +28,8 @@ from .tables import csv_table, markdown, p_value, percent, sentences
 
 LARGEST_PAGE = 2_800_000
 TEXT_LIMITS = (20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
+BESIDE = (".md", ".csv", ".png", ".svg")
+MADE = '<h2 id="made">Made with</h2>'  # by which a page is known as a report
 FLIP_LIMITS = (1_000_000, 1_000, 500, 250, 120, 60, 30)
 
 
@@ -39,21 +41,37 @@ def escape(text: str) -> str:
 Cell = tuple[str, float | str | None]  # what is shown, and what it is sorted by
 
 
+def report_files(path: Path) -> tuple[Path, ...]:
+    """`OUT.html`, and what is written beside it."""
+    report = path if path.suffix == ".html" else path.with_name(f"{path.name}.html")
+    return (report, *(report.with_suffix(ending) for ending in BESIDE))
+
+
+def check_report(path: Path, inputs: Inputs = ()) -> None:
+    """Raise InputError, before anything is computed, unless a report may be written there or is there already."""
+    report, *beside = report_files(path)
+    if path.exists() and not path.is_dir():
+        check_file(path)  # which says that it is a pipe or a device, by the name that was given
+    check_note(report, inputs, MADE)
+    for each in beside:
+        check_note(each, inputs, "" if report.exists() else None)
+
+
 def write_report(path: Path, base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Path]:
     """Write `OUT.html` and beside it `OUT.md`, `OUT.csv`, `OUT.png` and `OUT.svg`; returns what was written."""
-    path = path if path.suffix == ".html" else path.with_name(f"{path.name}.html")
-    stem = path.with_suffix("")
+    check_report(path)
+    report, *beside = report_files(path)
     panels = panels_of(base, runs, comparisons)
     by_name = {run.name: run for run in runs}
     texts = {
-        path: render(base, runs, comparisons, panels),
-        stem.with_name(f"{stem.name}.md"): markdown(base, comparisons, by_name),
-        stem.with_name(f"{stem.name}.csv"): csv_table(comparisons),
+        report: render(base, runs, comparisons, panels),
+        beside[0]: markdown(base, comparisons, by_name),
+        beside[1]: csv_table(comparisons),
     }
     for destination, text in texts.items():
         with atomic_output(destination, force=True) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    return [*texts, *write_pictures(stem, panels)]
+    return [*texts, *write_pictures(beside[2:], panels)]
 
 
 def render(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison], panels: Sequence[Panel]) -> str:
@@ -264,6 +282,6 @@ def _made_with(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]
         rows.append({name: (str(value or "–"), str(value or "")) for name, value in fields.items()})
     seeds = ", ".join(sorted({str(comparison.seed) for comparison in comparisons}))
     return (
-        f'<section aria-labelledby="made"><h2 id="made">Made with</h2>\n{html_table(rows, "Made with")}'
+        f'<section aria-labelledby="made">{MADE}\n{html_table(rows, "Made with")}'
         f'<p class="quiet">Seed of the bootstrap: {escape(seeds)}.</p></section>\n'
     )

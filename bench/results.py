@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gramlite.storage import atomic_output
+from gramlite.storage import Inputs, atomic_output, check_note
 from gramlite.terminal import note, say, say_json, visible
 
 from .compare import Comparison
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .sweep import Plan
 
 SIGNIFICANT = 0.05
+MADE = "This page is written by the command"  # by which it is known again
 
 
 def write_results(
@@ -57,7 +58,7 @@ def write_results(
 
 def write_text(path: Path, text: str) -> None:
     with atomic_output(path, force=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -267,6 +268,12 @@ def front_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> list[
 # --- the page ------------------------------------------------------------------------------------------------
 
 
+def check_page(path: Path, inputs: Inputs) -> None:
+    """Raise InputError unless a page and its picture may be written there, or are there already."""
+    check_note(path, inputs, MADE)
+    check_note(path.with_suffix(".svg"), inputs, "" if path.exists() else None)
+
+
 def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     """Write the results as a page in Markdown, with the trade-off picture beside it."""
     from .picture import panels_of, write_pictures
@@ -275,14 +282,13 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     base, *runs = swept.runs_of(suite).values()
     comparisons = [swept.comparisons[suite][run.name] for run in runs]
     panels = [panel for panel in panels_of(base, runs, comparisons) if panel.key.endswith("-size")]
-    pictures = [picture for picture in write_pictures(path.with_suffix(""), panels) if picture.suffix == ".svg"]
-    path.with_suffix(".png").unlink(missing_ok=True)
+    pictures = write_pictures([path.with_suffix(".svg")], panels)
     lines = [
         f"# What quantization cost {escaped(plan.source.checkpoint.name)}",
         "",
         f"Every type against {escaped(swept.base.name)}, pair by pair. {settings_sentence(plan)} Brackets hold 95 % intervals; "
-        "Δ is type minus base in percentage points; margins are log-odds in nats. This page is written by the command "
-        "at its end; nothing in it is typed by hand.",
+        "Δ is type minus base in percentage points; margins are log-odds in nats. "
+        f"{MADE} at its end; nothing in it is typed by hand.",
         "",
         "## What it says",
         "",

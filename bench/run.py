@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
@@ -32,7 +31,7 @@ from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import say, say_json, visible
 
-from .folder import RECORD, ROWS, RUN_VERSION, read_run
+from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
 
 if TYPE_CHECKING:
@@ -184,6 +183,7 @@ def run_suite(
         "suite": {key: work.to_json()[key] for key in ("name", "sha256", "labels")},
     }  # fmt: skip
     started = now()
+    check_run_folder(folder, resume=resume, force=force)
     with Journal(folder / ROWS, record=record, resume=resume, force=force) as journal:
         kept = sum(journal.kept.values())
         about = {"name": folder.name, **describe_run(judge, work), **(about or {}), "started": started}
@@ -264,13 +264,15 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory in GB and the operating system."""
+    """The processor, the physical and the logical cores that may be used, the memory in GB and the operating system."""
     import psutil
+
+    from gramlite.device import thread_count, usable_cores
 
     return {
         "cpu": processor_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": os.cpu_count(),
+        "cores": thread_count(None),
+        "threads": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -344,8 +346,9 @@ def command(
 
     say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
-    if (output / ROWS).exists() and not (resume or force):
-        raise InputError(f"{output} holds a run. Add --resume to go on with it, or --force to start it anew.")
+    check_run_folder(
+        output, [work.path if work.path.is_file() else None, *options.inputs()], resume=resume, force=force
+    )
     path = model_path(options)
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())

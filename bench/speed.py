@@ -44,10 +44,15 @@ class Kernels:
     step_seconds: float
 
 
-def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int, *, repetitions: int) -> Kernels:
-    """Time bare calls on the judge's own context: prompts behind their `shared` first tokens, and joint steps."""
+def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int, *, repetitions: int) -> Kernels | None:
+    """Time bare calls on the judge's own context: prompts behind their `shared` first tokens, and joint steps.
+
+    None for a judge that llama.cpp does not run.
+    """
     backend: Any = judge.backend
-    llama = backend._llama
+    llama = getattr(backend, "_llama", None)
+    if llama is None:
+        return None
     sequences = range(1, backend._layout.parallel + 1)
     rates, steps = [], []
     for tokens in [*prompts] * repetitions:
@@ -76,7 +81,7 @@ def floor_seconds(rows: Sequence[Mapping[str, Any]], kernels: Kernels, *, prefix
     orders = [order for row in rows for order in row["orders"]]
     computed = sum(order["tokens"]["prompt"] + prefix_tokens - order["tokens"]["cached"] for order in orders)
     generated = [order["tokens"]["generated"] for order in orders]
-    steps = max(max(generated), sum(generated) / parallel)
+    steps = max(max(generated, default=0), sum(generated) / parallel)
     seconds: float = computed / kernels.prefill_rate + steps * kernels.step_seconds
     return seconds
 
@@ -109,8 +114,8 @@ class Timed:
     """One mode's turns: its contenders, ours first, its kernels and how much longer than the floor it took."""
 
     contenders: list[Contender]
-    kernels: Kernels
-    overhead: float
+    kernels: Kernels | None
+    overhead: float | None
 
 
 def time_mode(
@@ -133,19 +138,22 @@ def time_mode(
 
     form, mode = judge.template.form, judge.settings.mode
     prefix = len(encode_trusted(judge.backend.vocabulary, form.direct if mode == "direct" else form.opening))
-    parallel: int = judge.backend._layout.parallel  # type: ignore[attr-defined]
+    layout = getattr(judge.backend, "_layout", None)
+    parallel: int = layout.parallel if layout else 1
     prompts = [judge._encode(pair, "ab").tokens for pair in pairs[: max(2, 6 // parallel)]]
     ours = Contender(f"gramlite, {mode}", judge_pairs)
     shared = len(judge._preamble) // 2
     before = measure_kernels(judge, prompts, shared, repetitions=1)
     take_turns([ours, *plain], pairs, group=group, repetitions=repetitions, tick=tick)
     after = measure_kernels(judge, prompts, shared, repetitions=1)
+    if before is None or after is None:
+        return Timed([ours, *plain], None, None)
     kernels = Kernels(
         statistics.mean([before.prefill_rate, after.prefill_rate]),
         statistics.mean([before.step_seconds, after.step_seconds]),
     )
     least = [floor_seconds(rows, kernels, prefix_tokens=prefix, parallel=parallel) / len(rows) for rows in groups[1:]]
-    return Timed([ours, *plain], kernels, sum(ours.seconds) / sum(least) - 1)
+    return Timed([ours, *plain], kernels, sum(ours.seconds) / sum(least) - 1 if sum(least) else None)
 
 
 def measure_speed(
@@ -188,8 +196,8 @@ def measure_speed(
     return SpeedReport(
         {contender.name: summary(contender.seconds) for one in timed.values() for contender in one.contenders},
         ratios,
-        {mode: one.kernels for mode, one in timed.items()},
-        {f"gramlite, {mode}": one.overhead for mode, one in timed.items()},
+        {mode: one.kernels for mode, one in timed.items() if one.kernels},
+        {f"gramlite, {mode}": one.overhead for mode, one in timed.items() if one.overhead is not None},
         settings_record(model, len(pairs), repetitions, threads, context, load_seconds),
     )
 
@@ -220,6 +228,8 @@ def settings_record(
     import importlib.metadata
     import platform
 
+    from gramlite.artifact import artifact_bytes
+
     versions = {}
     for name in ("gramlite", "llama-cpp-python", "numpy", "torch", "transformers"):
         try:
@@ -227,8 +237,8 @@ def settings_record(
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "model": model.name,
-        "bytes": model.stat().st_size,
+        "model": model.resolve().name,
+        "bytes": artifact_bytes(model),
         "load_seconds": round(load_seconds, 3),
         "peak_memory_mib": peak_memory(model),
         "pairs": pairs,
@@ -241,8 +251,11 @@ def settings_record(
     }
 
 
-def peak_memory(model: Path) -> float:
-    """The most resident memory, in MiB, of a fresh process that judges pairs in direct mode with a context of 4,096."""
+def peak_memory(model: Path) -> float | None:
+    """The most resident memory, in MiB, of a fresh process that judges a pair in direct mode with a context of 4,096.
+
+    None where the system does not say.
+    """
     import subprocess
 
     code = (
@@ -253,8 +266,10 @@ def peak_memory(model: Path) -> float:
         "status = open('/proc/self/status').read()\n"
         "print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)\n"
     )
-    finished = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
-    return round(float(finished.stdout), 1)
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(model)], capture_output=True, text=True, errors="replace"
+    )
+    return None if finished.returncode else round(float(finished.stdout), 1)
 
 
 def read_pairs(path: Path, limit: int) -> list[Pair]:
@@ -266,7 +281,7 @@ def read_pairs(path: Path, limit: int) -> list[Pair]:
     with Lines(path) as stream:
         pairs = (row.pair for row in read_rows(stream) if row.pair)
         short = (p for p in pairs if len(p.prompt) + len(p.response_a) + len(p.response_b) < CHARACTERS_LIMIT)
-        found = list(islice(short, limit))
+        found = list(islice((p for p in short if p.response_a != p.response_b), limit))  # others take no judging
     if len(found) < 2:
         raise InputError(f"{path} holds fewer than two pairs under {CHARACTERS_LIMIT:,} characters.")
     return found
@@ -301,11 +316,12 @@ def show(report: SpeedReport) -> None:
 
 @click.command()
 @click.option(
-    "-m", "--model", type=click.Path(path_type=Path), metavar="MODEL", help="GGUF file.  [default: the reference judge]"
-)
+    "-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
+    help="GGUF file or artifact folder.  [default: the reference judge]",
+)  # fmt: skip
 @click.option(
     "--pairs",
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
     help="Pairs to time.  [default: twelve packaged ones]",
 )
@@ -337,7 +353,7 @@ def command(
     chat: ChatTemplate,
     as_json: bool,
 ) -> None:
-    """Time a GGUF judge: both modes, the floor its kernels set, and its neighbours beside it."""
+    """Time a judge: both modes, the floor that llama.cpp's kernels set where it runs the model, and its neighbours."""
     import tempfile
     from contextlib import ExitStack
     from importlib import resources

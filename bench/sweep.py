@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .variants import Source, Variant
 
 RECORD = "sweep.json"
+LOCK = "sweep.lock"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Plan:
             **self.source.record(),
             "settings": judge_settings(self.options),
             "suites": {
-                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")} for key, suite in suites.items()
+                key: {name: suite[name] for name in ("name", "subset", "sha256", "labels")}
+                for key, suite in suites.items()
             },
         }
 
@@ -179,6 +181,25 @@ def bits_of(path: Path) -> float | None:
 # --- the folder ----------------------------------------------------------------------------------------------
 
 
+def check_outputs(plan: Plan, page: Path | None, junit: Path | None) -> None:
+    """Raise InputError for a folder, a page or a file of outcomes that is not a sweep's, before any work is done."""
+    from gramlite.storage import check_file, check_note
+
+    from .gate import GATE
+    from .results import check_page
+
+    folder = plan.folder
+    check_file(folder / RECORD)
+    if folder.is_dir() and not (folder / RECORD).exists() and any(each.name != LOCK for each in folder.iterdir()):
+        raise InputError(f"{folder} holds other things than a sweep. Choose another -o, a new folder or an empty one.")
+    inputs = [plan.source.calibration, plan.options.template, *(variant.path for variant in plan.variants)]
+    inputs += [work.path for work in plan.works.values() if work.path.is_file()]
+    if page:
+        check_page(page, inputs)
+    if junit:
+        check_note(junit, [*inputs, page], GATE)
+
+
 def check_folder(plan: Plan) -> None:
     """Raise IntegrityError where the folder holds a sweep of another checkpoint, other suites or settings."""
     import json
@@ -238,12 +259,13 @@ def run_sweep(plan: Plan, *, seed: int = 0) -> Swept:
     from .progress import SweepProgress
 
     artifacts = plan.folder / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(str(plan.folder / "sweep.lock"), timeout=0):
+        with FileLock(str(plan.folder / LOCK), timeout=0):
             check_folder(plan)
-            sweep_leftovers(artifacts)
             write_record(plan, [])
+            artifacts.mkdir(exist_ok=True)
+            sweep_leftovers(artifacts)
             pairs = sum(len(work.pairs) for work in plan.works.values())
             with SweepProgress(types=len(plan.variants), pairs=pairs) as progress:
                 workshop = Workshop(partial(in_child, log=plan.folder / "log.txt"), progress.make)
@@ -374,6 +396,7 @@ def command(**options: Any) -> int:
     if (options["junit"] or options["github"]) and not clauses:
         raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
     plan = read_plan(**options)
+    check_outputs(plan, options["page"], options["junit"])
     say_on_interrupt(lambda: f"What is done is in {plan.folder}; type the same command to go on.")
     swept = run_sweep(plan, seed=options["seed"])
     suites = [suite for suite in swept.comparisons if suite != POOLED]

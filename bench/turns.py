@@ -65,11 +65,16 @@ def turns_of(contenders: int, pairs: int, *, group: int, repetitions: int) -> in
 def ratio(slower: Contender, faster: Contender) -> Ratio:
     """The ratio of two contenders' times; both took the same groups of pairs."""
     ratios = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = middle_half(ratios)
     return Ratio(slower.name, faster.name, middle, low, high, len(ratios))
+
+
+def middle_half(values: Sequence[float]) -> list[float]:
+    """The quartiles of values; a single one is all three of them."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and middle half of times in seconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
+    low, middle, high = middle_half(seconds)
     return {"median": middle, "low": low, "high": high}

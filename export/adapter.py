@@ -26,7 +26,7 @@ from .checkpoint import read_config
 from .gguf import ALIGNMENT
 from .output import GgufData
 from .peft import Adapter, LowRank, match_modules, open_adapter, read_factor
-from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from .publish import add_template, describe_source, judge_template, publish_file, tool_versions, unicode_name
 from .report import Advance, judge_command, print_artifact, progress_bar
 from .smoke import smoke_option
 from .stream import is_finite, permute_heads, to_half
@@ -47,7 +47,7 @@ def export_adapter(
     is refused, InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, base, destination = Path(folder), Path(base), Path(destination)
-    check_output(destination, [folder, base], force=force, file=True)
+    destination = check_output(destination, [folder, base], force=force, file=True, inputs=[template])
     adapter, architecture = open_adapter(folder), read_architecture(read_config(base))
     expected = expected_tensors(architecture)
     match_modules(adapter, expected)
@@ -102,10 +102,10 @@ def write_header(
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.alpha)
-        writer.add_name(name)
+        writer.add_name(unicode_name(name))
         if adapter.base_name:
             writer.add_base_model_count(1)
-            writer.add_base_model_name(0, adapter.base_name)
+            writer.add_base_model_name(0, unicode_name(adapter.base_name))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_template(writer, template)
         for tensor, (shape, kind, size) in plan.items():

@@ -22,6 +22,7 @@ FAMILIES = {  # a Mistral is a Llama without biases whose attention may have a w
 }  # fmt: skip
 MAX_LAYERS = 512  # what llama.cpp allows
 MAX_SIZE = 1 << 31
+MAX_NUMBER = 1e38  # what GGUF's float32 holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def _read_rope(config: dict[str, Any], family: str) -> Rope:
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     extras = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if kind not in needed or (kind == "llama3" and family != "llama"):
+    if not isinstance(kind, str) or kind not in needed or (kind == "llama3" and family != "llama"):
         raise ModelError(
             f"The rope scaling {kind!r} is not supported for {family}. Supported are linear, yarn, and "
             "llama3 for Llama."
@@ -255,7 +256,7 @@ def _count(values: dict[str, Any], key: str, *, default: int | None = None, limi
 def _number(values: dict[str, Any], key: str, default: float) -> float:
     value = values.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
         raise ModelError(f"config.json's {key} is {value!r}; it must be a number. Download it again.")
     return float(value)
 

@@ -16,9 +16,9 @@ from typing import Any, TypeGuard
 
 from gramlite.artifact import PICKLE_SUFFIXES
 from gramlite.errors import InputError, ModelError
+from gramlite.model_folder import read_json_object as read_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-MAX_JSON_BYTES = 256 << 20
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -83,21 +83,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is quantized already (config.json has quantization_config). Name the full-precision checkpoint."
         )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ModelError names the file otherwise."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(
-                f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, more than such a file can be. Download it again."
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object. Download it again.")
-    return value
 
 
 def weight_files(folder: Path) -> Iterable[Path]:

@@ -25,7 +25,7 @@ from .architecture import Architecture, ExpectedTensor, rope_factors
 from .checkpoint import StoredTensor, open_checkpoint
 from .output import GgufData
 from .plan import Plan, plan_export
-from .publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from .publish import add_template, describe_source, judge_template, publish_file, tool_versions, unicode_name
 from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
 from .smoke import smoke_judge, smoke_option
 from .stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
@@ -46,7 +46,7 @@ def export_gguf(
     InputError when `destination` exists and `force` is not set, ResourceError when the disk is full.
     """
     folder, destination = Path(folder), Path(destination)
-    check_output(destination, [folder], force=force, file=True)
+    destination = check_output(destination, [folder], force=force, file=True, inputs=[template])
     plan = plan_export(open_checkpoint(folder), dtype)
     judge = judge_template(folder, template)
     with progress_bar(plan.payload) as advance:
@@ -83,7 +83,7 @@ def write_header(path: Path, plan: Plan, template: dict[str, Any] | None, name: 
     writer = gguf.GGUFWriter(path, plan.architecture.family)
     try:
         writer.add_type("model")
-        writer.add_name(name)
+        writer.add_name(unicode_name(name))
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if plan.dtype == "F32" else f"MOSTLY_{plan.dtype}"])
         add_architecture(writer, plan.architecture)
         add_vocabulary(writer, plan.vocabulary)

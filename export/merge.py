@@ -43,7 +43,7 @@ def merge_adapter(
     exists and `force` is not set or lies in the checkpoint, ResourceError when the disk is full.
     """
     folder, peft_folder, destination = Path(folder), Path(peft_folder), Path(destination)
-    check_output(destination, [folder, peft_folder], force=force)
+    destination = check_output(destination, [folder, peft_folder], force=force, inputs=[template])
     checkpoint, adapter = open_checkpoint(folder), open_adapter(peft_folder)
     architecture = read_architecture(checkpoint.config)
     match_tensors(checkpoint, architecture)

@@ -78,7 +78,7 @@ def publish(
 
     `finish` may change the graph before it is hashed, and says what to add to the settings.
     """
-    check_output(destination, [source], force=force)
+    destination = check_output(destination, [source], force=force, inputs=[template])
     checkpoint = open_checkpoint(source)
     match_tensors(checkpoint, read_architecture(checkpoint.config))  # the builder fills what is missing at random
     require_builder()

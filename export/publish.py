@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,9 +13,8 @@ from typing import Any
 
 from gramlite.artifact import Manifest, manifest_path, read_manifest
 from gramlite.carried import notices_beside
-from gramlite.errors import InputError
 from gramlite.interrupt import uninterrupted
-from gramlite.storage import atomic_output, fsync_path, sha256_file
+from gramlite.storage import atomic_output, fsync_path, json_bytes, sha256_file
 
 MANIFEST_BYTES = 1 << 20
 
@@ -30,8 +28,6 @@ def publish_file(
     after it, so that a full disk or a crash leaves the older artifact, or a file whose manifest refuses it, but never a
     manifest that vouches for other bytes.
     """
-    if destination.is_dir():
-        raise InputError(f"{destination} is a folder. Name the file to write: -o {destination / 'model.gguf'}")
     with ExitStack() as stack:
         note = stack.enter_context(atomic_output(manifest_path(destination), force=True))
         notices = stack.enter_context(notices_beside(destination, *sources))
@@ -55,7 +51,12 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    return json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+    return json_bytes(asdict(manifest)).decode("utf-8")
+
+
+def unicode_name(name: str) -> str:
+    """A file's name as GGUF's metadata can hold it: what is no UTF-8 becomes question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -90,7 +91,7 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
     return {
         "name": folder.resolve().name,
-        "sha256": hashlib.sha256(listing.encode("utf-8")).hexdigest(),
+        "sha256": hashlib.sha256(listing.encode("utf-8", "backslashreplace")).hexdigest(),
         "files": files,
         "bytes": weights,
     }

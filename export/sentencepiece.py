@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError
+from gramlite.model_folder import MAX_JSON_BYTES
 
-from .checkpoint import MAX_JSON_BYTES
 from .tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary, checked_vocab, place_tokens, template_ends
 
 SPACE = "▁"

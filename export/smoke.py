@@ -20,7 +20,7 @@ from gramlite.artifact import Manifest, manifest_path, write_manifest
 from gramlite.carried import remove_notices
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
-from gramlite.storage import remove_path, sha256_file
+from gramlite.storage import remove_path, sha256_file, target_of
 from gramlite.terminal import note
 
 PAIRS = Path(gramlite.__file__).with_name("data") / "pairs.jsonl"
@@ -168,9 +168,10 @@ def recorded_margins(manifest: Manifest | None, template: Mapping[str, Any] | No
     recorded = (manifest.template if manifest else None) or {}
     if template and template.get("sha256") != smoke.get("template_sha256", recorded.get("sha256")):
         return None
-    if smoke.get("pairs_sha256") != sha256_file(PAIRS) or None in smoke.get("source_margins", [None]):
+    margins = smoke.get("source_margins")
+    if smoke.get("pairs_sha256") != sha256_file(PAIRS) or not isinstance(margins, list):
         return None
-    return [float(value) for value in smoke["source_margins"]]
+    return margins if all(isinstance(value, int | float) for value in margins) else None
 
 
 def figures_only(smoke: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -207,7 +208,7 @@ def _withdraw(path: Path, manifest: Manifest) -> None:
 def _remove(artifact: Path) -> None:
     listed = manifest_path(artifact)
     remove_notices(artifact)
-    remove_path(artifact)
+    remove_path(target_of(artifact))
     remove_path(listed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def compare_tokenizers(gguf: Path, folder: Path) -> int | None:
     import tokenizers
 
     try:
-        source = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        source = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except Exception as error:  # the package raises plain Exception
         raise ModelError(f"{folder / 'tokenizer.json'} cannot be read ({error}). Download it again.") from error
     added = [token.content for token in source.get_added_tokens_decoder().values()]
@@ -61,7 +62,7 @@ def tokenize_with_llama(gguf: Path, texts: list[str]) -> list[list[int]]:
     llama_cpp.llama_log_set(_silence(), ctypes.c_void_p(0))
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
     if not model:
         raise ModelError(f"llama.cpp could not load the tokenizer of {gguf}. Export another checkpoint.")
     try:

@@ -6,15 +6,16 @@ A bare file or folder from elsewhere has no manifest, and works.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import ModelError
-from .storage import sha256_cached, sha256_file, write_json
+from .model_folder import read_json_object
+from .storage import FOLDER_MANIFEST, sha256_cached, sha256_file, target_of, write_json
 
-FOLDER_MANIFEST = "gramlite.json"
 MANIFEST_VERSION = 1
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -61,10 +62,12 @@ class Artifact:
 
 
 def manifest_path(artifact_path: Path) -> Path:
-    """Where the manifest of a file or folder artifact lies."""
+    """Where the manifest of a file or folder artifact lies; of a link, beside its target unless one is beside itself."""
     if artifact_path.is_dir():
         return artifact_path / FOLDER_MANIFEST
-    return artifact_path.with_name(artifact_path.name + ".json")
+    beside = artifact_path.with_name(artifact_path.name + ".json")
+    target = target_of(artifact_path)
+    return beside if beside.exists() else target.with_name(target.name + ".json")
 
 
 def write_manifest(artifact_path: Path, manifest: Manifest) -> None:
@@ -78,20 +81,30 @@ def read_manifest(artifact_path: Path) -> Manifest | None:
     Raises ModelError when the file is there and is not a manifest.
     """
     path = manifest_path(artifact_path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The manifest {path} cannot be read ({error}). Delete it to use the bare model.") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("format"), str) or not isinstance(raw.get("name"), str):
-        raise ModelError(
-            f"{path} is no gramlite manifest: it lacks 'format' or 'name'. Delete it to use the bare model."
-        )
+    raw = read_json_object(path, advice="Remove it to use the bare model.", finite=True)
+    kinds = get_type_hints(Manifest)
+    for name in ("format", "name", *kinds):
+        if not fits(raw.get(name), kinds[name]) and (name in raw or name in ("format", "name")):
+            raise ModelError(
+                f"{path} is no gramlite manifest: {name!r} is {ascii(raw.get(name)):.80}. Remove it to use the bare model."
+            )
     if raw.get("companion"):
         raise companion_refusal(artifact_path, raw["companion"])
-    known = {f.name for f in fields(Manifest)}
-    return Manifest(**{key: value for key, value in raw.items() if key in known})
+    return Manifest(**{key: value for key, value in raw.items() if key in kinds})
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of a type as `Manifest` writes them; a number has to be finite."""
+    arguments = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(fits(value, each) for each in arguments)
+    if arguments:
+        return isinstance(value, dict) and (arguments[1] is Any or all(fits(each, str) for each in value.values()))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6
+    return type(value) is kind
 
 
 def companion_refusal(artifact_path: Path, companion: object) -> ModelError:
@@ -123,12 +136,19 @@ def artifact_bytes(artifact_path: Path) -> int:
 
 def verify_files(artifact_path: Path, manifest: Manifest) -> None:
     """Check every file that the manifest lists; raises ModelError that names the first one that differs."""
-    root = artifact_path.parent if artifact_path.is_file() else artifact_path
+    root = manifest_path(artifact_path).parent
     for relative, expected in manifest.files.items():
         path = root / relative
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise ModelError(f"The manifest of {artifact_path} lists {relative!r}, which lies outside of it.")
-        if not path.is_file():
+        try:
+            inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
+        except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL in it, a link to itself
+            inside = False
+        if not inside:
+            raise ModelError(
+                f"The manifest of {artifact_path} lists {ascii(relative):.80}, which lies outside of it. "
+                f"Export or download it again, or remove {manifest_path(artifact_path)}."
+            )
+        if not there:
             raise ModelError(f"{path} is listed in the manifest and is missing. Export or download it again.")
         if sha256_cached(path) != expected:
             raise ModelError(

@@ -14,9 +14,8 @@ import click
 
 from . import interrupt
 from .errors import INTERRUPTED, GateError, GramliteError, InputError, ResourceError
-from .terminal import note, visible
+from .terminal import note, open_streams, visible
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 KEEP_ROWS = (["judge"], ["rank"], ["calibrate"], ["bench", "run"])  # with -o, and go on with --resume
 
 
@@ -116,6 +115,7 @@ for _name, (_line, _commands) in GROUPS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code that the errors module documents."""
+    open_streams()
     logger = logging.getLogger("gramlite")
     logger.setLevel(logging.INFO)
     logger.addHandler(_StderrHandler())
@@ -152,10 +152,17 @@ def run(arguments: list[str] | None = None) -> int:
         error.message = visible(error.message)  # type: ignore[misc]  # which is final, and from anywhere
         error.show()
         return InputError.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
-        return BROKEN_PIPE
+    except UnicodeEncodeError as error:
+        note(
+            f"Error: {ascii(error.object):.200} has characters that {error.encoding} cannot hold. Rename it, or type: PYTHONUTF8=1"
+        )
+        return InputError.exit_code
     except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EBADF) and error.filename is None:
+            if error.errno == errno.EBADF:
+                note("Error: standard input or output is closed. Open it, or name files in its place.")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
+            return GramliteError.exit_code
         said, code = explain(error)
         note(f"Error: {said}")
         return code

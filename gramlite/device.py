@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
 GPU_MARGIN = 0.06  # of a GPU's free memory, left for the driver's own needs
 MiB = 1 << 20
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 HELD_PROMPTS = 6  # three pairs that wait for more votes, both orders of each
 MOST_DRAFTED = 3  # sequences together, beyond which a token guessed right saves no more time than it takes
 DRAFT_TOKENS = 8  # the most tokens guessed ahead in a sequence
@@ -291,19 +293,16 @@ def has_mps() -> bool:
 
 
 def free_memory() -> int:
-    """Main memory in bytes that this process may still take: what the system has, and its control group's rest."""
+    """Main memory in bytes that this process may still take: what the system has, and its control groups' rest."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            rest = int(Path(limit).read_text()) - int(Path(used).read_text())
-            free = min(free, rest)
-        except (OSError, ValueError):  # "max", or no control groups
-            continue
+    for group in control_groups("memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+            except (OSError, ValueError):  # "max", or the files of the other version
+                continue
     return max(free, 0)
 
 
@@ -313,6 +312,49 @@ def thread_count(asked: int | None) -> int:
         return asked
     import psutil
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    physical: int | None = psutil.cpu_count(logical=False)
+    usable, physical = usable_cores(), psutil.cpu_count(logical=False)
     return max(1, min(usable, physical or usable))
+
+
+def usable_cores() -> int:
+    """The logical cores that this process may use: those of its affinity mask, as far as its control groups' quota goes.
+
+    A quota of one core and a half counts as two: threads share what there is.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (cpu_quota(group) for group in control_groups("cpu"))
+    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota)]))
+
+
+def cpu_quota(group: Path) -> float | None:
+    """The cores that a control group gives its processes, None where it sets no limit of its own."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # "max", or the files of the other version
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups for `controller` (cpu, memory) and of all above them.
+
+    Version 1 has a tree for each controller, version 2 one for all, and both may be there. In a container the path may be
+    the host's, which is not there: the root is the container's own group then.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, names, inner = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        for root in (CONTROL_GROUPS / name for name in ((names, controller) if names else ("", "unified"))):
+            group = Path(f"{root}{os.path.normpath(inner)}")
+            while group.is_relative_to(root):
+                yield group
+                group = group.parent

@@ -51,7 +51,9 @@ def quantization_of(folder: ModelFolder) -> str | None:
     settings = folder.config.get("quantization_config")
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder.path / 'config.json'} has a quantization_config that is none. Download it again.")
+    method = settings.get("quant_method")
     if method == "bitsandbytes":
         return "INT8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "nf4")).upper()
     if method == "gptq":

@@ -34,13 +34,12 @@ UNSUPPORTED = (
     "nextn_predict_layers",
 )
 COMPANION = "gramlite.companion"  # the adapter file without which version 0.1 did not use a model
+TEXTS = (  # what is read as text further on, where it is there
+    "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "gramlite.template.name", "gramlite.template.sha256",
+    "gramlite.template.text",
+)  # fmt: skip
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
-TEXTS = (
-    "tokenizer.ggml.pre",
-    "tokenizer.chat_template",
-    *(f"gramlite.template.{key}" for key in ("name", "sha256", "text")),
-)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 BLOCK = re.compile(r"blk\.(\d+)\.")
 LORA = re.compile(r"(.+)\.lora_([ab])")
@@ -67,6 +66,8 @@ def read_header(path: Path, *, expect: Literal["model", "adapter"] = "model") ->
     """
     header = parse_header(path)
     _check_kind(header, expect)
+    for key in TEXTS:
+        _typed(header, key, "string", "")
     if expect == "adapter":
         _check_adapter(header)
         return header
@@ -174,8 +175,6 @@ def _check_tokenizer(header: Header) -> None:
     if len(set(tokens)) != len(tokens):  # llama.cpp aborts on these
         raise header.refusal("'tokenizer.ggml.tokens' has the same token twice")
     _check_token_arrays(header, len(tokens))
-    for key in TEXTS:
-        _typed(header, key, "string", "")
     if model == "gpt2":
         _typed(header, "tokenizer.ggml.merges", "array[string]")
         if not header.metadata.get("tokenizer.ggml.pre"):

@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from .errors import InputError, IntegrityError, ResourceError
-from .storage import atomic_output, fsync_path, write_json
+from .storage import Inputs, atomic_output, check_file, check_note, fsync_path, write_json
+
+RECORD_MARK = '"pid"'
 
 
 class Journal:
@@ -27,11 +29,9 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, record: Mapping[str, Any], resume: bool = False, force: bool = False) -> None:
-        self.path = path
+        self.path = path = check_rows(path, resume=resume, force=force)
         self.kept: Counter[str] = Counter()
         self._record = json.loads(json.dumps(record))
-        if path.exists() and not (resume or force):
-            raise InputError(f"{path} already exists. Add --resume to go on with it, or --force to start it anew.")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(str(_beside(path, "lock")), timeout=0)
         self._file: BinaryIO | None = None
@@ -46,7 +46,8 @@ class Journal:
                 self._check_record()
                 self._repair()
             else:
-                path.unlink(missing_ok=True)
+                with atomic_output(path, force=True) as empty:
+                    empty.touch()
             write_json(_beside(path, "run.json"), {"pid": os.getpid(), **self._record})
             self._file = path.open("ab")
             fsync_path(path.parent)
@@ -102,6 +103,20 @@ class Journal:
                 if row and row.get("verdict") is not None and isinstance(row.get("input"), str):
                     self.kept[row["input"]] += 1
                     file.write(line)
+
+
+def check_rows(path: Path, inputs: Inputs = (), *, resume: bool, force: bool) -> Path:
+    """Refuse an output of rows before any work is done for it; return where it is written, for a link its target.
+
+    Raises InputError where it is there and neither `resume` nor `force` is set, and, even with them, where it or what is
+    written beside it is one of the `inputs`, no file, or somebody's own.
+    """
+    place = check_file(path, inputs)
+    check_note(place.with_name(f"{place.name}.run.json"), inputs, RECORD_MARK)
+    check_note(place.with_name(f"{place.name}.lock"), inputs, None)
+    if place.exists() and not (resume or force):
+        raise InputError(f"{path} already exists. Add --resume to go on with it, or --force to start it anew.")
+    return place
 
 
 def read_journal(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:

@@ -15,7 +15,7 @@ from .backends import Backend, RuntimeOptions, open_backend
 from .confidence import stored_calibration
 from .errors import InputError, ModelError
 from .judge import Judge, Settings
-from .model_folder import read_json_object
+from .model_folder import is_text, read_json_object
 from .scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
 from .storage import sha256_cached
 from .template import resolve_template
@@ -78,10 +78,13 @@ def _judge(
     metadata = backend.metadata
     recorded = (artifact.manifest.template if artifact.manifest else None) or {}
     embedded = metadata.get("template") or {}
+    chat_template = metadata.get("chat_template")
+    if not isinstance(embedded, dict) or not (chat_template is None or is_text(chat_template)):
+        raise ModelError(f"{artifact.path} has a template that is no text. Export or download it again.")
     folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
     chosen = resolve_template(template, {**recorded, **embedded}, folder)
     scaffold = scaffold_for(
-        metadata.get("chat_template"),
+        chat_template,
         thinks=chosen.form.thinks,
         trust=chat.trust,
         bos=str(metadata.get("bos") or ""),
@@ -129,8 +132,8 @@ def detect_format(path: Path, manifest: Manifest | None) -> str:
     if (path / "genai_config.json").is_file():
         return "onnx"
     if (path / "config.json").is_file():
-        method = (read_json_object(path / "config.json").get("quantization_config") or {}).get("quant_method")
-        return "gptq" if method == "gptq" else "hf"
+        settings = read_json_object(path / "config.json").get("quantization_config")
+        return "gptq" if isinstance(settings, dict) and settings.get("quant_method") == "gptq" else "hf"
     raise ModelError(f"The folder {path} is no model: it holds neither config.json nor genai_config.json.")
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ModelError
 
@@ -89,17 +89,31 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises ModelError, which names the file, otherwise."""
+def read_json_object(path: Path, *, advice: str = "Download it again.", finite: bool = False) -> dict[str, Any]:
+    """A JSON file that holds an object, with `finite` one without NaN and infinity.
+
+    Raises ModelError, which names the file, otherwise.
+    """
     try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no file. {advice}")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, more than such a file can be.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse if finite else None)
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+        raise ModelError(f"{path} cannot be read as JSON ({error}). {advice}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object. Download it again.")
+        raise ModelError(f"{path} holds no JSON object. {advice}")
     return value
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a string that UTF-8 can hold, which not all are that JSON can."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that JSON knows")
 
 
 def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
@@ -112,12 +126,15 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
             raise ModelError(f"{file} cannot be read ({error}). Download it again.") from error
     stored = settings.get("chat_template")
     if isinstance(stored, list):
-        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
-        stored = named.get("default")
-    return stored if isinstance(stored, str) else None
+        stored = next(
+            (each.get("template") for each in stored if isinstance(each, dict) and each.get("name") == "default"), None
+        )
+    if stored is not None and not is_text(stored):
+        raise ModelError(f"{path / 'tokenizer_config.json'} has a chat_template that is no text. Download it again.")
+    return stored
 
 
 def _literal(settings: dict[str, Any], key: str) -> str:
     value = settings.get(key)
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else ""
+    return value if is_text(value) else ""

@@ -15,7 +15,8 @@ GENAI = "genai_config.json"
 def graph_name(artifact: Artifact) -> str:
     """The decoder's file as genai_config.json names it, model.onnx without one; raises ModelError for no plain name."""
     path = artifact.path / GENAI
-    decoder = (read_json_object(path).get("model") or {}).get("decoder") if path.is_file() else {}
+    model = read_json_object(path).get("model") or {} if path.is_file() else {}
+    decoder = model.get("decoder") if isinstance(model, dict) and path.is_file() else {}
     name = decoder.get("filename", "model.onnx") if isinstance(decoder, dict) else None
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
         raise ModelError(f"{path} names no decoder of this folder ({name!r}). Export it again.")

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .artifact import Manifest, hash_files, is_intact, write_manifest
+from .artifact import Manifest, hash_files, is_intact, manifest_path, write_manifest
 from .carried import notices_beside
 from .errors import InputError, ResourceError
 from .gguf_header import Header, read_header
@@ -37,7 +37,7 @@ from .reference_weights import (
     read_base,
     to_float32,
 )
-from .storage import atomic_output, cache_folder, remove_path, sha256_file
+from .storage import atomic_output, cache_folder, check_output, remove_path, sha256_file
 from .template import Template, packaged_template
 from .terminal import note
 
@@ -67,8 +67,7 @@ def build_gguf(destination: Path, *, dtype: Dtype = "q8_0", force: bool = False)
     destination = Path(destination)
     if dtype not in BYTES_PER_WEIGHT:
         raise InputError(f"There is no dtype {dtype!r} here. Choose one of {', '.join(get_args(Dtype))}.")
-    if destination.is_dir():
-        raise InputError(f"{destination} is a folder. Type: -o {destination / suggested_name(dtype)}")
+    destination = check_output(destination, [], force=force, file=True)
     template = packaged_template()
     weight_kind = gguf.GGMLQuantizationType[dtype.upper()]
     need_bytes = int(WEIGHTS * BYTES_PER_WEIGHT[dtype]) + BYTES_BESIDE_WEIGHTS
@@ -108,9 +107,7 @@ def build_checkpoint(destination: Path, *, force: bool = False) -> Path:
     Raises ModelError when a part is missing or altered, InputError when `destination` is taken or, with
     `force`, is something other than a checkpoint, ResourceError when the disk is full.
     """
-    destination = Path(destination)
-    if force and destination.exists() and not (destination / "config.json").is_file():
-        raise InputError(f"{destination} is no checkpoint, and --force replaces nothing else. Choose another -o.")
+    destination = check_output(Path(destination), [], force=force)
     template = packaged_template()
     need_bytes = 2 * WEIGHTS + BYTES_BESIDE_WEIGHTS
     with atomic_output(destination, force=force, need_bytes=need_bytes) as temporary:
@@ -135,15 +132,16 @@ def cached_gguf() -> Path:
     from filelock import FileLock
 
     destination = cache_folder() / "reference" / f"gramlite-reference-{_inputs_sha256()[:12]}.q8_0.gguf"
-    if is_intact(destination):
-        return destination
     try:
+        if is_intact(destination):
+            return destination
         destination.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(destination.with_name(destination.name + ".lock")):
             if is_intact(destination):
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
+            remove_path(manifest_path(destination))
             note(f"gramlite: building the reference judge, this once, as {destination}")
             return build_gguf(destination, dtype="q8_0", force=True)
     except OSError as error:
@@ -151,11 +149,6 @@ def cached_gguf() -> Path:
             f"The reference judge cannot be built in {destination.parent} ({error.strerror}). "
             "Set GRAMLITE_CACHE to a folder that you can write to."
         ) from error
-
-
-def suggested_name(dtype: Dtype) -> str:
-    """A file name as llama.cpp's users choose them: `gramlite-reference.Q8_0.gguf`."""
-    return f"gramlite-reference.{dtype.upper()}.gguf"
 
 
 def _add_metadata(writer: Any, base: Header, dtype: Dtype, template: Template) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from .decoding import AnswerForm
 from .delimiters import Policy, find_delimiters, find_special_tokens, neutralize
 from .errors import InputError, ModelError
+from .model_folder import is_text
 from .pair import Order, Pair
 from .prompt import Segment
 
@@ -180,6 +181,10 @@ def resolve_template(choice: str | None, recorded: Mapping[str, Any] | None, fol
     """
     if choice and choice not in BUILT_IN:
         return _template_file(Path(choice))
+    for key in ("name", "sha256", "text"):
+        value = (recorded or {}).get(key)
+        if value is not None and not is_text(value):
+            raise ModelError(f"The template recorded with the model has a {key} that is no text. Export it again.")
     wanted = choice or (recorded or {}).get("name")
     if wanted == "gramlite" and not (recorded or {}).get("text"):
         return packaged_template()

@@ -6,9 +6,13 @@ Tables and progress bars are in `console`; while a bar stands, notes go above it
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,12 +64,28 @@ def say_json(value: Any) -> None:
 
 
 def note(*lines: str) -> None:
-    """Print lines that are no result to standard error, above a progress bar where one stands."""
+    """Print lines that are no result to standard error, above a progress bar where one stands; nobody has to listen."""
     for line in map(visible, lines):
         if bars:
             bars[-1].print(line, soft_wrap=True)
         else:
-            click.echo(line, err=True)
+            with suppress(BrokenPipeError):
+                click.echo(line, err=True)
+
+
+def open_streams() -> None:
+    """Prepare a command's standard streams: what a locale cannot show is escaped, and closed ones have a place.
+
+    Closed standard input and output fail when they are used, and what is said to a closed standard error is lost. Else
+    the next file that is opened would get their numbers, and what is printed.
+    """
+    for number, name, mode in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, mode)  # takes the lowest number that is free; the first two can't be used that way
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _joins(character: str) -> bool:

@@ -48,7 +48,7 @@ def quantize_bnb(
     source, destination = Path(source), Path(destination)
     if type not in TYPES:
         raise InputError(f"bitsandbytes has no type {type!r} here. Choose one of {', '.join(TYPES)}.")
-    check_output(destination, [source], force=force)
+    destination = check_output(destination, [source], force=force, inputs=[template])
     need_packages("bnb", "bitsandbytes", "accelerate", "torch", "transformers")
     from gramlite.backends.hf import quiet
 

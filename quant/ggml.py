@@ -155,7 +155,7 @@ def main() -> int:
     if entries:
         parameters.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     failed: int = llama_cpp.llama_model_quantize(
-        job["source"].encode(), job["output"].encode(), ctypes.byref(parameters)
+        os.fsencode(job["source"]), os.fsencode(job["output"]), ctypes.byref(parameters)
     )
     return int(failed != 0)
 

@@ -87,6 +87,7 @@ def quantize_source(
     `calibration` is what is known of the transcripts; `settings` are added to the manifest's, and `name` is what the
     manifest calls the quantization where that is not the file's type.
     """
+    destination = check_output(destination, [source.path], force=force, file=True)
     kind = file_type(kind)
     wanted = check_overrides(source, kind, overrides)
     check_matrix(source, kind, imatrix)
@@ -280,10 +281,12 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
 
     if options["save_imatrix"] and not options["calibration"]:
         raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
-    check_output(output, [source], force=options["force"], file=True)
+    inputs = [options[name] for name in ("calibration", "imatrix", "template")]
+    check_output(output, [source], force=options["force"], file=True, inputs=inputs)
     plan_notices(output, source)  # what is in their way had better be told before a calibration
     if options["save_imatrix"]:
-        check_output(options["save_imatrix"], [source, output], force=options["force"], file=True)
+        sources = [source, output, output.with_name(f"{output.name}.json")]
+        check_output(options["save_imatrix"], sources, force=options["force"], file=True, inputs=inputs)
     with open_source(source, beside=output, template=options["template"]) as opened:
         overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
         matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None

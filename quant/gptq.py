@@ -26,7 +26,7 @@ from gramlite.export.smoke import smoke_judge, smoke_option
 from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
 from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import atomic_output, check_output, sha256_cached
+from gramlite.storage import Inputs, atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration, mode_option
@@ -121,7 +121,13 @@ def quantize_gptq(
 
 
 def preflight(
-    source: Path, output: Path, settings: GptqSettings, *, template: str | None, force: bool
+    source: Path,
+    output: Path,
+    settings: GptqSettings,
+    *,
+    template: str | None,
+    force: bool,
+    inputs: Inputs = (),
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint and its linears' names, when all that can be refused before anything is computed was looked at."""
     checkpoint = open_checkpoint(source)
@@ -134,7 +140,7 @@ def preflight(
             raise InputError(f"--bits-for {part} fits no layer. Layers are called as {names[0]} is.")
     has_own_head(checkpoint)
     judge_template(source, template)
-    check_output(output, [source], force=force)
+    check_output(output, [source], force=force, inputs=[template, *inputs])
     return checkpoint, names
 
 
@@ -306,7 +312,8 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
         exceptions=tuple(map(parse_exception, options["exceptions"])),
         **{name: options[name] for name in same},
     )
-    preflight(source, output, settings, template=options["template"], force=options["force"])
+    inputs = [calibration, options["judge"]]
+    preflight(source, output, settings, template=options["template"], force=options["force"], inputs=inputs)
     device = pick_device(options["device"])
     transcripts, described = load_calibration(
         calibration,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gramlite.export.architecture import gguf_names, read_architecture
 from gramlite.export.checkpoint import open_checkpoint
+from gramlite.export.publish import unicode_name
 
 from gramlite.errors import ModelError
 from gramlite.storage import atomic_output
@@ -71,7 +72,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix, *, force: bool = False) 
         writer = gguf.GGUFWriter(temporary, "imatrix")
         try:
             writer.add_type("imatrix")
-            writer.add_array("imatrix.datasets", list(matrix.datasets))
+            writer.add_array("imatrix.datasets", [unicode_name(name) for name in matrix.datasets])
             writer.add_uint32("imatrix.chunk_count", matrix.chunks)
             writer.add_uint32("imatrix.chunk_size", tokens_each)
             for name, values in sorted(matrix.sums.items()):

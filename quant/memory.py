@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from gramlite.device import free_memory
+from gramlite.device import free_memory, thread_count
 from gramlite.errors import InputError, ResourceError
 
 from .batches import BATCH_TOKENS
@@ -178,14 +178,15 @@ def pick_device(choice: str) -> str:
 
     Raises ResourceError where CUDA was asked for and is not usable, InputError for another word.
     """
-    if choice == "cpu":
-        return "cpu"
-    if choice not in ("auto", CUDA):
+    if choice not in ("auto", "cpu", CUDA):
         raise InputError(f"--device {choice} is unknown; it is auto, cpu or cuda.")
     import torch
 
-    if torch.cuda.is_available():
+    if choice != "cpu" and torch.cuda.is_available():
         return CUDA
+    torch.set_num_threads(thread_count(None))
+    if choice == "cpu":
+        return "cpu"
     reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device answers"
     if choice == CUDA:
         raise ResourceError(f"--device cuda was asked for, and {reason}. Use --device cpu.")

@@ -21,7 +21,14 @@ from gramlite.export.architecture import (
 )
 from gramlite.export.gguf import ALIGNMENT, HEADER_BYTES, add_architecture, add_vocabulary, check_written
 from gramlite.export.output import GgufData
-from gramlite.export.publish import add_template, describe_source, judge_template, publish_file, tool_versions
+from gramlite.export.publish import (
+    add_template,
+    describe_source,
+    judge_template,
+    publish_file,
+    tool_versions,
+    unicode_name,
+)
 from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
 from gramlite.export.smoke import CannotRunHere, recorded_margins, smoke_judge, smoke_option
 from gramlite.export.stream import permute_heads
@@ -76,7 +83,7 @@ def pack_gguf(
     an unknown tokenizer), ModelError for one that is damaged.
     """
     source, destination = Path(source), Path(destination)
-    check_output(destination, [source], force=force, file=True)
+    destination = check_output(destination, [source], force=force, file=True, inputs=[template])
     plan = plan_pack(source, embedding)
     judge = judge_template(source, template)
     origin = read_manifest(source)
@@ -154,7 +161,7 @@ def write_header(path: Path, plan: PackPlan, template: dict[str, Any] | None, na
     writer = gguf.GGUFWriter(path, plan.architecture.family)
     try:
         writer.add_type("model")
-        writer.add_name(name)
+        writer.add_name(unicode_name(name))
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{plan.file_type}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_architecture(writer, plan.architecture)

@@ -62,7 +62,7 @@ def pack_onnx(
     Raises ModelError for a layer that MatMulNBits cannot hold, InputError for a taken `destination`.
     """
     source, destination = Path(source), Path(destination)
-    check_output(destination, [source], force=force)
+    destination = check_output(destination, [source], force=force, inputs=[template])
     folder = open_gptq(source)
     family_of(folder.config)
     require_builder()

@@ -112,20 +112,23 @@ def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
     Raises ModelError for a format that has no backend or whose packages are missing, InputError for options that it does
     not take, ResourceError when it does not fit.
     """
+    unknown = ModelError(
+        f"No backend runs the format {ascii(artifact.format):.80} of {artifact.path}. If it is a checkpoint, type: "
+        f"gramlite export gguf {artifact.path} -o judge.gguf"
+    )
+    if not artifact.format.isidentifier() or not artifact.format.isascii():
+        raise unknown
     try:
         module = importlib.import_module(f"{__name__}.{artifact.format}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith(__name__):
-            raise ModelError(
-                f"No backend runs the format {artifact.format!r} of {artifact.path}. If it is a checkpoint, type: "
-                f"gramlite export gguf {artifact.path} -o judge.gguf"
-            ) from error
+            raise unknown from error
         raise ModelError(
             f"The {artifact.format} backend needs the package {error.name!r}. "
             f"Type: pip install 'gramlite[{artifact.format}]'"
         ) from error
     if not hasattr(module, "open_artifact"):
-        raise ModelError(f"No backend runs the format {artifact.format!r} of {artifact.path}.")
+        raise unknown
     if options.load_in and not getattr(module, "LOADS_IN", ()):
         raise InputError(
             f"--load-in {options.load_in} quantizes a Hugging Face checkpoint while it is loaded; {artifact.path} is a "

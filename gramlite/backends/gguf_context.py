@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class LlamaContext:
         params.n_gpu_layers = plan.gpu_layers
         params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
         params.main_gpu = plan.main_gpu
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             self._check_memory()
             raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
@@ -176,7 +177,7 @@ class LlamaContext:
     def open_adapter(self, path: str) -> Any:
         """Load a LoRA adapter, which is freed with the model; raises ModelError for one that llama.cpp refuses."""
         forget_words()
-        adapter = llama_cpp.llama_adapter_lora_init(self.model, path.encode())
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:
             self._check_memory()
             raise ModelError(f"llama.cpp could not load the adapter {path}: {first_words()}. Does it fit this model?")

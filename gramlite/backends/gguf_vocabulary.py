@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ class LlamaVocabulary:
         forget_words()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             raise ModelError(f"llama.cpp could not load {path}: {first_words()}. Export or download it again.")
         vocabulary = cls(model, normalize=normalize)

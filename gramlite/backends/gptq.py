@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact, is_intact
+from ..artifact import Artifact, is_intact, manifest_path
 from ..errors import ModelError, ResourceError
 from ..storage import cache_folder, remove_path
 from ..terminal import note
@@ -122,6 +122,7 @@ def packed(folder: Path) -> Path:
                 return destination
             for leftover in destination.parent.glob(f".{destination.name}.*"):
                 remove_path(leftover)  # of a packing that was killed: while the lock is held nobody else packs
+            remove_path(manifest_path(destination))
             note(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}")
             pack_gguf(folder, destination, embedding=EMBEDDING, force=True)
     except OSError as error:

@@ -6,7 +6,6 @@ Its artifact is a JSON file `{"format": "scripted", "name": ..., "seconds": 0.01
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..decoding import Generation
+from ..errors import ModelError
+from ..model_folder import is_text, read_json_object
 from . import Request, RuntimeOptions
 
 END = 256
@@ -46,9 +47,9 @@ class ScriptedBackend:
     def __init__(self, script: Mapping[str, Any]) -> None:
         self.metadata: dict[str, Any] = {"quantization": None, "chat_template": None, "template": None}
         self.metadata |= script.get("metadata", {})
-        self._rationale = str(script.get("rationale", "Feedback:\nfine\n\nConclusion:\nscripted\n</think>")).encode()
+        self._rationale = script.get("rationale", "Feedback:\nfine\n\nConclusion:\nscripted\n</think>").encode()
         self._stop = threading.Event()
-        self._seconds = float(script.get("seconds", 0.0))
+        self._seconds = script.get("seconds", 0.0)
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
         for request in requests:
@@ -76,4 +77,13 @@ class ScriptedBackend:
 
 def open_artifact(artifact: Artifact, options: RuntimeOptions) -> ScriptedBackend:
     """Open a scripted artifact; the runtime options change nothing."""
-    return ScriptedBackend(json.loads(artifact.path.read_text(encoding="utf-8")))
+    script = read_json_object(artifact.path, advice="Write it again.", finite=True)
+    seconds = script.get("seconds", 0.0)
+    if (
+        not isinstance(script.get("metadata", {}), dict)
+        or not is_text(script.get("rationale", ""))
+        or not isinstance(seconds, int | float)
+        or not 0 <= seconds <= 3600
+    ):
+        raise ModelError(f"{artifact.path} is no script: metadata, rationale or seconds are of another kind.")
+    return ScriptedBackend(script)

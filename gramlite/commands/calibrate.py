@@ -184,11 +184,19 @@ def command(
     Stored beside the model for these settings. With --budget auto, the smallest think budget that is as accurate as
     the best is found first and stored for --budget auto.
     """
+    from ..journal import check_rows
+    from ..sidecar import sidecar_path
+    from ..storage import check_file
+
     if options.calibrated:
         raise InputError("calibrate measures the judge as it is. Drop --calibrated.")
     if resume and not output:
         raise InputError("--resume goes on with an output file; add -o ROWS.jsonl.")
     if output and options.budget == "auto":
         raise InputError("-o keeps the rows of one judging, and --budget auto takes several. Drop one of them.")
+    if output:
+        check_rows(output, [pairs, *options.inputs()], resume=resume, force=force)
+    if options.model:
+        check_file(sidecar_path(Path(options.model)), [pairs])
     say_rows_on_interrupt(output)
     return run(options, labelled_rows(pairs, ties=ties == "half", said=labels), output, resume, force, as_json)

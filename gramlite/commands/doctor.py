@@ -129,14 +129,18 @@ def check_reference() -> Finding:
 
 
 def check_cache() -> Finding:
+    import tempfile
+
+    from ..errors import ResourceError
     from ..storage import cache_folder
 
-    folder = cache_folder()
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".doctor"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-"):
+            pass
+    except ResourceError as error:
+        return Finding("cache folder", False, str(error))
     except OSError as error:
         return Finding("cache folder", False, f"{folder} cannot be written ({error.strerror}). Set GRAMLITE_CACHE.")
     return Finding("cache folder", True, str(folder))

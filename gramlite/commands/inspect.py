@@ -127,9 +127,10 @@ def template_name(artifact: Artifact) -> str | None:
 
 def known_chat_template(text: object) -> str | None:
     """The name of a chat template that is built in, `unknown` for another one."""
+    from ..model_folder import is_text
     from ..scaffold import KNOWN_TEMPLATES, template_hash
 
-    known = KNOWN_TEMPLATES.get(template_hash(text)) if isinstance(text, str) else None
+    known = KNOWN_TEMPLATES.get(template_hash(text)) if is_text(text) else None
     return known.name if known else "unknown" if text else None
 
 

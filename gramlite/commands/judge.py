@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -135,9 +136,11 @@ def say_rows_on_interrupt(rows: Path | None, folder: Path | None = None) -> None
 def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
     from ..rows import read_rows
 
+    if output:
+        check_rows(output, [source, *options.inputs()], resume=resume, force=force)
     stream, lines, lookahead = open_input(source)
     with ExitStack() as stack:
         stack.callback(stream.close)
@@ -189,16 +192,23 @@ def command(
         if not pairs:
             raise InputError("Nothing to judge. Give PAIRS.jsonl, - for standard input, or --prompt T --a T --b T.")
         return run_file(options, pairs, output, resume, force, as_json)
-    pair = Pair(prompt or "", response_a or "", response_b or "")
+    pair = Pair(utf8(prompt), utf8(response_a), utf8(response_b))
     return run_pair(options, pair, output, resume, force, as_json)
+
+
+def utf8(argument: str | None) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale says."""
+    return os.fsencode(argument or "").decode("utf-8", "surrogateescape")
 
 
 def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge the one pair given by options; returns the exit code."""
     from ..display import Display
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
 
     pair.check()
+    if output:
+        check_rows(output, options.inputs(), resume=resume, force=force)
     with ExitStack() as stack:
         judge = stack.enter_context(options.open())
         journal = None

@@ -99,6 +99,14 @@ class JudgeOptions:
             judge = judge.calibrated(stored_calibration(self.artifact_path(), judge.model, judge.settings_record))
         return judge
 
+    def inputs(self) -> list[Path]:
+        """What opening the judge reads, or takes for a file: the model and the adapter, what lies beside them, a template."""
+        from ..artifact import manifest_path
+        from ..sidecar import sidecar_path
+
+        named = [Path(each) for each in (self.model, self.adapter, self.template) if each]
+        return [*named, *(beside(path) for path in named for beside in (manifest_path, sidecar_path))]
+
     def artifact_path(self) -> Path:
         """The model's file or folder; without one, the reference judge's."""
         if self.model is not None:

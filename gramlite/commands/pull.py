@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,9 +16,10 @@ import click
 from ..artifact import PICKLE_SUFFIXES
 from ..carried import is_notice
 from ..errors import GramliteError, InputError, ModelError
-from ..storage import check_free_space, remove_path
+from ..storage import check_free_space, remove_path, sha256_file
 from ..terminal import say, say_json
 
+SCRATCH = ".gramlite-pull"  # in the folder that is fetched into: what is not whole yet
 BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".txt", ".model")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 
@@ -48,6 +51,11 @@ def select(repository: str, commit: str, sizes: dict[str, int], wanted: Sequence
         kind = "only pickles, which can run code when they are opened" if pickles else "no weights"
         raise ModelError(f"{repository} has {kind}. Look for a repository with safetensors or GGUF files.")
     chosen = [name for name in sizes if (name in wanted if wanted else name.endswith(WEIGHTS)) or _beside(name)]
+    outside = [name for name in chosen if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ModelError(
+            f"{repository} has a file {outside[0]!r}, which would lie outside of the folder. Don't use it."
+        )
     return Selection(repository, commit, tuple(sorted(chosen)), sum(sizes[name] for name in chosen))
 
 
@@ -58,20 +66,27 @@ def _beside(name: str) -> bool:
 def pull(repository: str, wanted: Sequence[str], output: Path, *, revision: str | None) -> Selection:
     """Fetch a repository's files, all of one commit, into a folder; a fetch that was cut off goes on.
 
-    Raises InputError, ModelError, ResourceError before anything is fetched, GramliteError where the Hub refuses.
+    Nothing that is in the folder is replaced or removed. Raises InputError, ModelError, ResourceError before anything
+    is fetched, GramliteError where the Hub refuses.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
         raise GramliteError("Fetching needs huggingface_hub. Type: pip install 'gramlite[hub]'") from error
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is no folder. Choose another -o.")
+    scratch = output / SCRATCH
     try:
         found = HfApi().model_info(repository, revision=revision, files_metadata=True)
         sizes = {file.rfilename: int(file.size or 0) for file in found.siblings or []}
         selection = select(repository, str(found.sha), sizes, wanted)
-        output.mkdir(parents=True, exist_ok=True)
-        check_free_space(output, selection.bytes)
-        snapshot_download(repository, revision=selection.commit, local_dir=output, allow_patterns=list(selection.files))
+        hashes = {file.rfilename: getattr(getattr(file, "lfs", None), "sha256", None) for file in found.siblings or []}
+        missing = [name for name in selection.files if not is_there(output / name, sizes[name], hashes[name])]
+        scratch.mkdir(parents=True, exist_ok=True)
+        check_free_space(output, sum(sizes[name] for name in missing))
+        snapshot_download(repository, revision=selection.commit, local_dir=scratch, allow_patterns=missing)
+        put_in_place(scratch, output, missing)
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no name of a repository. Write it as owner/name.") from error
     except (HfHubHTTPError, OSError) as error:
@@ -80,8 +95,36 @@ def pull(repository: str, wanted: Sequence[str], output: Path, *, revision: str 
             f"{repository} could not be fetched: {reason}. Run the same command again to go on; "
             "for a gated repository, set HF_TOKEN."
         ) from error
-    remove_path(output / ".cache")
     return selection
+
+
+def is_there(path: Path, size: int, sha256: str | None) -> bool:
+    """Whether a file is known to be there already; raises InputError for another one, which would have to go."""
+    if not os.path.lexists(path):
+        return False
+    if not path.is_file() or path.stat().st_size != size or (sha256 and sha256_file(path) != sha256):
+        raise in_the_way(path)
+    return sha256 is not None
+
+
+def put_in_place(scratch: Path, output: Path, names: Sequence[str]) -> None:
+    """Move what was fetched to where it belongs; raises InputError, before anything is moved, for what would be lost."""
+    fetched = [name for name in names if (scratch / name).is_file()]
+    for name in fetched:
+        if os.path.lexists(output / name) and not filecmp.cmp(scratch / name, output / name, shallow=False):
+            raise in_the_way(output / name)
+    for name in fetched:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (output / name).exists():
+            os.rename(scratch / name, output / name)
+    remove_path(scratch)
+
+
+def in_the_way(path: Path) -> InputError:
+    return InputError(
+        f"{path} is there already and is another file than the repository's, and pull replaces nothing. "
+        "Move it away, or choose another -o."
+    )
 
 
 def next_command(folder: Path, selection: Selection) -> list[str]:

@@ -119,9 +119,11 @@ def run_file(
 ) -> int:
     """Rank a file or standard input; returns the exit code."""
     from ..display import Display
-    from ..journal import Journal
+    from ..journal import Journal, check_rows
     from ..rows import item_from_json, read_lines
 
+    if output:
+        check_rows(output, [source, *options.inputs()], resume=resume, force=force)
     stream, lines, _ = open_input(source, item_from_json)
     with ExitStack() as stack:
         stack.callback(stream.close)

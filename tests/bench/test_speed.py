@@ -19,9 +19,10 @@ from gramlite.bench.speed import (
     read_pairs,
     speed_table,
 )
-from gramlite.bench.turns import Contender, ratio, take_turns, turns_of
+from gramlite.bench.turns import Contender, Ratio, ratio, summary, take_turns, turns_of
 
 from gramlite import RuntimeOptions, load
+from gramlite.cli import run
 from gramlite.errors import InputError
 from gramlite.pair import Pair
 
@@ -153,3 +154,67 @@ def test_all_contenders_are_in_one_report(reference_q8: Path, tmp_path: Path) ->
     ]  # fmt: skip
     assert len(report.ratios) == 5 and all(one.low <= one.median <= one.high for one in report.ratios)
     assert report.settings["peak_memory_mib"] > 100 and report.settings["versions"]["transformers"]
+
+
+@pytest.mark.fault("speed-minimums")
+@pytest.mark.parametrize("pairs", [2, 3, 12])
+def test_the_smallest_run_of_any_judge(pairs: int, scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "speed", "-m", str(scripted), "--limit", str(pairs), "--repetitions", "1"]
+    assert run(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kernels"] == {} == report["overhead_over_floor"]  # which are llama.cpp's
+    for times in report["contenders"].values():
+        assert 0 < times["low"] <= times["median"] <= times["high"]
+    assert report["settings"]["bytes"] == scripted.stat().st_size and report["settings"]["pairs"] == pairs
+
+
+@pytest.mark.fault("speed-minimums")
+def test_quartiles_of_one_turn() -> None:
+    one, other = Contender("one", len, [3.0]), Contender("other", len, [1.5])
+    assert ratio(one, other) == Ratio("one", "other", 2.0, 2.0, 2.0, 1)
+    assert summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+
+
+@pytest.mark.fault("speed-minimums")
+def test_rows_that_took_no_judging_have_no_floor() -> None:
+    assert floor_seconds([{"orders": []}], Kernels(100, 0.01), prefix_tokens=4, parallel=1) == 0
+
+
+@pytest.mark.fault("speed-minimums")
+def test_pairs_that_need_no_judging_are_not_timed(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    same = json.dumps({"prompt": "q", "response_a": "a", "response_b": "a"}) + "\n"
+    path.write_text(same * 3)
+    assert run(["bench", "speed", "-m", str(scripted), "--pairs", str(path)]) == 2
+    assert "fewer than two pairs" in capsys.readouterr().err
+    assert run(["bench", "speed", "-m", str(scripted), "--pairs", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.fault("speed-minimums")
+def test_a_gguf_file_at_the_minimum(reference_q8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "response_a": "a", "response_b": b}) + "\n" for b in "xy"))
+    arguments = ["--pairs", str(path), "--limit", "2", "--repetitions", "1"]
+    assert run(["bench", "speed", "-m", str(reference_q8), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["kernels"]) == {"direct", "think"} and report["settings"]["bytes"] == reference_q8.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.fault("speed-minimums")
+def test_a_folder_is_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    from gramlite.reference import build_checkpoint
+
+    folder = build_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "response_a": "a", "response_b": b}) + "\n" for b in "xy"))
+    arguments = ["bench", "speed", "-m", str(folder), "--pairs", str(path), "--limit", "2", "--repetitions", "1"]
+    assert run(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["bytes"] > 200e6 and list(report["contenders"]) == ["gramlite, direct", "gramlite, think"]
+    assert run([*arguments, "--against", "llama-cpp-python"]) == 2
+    assert "needs a GGUF file" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def test_a_gguf_file_may_lie_in_its_checkpoint(source: Path) -> None:
 def test_only_an_artifact_is_replaced(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="already exists"):
         check_output(source, [])
+    manifest = {"format": "hf", "name": "judge", "files": {"config.json": "0"}}
+    (source / "gramlite.json").write_text(json.dumps(manifest))
     check_output(source, [], force=True)
-    (source / "config.json").rename(source / "gramlite.json")
-    check_output(source, [], force=True)
-    with pytest.raises(InputError, match="is no checkpoint and no artifact"):
+    with pytest.raises(InputError, match="holds judge/.*did not write there"):
         check_output(tmp_path / "models", [], force=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", [], force=True)
