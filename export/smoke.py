@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,12 @@ def smoke_judge(
     """
     if not manifest.template and template is None:
         return _record(path, manifest, {"skipped": "no judge's template is known"})
+    judge = partial(judge_margins, **asked_with(chat))
     try:
         if source is None:
             raise InputError("its margins were not recorded with this template")
         if isinstance(source, Path):
-            expected: Sequence[float] = judge_margins(source, template, chat)
+            expected: Sequence[float] = judge(source, template)
         else:
             expected = source() if callable(source) else source
     except GramliteError as error:
@@ -120,7 +122,7 @@ def smoke_judge(
             note(f"warning: {path} was compared with nothing, for its source is refused: {error}")
         return _record(path, manifest, {"skipped": f"the source could not be judged with: {error}"})
     try:
-        smoke = Smoke(tuple(expected), tuple(found() if found else judge_margins(path, template, chat)))
+        smoke = Smoke(tuple(expected), tuple(found() if found else judge(path, template)))
         collapse = smoke.collapse
     except (ResourceError, InputError, CannotRunHere) as error:
         return _record(path, manifest, {"skipped": f"it does not run here: {error}"})
@@ -138,8 +140,13 @@ def smoke_judge(
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
+def asked_with(chat: ChatTemplate) -> dict[str, ChatTemplate]:
+    """The argument of `judge_margins` that says how models are asked, where that is not as they say themselves."""
+    return {} if chat == OWN_TEMPLATE else {"chat": chat}
+
+
 def judge_margins(
-    model: Path, template: str | None = None, chat: ChatTemplate = OWN_TEMPLATE, *, adapter: Path | None = None
+    model: Path, template: str | None = None, *, chat: ChatTemplate = OWN_TEMPLATE, adapter: Path | None = None
 ) -> list[float]:
     """The margins of the packaged pairs, both orders, in direct mode; NaN where there is no verdict."""
     pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]

@@ -21,7 +21,7 @@ from .checkpoint import INDEX
 from .gguf import export_gguf
 from .merge import merge_adapter
 from .publish import judge_template
-from .smoke import CannotRunHere, judge_margins, smoke_judge
+from .smoke import CannotRunHere, asked_with, judge_margins, smoke_judge
 
 WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
@@ -89,7 +89,7 @@ def gguf_margins(
         export_gguf(checkpoint, path, dtype="f16")
     except ModelError:
         export_gguf(checkpoint, path, dtype="bf16")
-    return judge_margins(path, template, chat, adapter=adapter)
+    return judge_margins(path, template, adapter=adapter, **asked_with(chat))
 
 
 def need_weights(base: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,22 @@ def test_a_judge_without_clear_verdicts_has_no_agreement() -> None:
 def test_real_pairs_of_the_reference_judge(reference_q8: Path) -> None:
     margins = smoke.judge_margins(reference_q8)
     assert len(margins) == 24 and all(math.isfinite(margin) for margin in margins)
+
+
+@pytest.mark.fault("templates")
+def test_an_unknown_chat_template_is_judged_with_where_it_is_trusted(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gramlite.cli import run
+
+    folder = checkpoint_of("llama-tied", max_position_embeddings=4096)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{question}|{response_a}|{response_b}")
+    export = ["export", "gguf", str(folder), "--template", str(prompt), "--json"]
+    assert run([*export, "-o", str(tmp_path / "a.gguf")]) == 0
+    assert "--trust-template" in capsys.readouterr().err
+    assert run([*export, "-o", str(tmp_path / "b.gguf"), "--trust-template"]) == 0
+    said = capsys.readouterr()
+    assert "--trust-template" not in said.err
+    smoke = json.loads(said.out)["smoke"]
+    assert smoke["pairs"] == 12 and smoke["mean_margin_difference"] < 0.05
