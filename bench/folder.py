@@ -140,6 +140,8 @@ def check_run_folder(folder: Path, inputs: Inputs = (), *, resume: bool, force: 
     Raises InputError where it holds a run and neither `resume` nor `force` is set, and, even with them, where it holds
     files of these names that are not gramlite's.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is no folder. Choose another -o.")
     if (folder / ROWS).exists() and not (resume or force):
         raise InputError(f"{folder} holds a run. Add --resume to go on with it, or --force to start it anew.")
     rows = check_rows(folder / ROWS, inputs, resume=True, force=True)

@@ -189,6 +189,8 @@ def check_outputs(plan: Plan, page: Path | None, junit: Path | None) -> None:
     from .results import check_page
 
     folder = plan.folder
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is no folder. Choose another -o.")
     check_file(folder / RECORD)
     if folder.is_dir() and not (folder / RECORD).exists() and any(each.name != LOCK for each in folder.iterdir()):
         raise InputError(f"{folder} holds other things than a sweep. Choose another -o, a new folder or an empty one.")
