@@ -80,7 +80,7 @@ def main(model: str | None, busy: bool) -> None:
         handed: list[Any] = []
 
         def work() -> None:
-            for verdict in judge.many(pairs(20)):
+            for verdict in judge.many(pairs(6)):
                 handed.append(verdict)
 
         thread = threading.Thread(target=work)

@@ -37,6 +37,7 @@ PROGRAM = (
     "cli.run = lambda arguments: print('begun', file=sys.stderr, flush=True) or run(arguments)\n"
     "cli.main(sys.argv[1:])"
 )
+FEW = 16
 ROWS, LABELLED = 4, 20  # the least that calibrate takes
 CHAT = Path(__file__).parents[1] / "gramlite/data/reference/hf/chat_template.jinja"
 WITHOUT_VERDICT = 5
@@ -191,11 +192,12 @@ def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most
         judge = model if model is not None else str(scripted(folder, 0.02))
         coming = commands(folder, judge or None, kinds)
         whole: dict[str, float] = {}
+        unknown = 60.0 if rounds > FEW else 2.0  # with many, let the first run of each kind end by itself
         for number in range(rounds):
             command = next(coming)
             kind = " ".join(word for word in command.words if "/" not in word)
             while True:
-                moment = drawn.uniform(0, whole.get(kind, 60.0))
+                moment = drawn.uniform(0, whole.get(kind, unknown))
                 ended, seconds = interrupt(command.words, moment)
                 if ended.seconds is not None:
                     break

@@ -30,7 +30,7 @@ def test_three_hundred_random_moments() -> None:
 @pytest.mark.fault("interrupt")
 def test_moments_of_a_gguf_judge(reference_q8: Path) -> None:
     """Most of a run that short is loading."""
-    assert measure(str(reference_q8), 4, 2, ["judge"], most=NOISE) == []
+    assert measure(str(reference_q8), 3, 2, ["judge"], most=NOISE) == []
 
 
 @pytest.mark.slow
