@@ -97,7 +97,9 @@ def tell() -> None:
 
 
 def _said() -> str:
-    return f"Interrupted. {_State.words() if _State.words else ''}".rstrip()
+    from .terminal import visible
+
+    return visible(f"Interrupted. {_State.words() if _State.words else ''}".rstrip())
 
 
 def install() -> None:

@@ -161,6 +161,18 @@ def test_judge(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
 
 
 @fault
+def test_an_interrupt(place: Path, terminal: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gramlite.judge.Judge.many", stop)
+    words = ["judge", pairs_at(place), "-m", judge_at(place), "--mode", "direct", "-o", place / "rows.jsonl"]
+    code, printed = terminal(*words)
+    assert code == 130
+    check(printed, f"{SHOWN}/rows.jsonl", "--resume")
+
+
+@fault
 def test_a_rationale_is_shown_as_it_is_but_for_controls(place: Path, terminal: Callable[..., tuple[int, str]]) -> None:
     model = judge_at(place)
     script = json.loads(model.read_text()) | {"rationale": "[red]Gut\u202e[/b]\nنمی‌شود \x1b[2J 👩‍💻\n</think>"}
