@@ -12,7 +12,7 @@ from .judge import Judge, Settings
 from .loading import load
 from .pair import OrderVerdict, Pair, Verdict
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GramliteError",
