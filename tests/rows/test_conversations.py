@@ -29,7 +29,7 @@ from messages import (
 )
 
 from gramlite.errors import InputError
-from gramlite.rows import item_from_json, pair_from_json
+from gramlite.rows import pair_from_json
 
 
 def case(name: str, row: dict[str, Any], prompt: str, first: str = YES, second: str = NO, *, fault: bool = True) -> Any:
@@ -246,6 +246,12 @@ READ = [
         RYE,
     ),
     case(
+        "hh-rlhf, the prompt of several turns",
+        {"prompt": human(*MUSEUM), "chosen": human(*MUSEUM, YES), "rejected": human(*MUSEUM, NO)},
+        MUSEUM_TEXT.replace("User:", "Human:"),
+    ),
+    case("an empty prompt of texts", {"prompt": "", "response_a": YES, "response_b": NO}, "", fault=False),
+    case(
         "a transcript that is asked for",
         {"prompt": "Write a chat.", "chosen": human("Hi", YES), "rejected": human("Hi", NO)},
         "Write a chat.",
@@ -334,6 +340,13 @@ READ = [
         CALLED,
         "Sunny.",
     ),
+    case(
+        "swift, a list after a text",
+        {"messages": said(RYE, YES), "rejected_response": [*CHOSEN_CALL]},
+        RYE,
+        YES,
+        CALLED,
+    ),
     case("swift, two lists", {"messages": said(*MUSEUM, YES), "rejected_messages": said(*MUSEUM, NO)}, MUSEUM_TEXT),
     case("helpsteer3", {"context": said(RYE), "response1": YES, "response2": NO}, RYE),
     case("arena", {"conversation_a": said(RYE, YES), "conversation_b": said(RYE, NO)}, RYE),
@@ -365,42 +378,6 @@ def test_what_both_share_is_the_prompt_and_what_differs_the_response(
 ) -> None:
     pair = pair_from_json(row)
     assert (pair.prompt, pair.response_a, pair.response_b) == (prompt, first, second)
-
-
-RANKED = [
-    case(
-        "tools",
-        {"prompt": WEATHER, "completions": [[*reply("I look."), TOOL, *reply("3 degrees.")], reply("Sunny.")]},
-        "Weather in Oslo?",
-        "Assistant: I look.\n\nTool: 3 C, rain\n\nAssistant: 3 degrees.",
-        "Sunny.",
-    ),
-    case("parts", {"prompt": [{"role": "user", "content": parts("Hi")}], "completions": ["a", "b"]}, "Hi", "a", "b"),
-    case(
-        "full conversations", {"prompt": MUSEUM[2], "completions": [said(*MUSEUM, YES), said(*MUSEUM, NO)]}, MUSEUM_TEXT
-    ),
-    case("equal completions", {"prompt": RYE, "completions": [reply(YES), YES]}, RYE, YES, YES, fault=False),
-    case("system text", {"system": "s", "prompt": RYE, "completions": [YES, NO]}, f"System: s\n\nUser: {RYE}"),
-]
-
-
-@pytest.mark.parametrize(("row", "prompt", "first", "second"), RANKED)
-def test_completions_are_read_the_same_way(row: dict[str, Any], prompt: str, first: str, second: str) -> None:
-    item = item_from_json(row)
-    assert (item.prompt, item.completions) == (prompt, (first, second))
-
-
-@pytest.mark.fault("conversations")
-def test_a_single_completion_is_what_follows_the_prompt() -> None:
-    assert item_from_json({"prompt": "Hi", "completions": ["a"]}).completions == ("a",)
-    item = item_from_json({"prompt": "Hi", "completions": [said("Hi", "a", "b", "c")]})
-    assert (item.prompt, item.completions) == ("Hi", ("Assistant: a\n\nUser: b\n\nAssistant: c",))
-
-
-@pytest.mark.fault("conversations")
-def test_a_completion_that_ends_with_the_user_is_refused() -> None:
-    with pytest.raises(InputError, match=r"completions\[1\] ends with the user"):
-        item_from_json({"prompt": "Hi", "completions": ["a", said("Hi", "a", "b")]})
 
 
 @pytest.mark.fault("conversations")

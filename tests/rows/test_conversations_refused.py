@@ -30,6 +30,11 @@ def with_content(content: Any) -> dict[str, Any]:
 
 REFUSED = [
     refused(
+        "a side that is all in the prompt",
+        {"prompt": said("a", "b", RYE, YES), "chosen": said(RYE, YES), "rejected": said(RYE, NO)},
+        "chosen opens a conversation that does not hold",
+    ),
+    refused(
         "ends with the user",
         {"chosen": said("Hi", "Hello", "thanks"), "rejected": said("Hi", "Go away", "oh")},
         "chosen ends with the user",
