@@ -139,8 +139,8 @@ def check_replaceable(path: Path) -> None:
     for held in path.rglob("*"):
         if (held.is_symlink() or not held.is_dir()) and str(held.relative_to(path)) not in listed:
             raise InputError(
-                f"{path} holds {held.relative_to(path)}, which gramlite did not write there, so --force will not "
-                "replace it. Move it away, or choose another -o."
+                f"{path} is no checkpoint and no artifact of gramlite's alone: it holds {held.relative_to(path)}, which "
+                "gramlite did not write there. --force will not replace it; move it away, or choose another -o."
             )
 
 
