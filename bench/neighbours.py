@@ -50,7 +50,7 @@ def llama_contest(judge: Judge, model: Path, *, threads: int, context: int, toke
     """llama-cpp-python as people use it: a probability by logprobs, a bare letter, and a rationale of up to `tokens`."""
     import llama_cpp
 
-    if model.is_dir() or not hasattr(judge.backend, "_llama"):
+    if model.is_dir() or judge.model["format"] != "gguf":
         raise InputError("--against llama-cpp-python needs a GGUF file. Give one as -m, or drop it.")
 
     def open_model(logits_all: bool) -> Any:

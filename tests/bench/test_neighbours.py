@@ -55,7 +55,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def judge_of(scripted: Path, mode: str) -> Judge:
-    return load(scripted, settings=Settings(mode=mode))  # type: ignore[arg-type]
+    judge = load(scripted, settings=Settings(mode=mode))  # type: ignore[arg-type]
+    judge.model = {**judge.model, "format": "gguf"}  # the only one that llama-cpp-python opens
+    return judge
 
 
 def test_llama_is_asked_for_both_orders_and_only_shows_probabilities_where_they_are_wanted(

@@ -106,7 +106,7 @@ def test_a_suites_own_encoding(suite: str, labels: list[Any], expected: list[str
 def test_gramlites_own_schema_in_a_suite_follows_the_rule(
     suite: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = pairs_file(tmp_path / "suite.jsonl", ["Response A", {"label": value}])
+    path = pairs_file(tmp_path / "suite.jsonl", [{"label": label, "meta": {"cell": [0, 0]}} for label in ("Response A", value)])
     if value == [1, 0]:
         _, module, found = open_suite(f"{suite}:{path}")
         assert [pair.label for pair in module.load(found)] == ["A", "A"]

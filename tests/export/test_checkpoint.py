@@ -225,7 +225,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def old_artifact(folder: Path) -> dict[str, bytes]:
     (folder / "model.gguf").write_bytes(b"older artifact")
-    (folder / "model.gguf.json").write_bytes(b'{"format": "gguf", "name": "older"}')
+    (folder / "model.gguf.json").write_bytes(b'{"format": "gguf", "name": "older", "manifest_version": 1}')
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
