@@ -37,14 +37,32 @@ KINDS = {
     "condition": ("AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceUnaryOperator_Delete_Not"),
     "constant": ("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceUnaryOperator_USub_UAdd"),
 }
-PARTS: dict[str, Sequence[str]] = {
-    "gramlite/rows/*.py": ("tests/rows", "tests/test_rows.py", "tests/test_trl.py"),
+PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for the first failure ends a run
+    "gramlite/rows/labels.py": ("tests/rows/test_labels.py",),
+    "gramlite/rows/conversations.py": (
+        "tests/rows/test_conversations_refused.py",
+        "tests/rows/test_conversations.py",
+        "tests/rows/test_completions.py",
+        "tests/rows/test_shapes.py",
+    ),
+    "gramlite/rows/shapes.py": (
+        "tests/test_rows.py",
+        "tests/rows/test_conversations_refused.py",
+        "tests/rows/test_conversations.py",
+        "tests/rows/test_ids.py",
+        "tests/rows/test_shapes.py",
+        "tests/rows/test_completions.py",
+        "tests/rows/test_labels.py",
+    ),
+    "gramlite/rows/lines.py": ("tests/test_rows.py", "tests/rows/test_ids.py", "tests/rows/test_labels.py"),
+    "gramlite/rows/files.py": ("tests/rows/test_files.py", "tests/rows/test_ids.py"),
     "gramlite/delimiters.py": ("tests/test_delimiters.py", "tests/test_prompt.py"),
     "gramlite/confidence.py": ("tests/test_confidence.py", "tests/commands/test_calibrate.py"),
-    "gramlite/journal.py": ("tests/test_journal.py",),
-    "bench/scoring.py": ("tests/bench/test_suites.py",),
-    "bench/records.py": ("tests/bench/test_suites.py", "tests/bench/test_suite_labels.py"),
-    "bench/suites/*.py": ("tests/bench/test_suites.py", "tests/bench/test_suite_labels.py"),
+    "gramlite/journal.py": ("tests/test_journal.py", "tests/test_outputs.py"),
+    **dict.fromkeys(
+        ("bench/scoring.py", "bench/records.py", "bench/suites/*.py"),
+        ("tests/bench/test_suites.py", "tests/bench/test_official_scores.py", "tests/bench/test_suite_labels.py"),
+    ),
 }
 TIME_LIMIT = 300  # seconds; a mutant that takes longer is counted as noticed
 
