@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from gramlite.artifact import PICKLE_SUFFIXES
 from gramlite.errors import InputError, ModelError
-from gramlite.model_folder import read_json_object as read_json
+from gramlite.model_folder import read_json_object
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 INDEX = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} has no config.json, so it is no checkpoint. Name the folder of the checkpoint itself."
         )
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if config.get("quantization_config"):
         raise ModelError(
             f"{folder} is quantized already (config.json has quantization_config). Name the full-precision checkpoint."
@@ -125,7 +125,7 @@ def complete_shards(shards: list[Path]) -> list[Path]:
 
 
 def index_map(folder: Path) -> dict[str, str]:
-    mapping = read_json(folder / INDEX).get("weight_map")
+    mapping = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
         raise ModelError(f"{folder / INDEX} has no usable weight_map. Download it again.")
     return mapping

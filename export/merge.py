@@ -14,12 +14,12 @@ import click
 import numpy
 from numpy.typing import NDArray
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.artifact import Manifest, hash_files
 from gramlite.carried import notices_of
 from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
 from gramlite.scaffold import ChatTemplate
-from gramlite.storage import atomic_output, check_output, sha256_file
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_file
 
 from .architecture import expected_tensors, read_architecture
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint

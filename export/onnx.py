@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files
+from gramlite.artifact import Manifest, hash_files
 from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
 from gramlite.scaffold import ChatTemplate
-from gramlite.storage import atomic_output, check_output, sha256_cached
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
 from .architecture import read_architecture
 from .checkpoint import Checkpoint, open_checkpoint

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from gramlite.artifact import PICKLE_SUFFIXES
 from gramlite.errors import InputError, ModelError
+from gramlite.model_folder import read_json_object
 
 from .architecture import ExpectedTensor
-from .checkpoint import StoredTensor, read_json, read_safetensors_header
+from .checkpoint import StoredTensor, read_safetensors_header
 from .stream import NUMPY_TYPES, convert_checked
 
 WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +95,7 @@ def open_adapter(folder: Path) -> Adapter:
         raise ModelError(
             f"{folder} has no adapter_config.json, so it is no PEFT adapter. Name the adapter's own folder."
         )
-    config = read_json(folder / "adapter_config.json")
+    config = read_json_object(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is an adapter of the type {config.get('peft_type')!r}; only LORA can be exported.")
     check_settings(folder, config)

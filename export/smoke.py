@@ -109,7 +109,7 @@ def smoke_judge(
     """
     if not manifest.template and template is None:
         return _record(path, manifest, {"skipped": "no judge's template is known"})
-    judge = partial(judge_margins, **asked_with(chat))
+    judge: Callable[..., Sequence[float]] = partial(judge_margins, **asked_with(chat))
     try:
         if source is None:
             raise InputError("its margins were not recorded with this template")
@@ -140,7 +140,7 @@ def smoke_judge(
     return _record(path, manifest, figures | ({"collapse": collapse} if collapse else {}))
 
 
-def asked_with(chat: ChatTemplate) -> dict[str, ChatTemplate]:
+def asked_with(chat: ChatTemplate) -> dict[str, Any]:
     """The argument of `judge_margins` that says how models are asked, where that is not as they say themselves."""
     return {} if chat == OWN_TEMPLATE else {"chat": chat}
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError
-
-from .checkpoint import read_json
+from gramlite.model_folder import read_json_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 
@@ -64,13 +63,13 @@ def read_vocabulary(folder: Path, config: dict[str, Any], size: int) -> Vocabula
     """
     from .sentencepiece import is_sentencepiece, read_sentencepiece
 
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     path = folder / "tokenizer.json"
     if not path.is_file() and not (folder / "tokenizer.model").is_file():
         raise ModelError(
             f"{folder} has neither tokenizer.json nor tokenizer.model. Put the tokenizer beside the weights."
         )
-    tokenizer = read_json(path) if path.is_file() else {}
+    tokenizer = read_json_object(path) if path.is_file() else {}
     if not tokenizer or is_sentencepiece(tokenizer):
         vocabulary = read_sentencepiece(folder, tokenizer, settings)
     else:
@@ -272,7 +271,7 @@ def read_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str
             raise ModelError(f"{path} cannot be read ({error}). Download it again.") from error
     stored = settings.get("chat_template")
     if stored is None and (folder / "chat_template.json").is_file():
-        stored = read_json(folder / "chat_template.json").get("chat_template")
+        stored = read_json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(stored, str):
         return {"default": stored}
     entries = [entry for entry in stored if isinstance(entry, dict)] if isinstance(stored, list) else []

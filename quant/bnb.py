@@ -23,12 +23,12 @@ from gramlite.export.report import judge_command, print_artifact
 from gramlite.export.save_tensors import open_to_readers, operating_system_errors
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import FOLDER_MANIFEST, Artifact, Manifest, hash_files
+from gramlite.artifact import Artifact, Manifest, hash_files
 from gramlite.carried import carry_files
 from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
 from gramlite.scaffold import ChatTemplate
-from gramlite.storage import atomic_output, check_output, sha256_cached
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
 from .packages import need_packages
 

@@ -23,10 +23,10 @@ from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest
+from gramlite.artifact import Manifest, hash_files, read_manifest
 from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
-from gramlite.storage import Inputs, atomic_output, check_output, sha256_cached
+from gramlite.storage import FOLDER_MANIFEST, Inputs, atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration, mode_option

@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.checkpoint import INDEX, StoredTensor, damaged, read_json, read_safetensors_header, weight_files
+from gramlite.export.checkpoint import INDEX, StoredTensor, damaged, read_safetensors_header, weight_files
 from gramlite.export.save_tensors import save_tensors
 from gramlite.export.stream import convert
 
 from gramlite.carried import carry_files
 from gramlite.errors import ModelError
+from gramlite.model_folder import read_json_object
 
 from .linear import QuantizedLinear, natural_groups
 
@@ -244,10 +245,10 @@ def open_gptq(folder: Path) -> GptqFolder:
 
     So it does where its zero points contradict what the folder says of them, before any weight is read.
     """
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     quantization = config.get("quantization_config")
     if quantization is None and (folder / "quantize_config.json").is_file():
-        quantization = read_json(folder / "quantize_config.json")
+        quantization = read_json_object(folder / "quantize_config.json")
     if not isinstance(quantization, dict) or quantization.get("quant_method", "gptq") != "gptq":
         raise ModelError(f"{folder} is no GPTQ checkpoint: its config.json has no quantization_config of that method.")
     layout = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"

@@ -19,10 +19,10 @@ from gramlite.export.genai import GRAPH, build, initializers, require_builder, w
 from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import progress_bar
 
-from gramlite.artifact import FOLDER_MANIFEST, Manifest, hash_files, read_manifest, verify_files
+from gramlite.artifact import Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import ModelError
 from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
-from gramlite.storage import atomic_output, check_output, sha256_cached
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
 from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from .gptq_folder import GptqFolder, open_gptq
