@@ -54,7 +54,12 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_q8: Path) ->
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
+SLOW_PAGES = ("ranking",)  # judges dozens of pairs with the reference judge
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW_PAGES else ()) for page in PAGES]
+)
 def test_snippets_run(page: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {"__name__": "snippet"}
     for language, text, line in blocks(page):

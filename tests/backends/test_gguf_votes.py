@@ -63,6 +63,7 @@ def test_votes_that_say_the_same_are_one(reference_q8: Path, fed: list[int]) -> 
     assert steps[0.01] < 0.5 * steps[5.0]
 
 
+@pytest.mark.slow
 def test_where_cells_are_short_votes_start_again(
     reference_q8: Path, monkeypatch: pytest.MonkeyPatch, fed: list[int]
 ) -> None:

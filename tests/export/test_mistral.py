@@ -73,7 +73,9 @@ def test_adapters_and_merges_of_a_mistral(
     assert error(last_logits(base, tokens(100), lora), wanted) < 1e-2
 
 
-@pytest.mark.parametrize(("family", "count"), [("mistral", 200), ("mistral-window", WINDOW)])
+@pytest.mark.parametrize(
+    ("family", "count"), [pytest.param("mistral", 200, marks=pytest.mark.slow), ("mistral-window", WINDOW)]
+)
 def test_onnx_logits_are_those_of_transformers(
     family: str, count: int, checkpoint_of: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -106,6 +108,7 @@ def test_the_hf_backend_keeps_to_the_window(checkpoint_of: MakeCheckpoint) -> No
     backend.close()
 
 
+@pytest.mark.slow
 def test_gptq_and_bitsandbytes_of_a_mistral(
     checkpoint_of: MakeCheckpoint, last_logits: Callable[..., Any], tmp_path: Path
 ) -> None:
