@@ -332,3 +332,13 @@ def test_a_rationales_sections_are_fields(scripted: Path) -> None:
         assert verdict.to_json()["sections"] == verdict.sections == verdict.orders[0].sections
         direct = judge.with_settings(mode="direct")(prompt="q", response_a="x", response_b="y")
     assert direct.to_json()["sections"] is None and direct.conclusion is None
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_what_says_nothing_is_left_out(ties: bool) -> None:
+    """A row without a verdict of the model, and one without a label, whatever becomes of ties."""
+    judged = {"orders": [{"order": "ab", "margin": 1.5}, {"order": "ba", "margin": None}]}
+    empty: dict[str, Any] = {"orders": [{"order": "ab", "margin": None}]}
+    data = labelled([(judged, None, "q"), (empty, "A", "q"), (judged, "B", "q"), (judged, "tie", "r")], ties=ties)
+    assert data.outcomes.tolist() == ([0.0, 0.5] if ties else [0.0])
+    assert data.ab.tolist() == [1.5] * len(data) and np.isnan(data.ba).all()
