@@ -3,8 +3,8 @@
     python tests/compare_versions.py REVISION [NAME ...] [-- PYTEST OPTIONS]
 
 REVISION is the commit before the faults were mended; NAMEs are those of `@pytest.mark.fault(NAME)`, all by default. Both
-versions are checked out beside one another, and get the tests of this one. Exit code 1 where a test passes before or does
-not pass after.
+versions are checked out beside one another, and get the tests of this one. A test may have many cases, some of which held
+before. Exit code 1 where no case of a test fails before, or one does not pass after.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MAPPED = ("export", "quant", "bench")
-COLUMNS = "{:<16} {:>6} {:>13} {:>13} {:>13}"
+COLUMNS = "{:<16} {:>6} {:>13} {:>6} {:>14} {:>13}"
+Results = dict[tuple[str, str], str]
 
 
 def check_out(revision: str, folder: Path) -> None:
@@ -33,7 +34,7 @@ def check_out(revision: str, folder: Path) -> None:
         (folder / "gramlite" / name).symlink_to(Path("..") / name)
 
 
-def results(folder: Path, options: list[str]) -> dict[tuple[str, str], str]:
+def results(folder: Path, options: list[str]) -> Results:
     """Passed, failed or skipped, by the fault's name and the test's."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "fault and not slow", f"--junitxml={report}", *options]
@@ -67,21 +68,24 @@ def main(arguments: list[str]) -> int:
         finally:
             for label in ("before", "after"):
                 subprocess.run(["git", "worktree", "remove", "--force", base / label], cwd=HERE, capture_output=True)
-    before, after = outcomes
-    print(COLUMNS.format("fault", "tests", "failed before", "passed after", "not as wanted"))
-    wrong = []
-    for name in sorted({name for name, _ in after if not names or name in names}):
-        tests = [key for key in after if key[0] == name]
-        counted: Counter[str] = Counter()
-        for key in tests:
-            failed = before.get(key, "not collected") in ("failure", "error", "not collected")
-            counted.update(failed=failed, passed=after[key] == "passed")
-            if not failed or after[key] != "passed":
-                wrong.append(f"{name}: {key[1]}: before {before.get(key, 'not collected')}, after {after[key]}")
-        off = sum(line.startswith(f"{name}: ") for line in wrong)
-        print(COLUMNS.format(name, len(tests), counted["failed"], counted["passed"], off))
+    wrong = table(*outcomes, names)
     print(*wrong, sep="\n")
     return 1 if wrong else 0
+
+
+def table(before: Results, after: Results, names: Sequence[str] = ()) -> list[str]:
+    """Print a row a fault; returns what is not as it should be."""
+    print(COLUMNS.format("fault", "tests", "that failed", "cases", "failed before", "passed after"))
+    wrong = []
+    for name in sorted({name for name, _ in after if not names or name in names}):
+        cases = [key for key in after if key[0] == name]
+        failed = [key for key in cases if before.get(key) in (None, "failure", "error")]  # None: it cannot be collected
+        passed = [key for key in cases if after[key] == "passed"]
+        tests, bite = ({case.partition("[")[0] for _, case in keys} for keys in (cases, failed))
+        print(COLUMNS.format(name, len(tests), len(bite), len(cases), len(failed), len(passed)))
+        wrong += [f"{name}: {test} passes before" for test in sorted(tests - bite)]
+        wrong += [f"{name}: {case} after: {after[name, case]}" for _, case in sorted({*cases} - {*passed})]
+    return wrong
 
 
 if __name__ == "__main__":

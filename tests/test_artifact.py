@@ -268,7 +268,6 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "judge")
 
 
-@manifests
 @pytest.mark.parametrize(
     "file, fields",
     [("config.json", CONFIG), ("generation_config.json", ["eos_token_id"]), ("tokenizer_config.json", SETTINGS),
@@ -293,7 +292,6 @@ def test_a_folders_settings_of_any_shape(file: str, fields: list[str], folder: P
     assert codes(folder, "inspect") <= {0, 3}
 
 
-@manifests
 def test_an_exports_settings_of_any_shape(folder: Path, tmp_path: Path) -> None:
     from gramlite.export.checkpoint import open_checkpoint
     from gramlite.export.plan import plan_export

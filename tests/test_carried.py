@@ -18,7 +18,7 @@ from .export.conftest import checkpoint_of, make_adapter  # noqa: F401
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.fault("notices")
+notices = pytest.mark.fault("notices")
 
 TEXTS = {"LICENSE.txt": "the licence", "Notice": "the notice", "use_policy.md": "what not to do", "COPYING": "copies"}
 Make = Callable[..., Path]
@@ -59,6 +59,7 @@ def assert_beside(file: Path, texts: dict[str, str] = TEXTS) -> None:
     assert manifest.notices == {path.name: sha256_file(path) for path in found.values()}
 
 
+@notices
 def test_files_made_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> None:
     exact, small, smaller = (tmp_path / name / "judge.gguf" for name in ("one", "two", "three"))
     assert run(["export", "gguf", str(checkpoint), "-o", str(exact), "--no-smoke"]) == 0
@@ -70,6 +71,7 @@ def test_files_made_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -
     assert_beside(smaller)
 
 
+@notices
 def test_a_file_from_elsewhere_has_the_notices_of_its_folder(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "pulled").mkdir()
     foreign = tmp_path / "pulled" / "judge.gguf"
@@ -82,6 +84,7 @@ def test_a_file_from_elsewhere_has_the_notices_of_its_folder(checkpoint: Path, t
     assert_beside(output, {"LICENSE": "the repository's"})
 
 
+@notices
 def test_adapters_and_merges_have_those_of_both(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     output, merged, again = tmp_path / "lora.gguf", tmp_path / "merged", tmp_path / "again"
     both = TEXTS | {"NOTICE.2": "the adapter's own"}
@@ -104,6 +107,7 @@ def test_adapters_and_merges_have_those_of_both(checkpoint: Path, adapter: Path,
         pytest.param(["quantize", "bnb"], marks=pytest.mark.slow),
     ],
 )
+@notices
 def test_folders_made_of_a_folder(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai" if "onnx" in words else "bitsandbytes")
     assert run([*words, str(checkpoint), "-o", str(tmp_path / "out"), "--no-smoke"]) == 0
@@ -111,6 +115,7 @@ def test_folders_made_of_a_folder(words: list[str], checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("target", ["gguf", pytest.param("onnx", marks=pytest.mark.slow)])
+@notices
 def test_gptq_and_what_is_packed_of_it(target: str, checkpoint: Path, tmp_path: Path) -> None:
     from .quant.test_pack import GptqSettings, quantize
 
@@ -121,6 +126,7 @@ def test_gptq_and_what_is_packed_of_it(target: str, checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.slow
+@notices
 def test_the_reference_judge_says_that_it_is_not_for_commerce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gramlite.reference import cached_gguf
     from gramlite.reference_weights import DATA
@@ -140,6 +146,7 @@ def test_the_reference_judge_says_that_it_is_not_for_commerce(tmp_path: Path, mo
     assert_beside(cached_gguf(), texts)
 
 
+@notices
 def test_somebody_elses_file_is_in_the_way_and_stays(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +166,7 @@ def test_somebody_elses_file_is_in_the_way_and_stays(
     assert_beside(output)
 
 
+@notices
 def test_notices_of_the_artifact_before_give_way_to_the_new_ones(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "judge.gguf"
     words = ["export", "gguf", str(checkpoint), "-o", str(output), "--no-smoke", "--force"]
@@ -188,6 +196,7 @@ def test_a_withdrawn_artifact_takes_its_notices_along(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@notices
 def test_pull_fetches_them() -> None:
     from gramlite.commands.pull import select
 

@@ -196,7 +196,6 @@ def test_texts_given_in_a_posix_locale(place: Path) -> None:
     assert said["POSIX"] == said["UTF-8"]
 
 
-@streams
 def test_texts_that_are_no_utf8_are_refused(place: Path) -> None:
     finished = shell("gramlite judge --prompt $'\\xff' --a 'a' --b 'b' -m scripted.json", place)
     assert finished.returncode == 2 and b"Traceback" not in finished.stderr and b"Error" in finished.stderr

@@ -318,7 +318,6 @@ def test_pandalm_takes_what_cannot_be_read_as_wrong(tmp_path: Any) -> None:
     assert scores["one_order_accuracy"] == scores["m accuracy"] == scores["accuracy"]
 
 
-@pytest.mark.fault("official-scores")
 def test_mtbench_drops_a_pair_with_an_error_in_one_order(tmp_path: Any) -> None:
     pairs = [pair_of(str(i), "turn 1", "A", votes=["A", "tie"]) for i in range(3)]
     rows = [row_of("0", RIGHT), row_of("1", ("A", None), "A"), row_of("2", SPLIT, "A")]

@@ -263,7 +263,6 @@ ODD = st.dictionaries(KEYS, JSON, max_size=4) | st.fixed_dictionaries({}, option
 })  # fmt: skip
 
 
-@pytest.mark.fault("lora")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ODD)
 def test_any_configuration_is_refused_or_scales_as_pefts_own_rule_does(
