@@ -30,6 +30,7 @@ from gramlite.confidence import (
     held_out,
     labelled,
     probabilities,
+    stored_calibration,
 )
 from gramlite.decoding import Generation, softmax_first
 from gramlite.judge import Judge
@@ -342,3 +343,14 @@ def test_what_says_nothing_is_left_out(ties: bool) -> None:
     data = labelled([(judged, None, "q"), (empty, "A", "q"), (judged, "B", "q"), (judged, "tie", "r")], ties=ties)
     assert data.outcomes.tolist() == ([0.0, 0.5] if ties else [0.0])
     assert data.ab.tolist() == [1.5] * len(data) and np.isnan(data.ba).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "bias"), [(0.0, 0.0), (-0.5, 0.0), (float("inf"), 0.0), (1.0, float("nan")), ("warm", 0.0)]
+)
+def test_a_stored_calibration_that_cannot_be_is_refused(temperature: Any, bias: float, tmp_path: Path) -> None:
+    artifact = tmp_path / "judge.gguf"
+    entry = {"temperature": temperature, "bias": bias, "model": "x", "adapter": None, "settings": "y", "report": {}}
+    sidecar_path(artifact).write_text(json.dumps({"calibrations": [entry]}))
+    with pytest.raises(ModelError, match="is no calibration"):
+        stored_calibration(artifact, {"sha256": "x"}, {})

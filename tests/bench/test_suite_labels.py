@@ -106,7 +106,9 @@ def test_a_suites_own_encoding(suite: str, labels: list[Any], expected: list[str
 def test_gramlites_own_schema_in_a_suite_follows_the_rule(
     suite: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = pairs_file(tmp_path / "suite.jsonl", [{"label": label, "meta": {"cell": [0, 0]}} for label in ("Response A", value)])
+    path = pairs_file(
+        tmp_path / "suite.jsonl", [{"label": label, "meta": {"cell": [0, 0]}} for label in ("Response A", value)]
+    )
     if value == [1, 0]:
         _, module, found = open_suite(f"{suite}:{path}")
         assert [pair.label for pair in module.load(found)] == ["A", "A"]
@@ -168,3 +170,12 @@ def test_a_sweep_explains_the_labels_of_own_pairs_alone(
     assert "labels" in capsys.readouterr().err
     only = sweep_command(tmp_path, scripted, f"autoj:{autoj}")
     assert run([*only, "--labels", "0=A,1=B"]) == 2 and "The suite autoj knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [["A", "B"], ["A", None]])
+def test_pairs_without_a_label_are_noted(labels: list[Any], scripted: Path, tmp_path: Path) -> None:
+    bench_labels(tmp_path, scripted, labels)
+    notes = json.loads((tmp_path / "run/run.json").read_text())["score"]["notes"]
+    assert [note for note in notes if "no label" in note] == (
+        ["1 pairs have no label and count only for consistency and flips."] if None in labels else []
+    )

@@ -395,3 +395,10 @@ def test_the_published_rows_are_read_or_refused_in_words(shared: Path) -> None:
         for text in (pair.response_a, pair.response_b):
             assert text and "\n\nHuman:" not in text and text not in pair.prompt
     assert sorted(refused) == ["1", "ends_with_user"]
+
+
+def test_messages_beside_two_responses_are_what_comes_before_them() -> None:
+    """Whichever of the columns that may hold a side stands beside `messages`."""
+    row = {"messages": [{"role": "user", "content": RYE}], "chosen": YES, "rejected": NO, "rejected_response": "Maybe."}
+    pair = pair_from_json(row)
+    assert (pair.prompt, pair.response_a, pair.response_b) == (RYE, YES, NO)
