@@ -268,6 +268,7 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "judge")
 
 
+@manifests
 @pytest.mark.parametrize(
     "file, fields",
     [("config.json", CONFIG), ("generation_config.json", ["eos_token_id"]), ("tokenizer_config.json", SETTINGS),
