@@ -304,7 +304,7 @@ def test_a_changed_file_is_noticed(reference_q8: Path, tmp_path: Path) -> None:
         gramlite.load(copy, runtime=CPU)
 
 
-@pytest.mark.parametrize("attempts", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attempts", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_real_batch_killed_anywhere_and_resumed_has_one_row_an_input(
     attempts: int, reference_q8: Path, tmp_path: Path
 ) -> None:
@@ -341,4 +341,4 @@ def test_a_real_batch_killed_anywhere_and_resumed_has_one_row_an_input(
         killed += process.wait() != 0
         assert start(output).wait() == 0
         assert read(output) == whole, "the same rows, bit for bit, as in one go"
-    assert killed >= 0.5 * attempts
+    assert killed >= 0.8 * attempts

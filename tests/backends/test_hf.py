@@ -184,7 +184,7 @@ def test_a_folder_without_a_manifest_opens_as_a_judge(
         assert verdict.winner and judge.model["format"] == "hf" and judge.model["quantization"] == "F32"
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_quantized_while_it_is_loaded(
     kind: Any, checkpoint_of: Callable[..., Path], tmp_path: Path
 ) -> None:

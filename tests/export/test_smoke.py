@@ -118,6 +118,7 @@ def test_a_judge_without_clear_verdicts_has_no_agreement() -> None:
     assert Smoke((), ()).describe()["mean_margin_difference"] is None
 
 
+@pytest.mark.slow
 def test_real_pairs_of_the_reference_judge(reference_q8: Path) -> None:
     margins = smoke.judge_margins(reference_q8)
     assert len(margins) == 24 and all(math.isfinite(margin) for margin in margins)

@@ -26,7 +26,7 @@ from gramlite.loading import detect_format
 from ..export.conftest import checkpoint_of  # noqa: F401
 
 
-@pytest.mark.parametrize(("kind", "lost"), [("nf4", 0.4), ("int8", 0.1)])
+@pytest.mark.parametrize(("kind", "lost"), [("nf4", 0.4), pytest.param("int8", 0.1, marks=pytest.mark.slow)])
 def test_a_folder_reloads_as_it_was(
     kind: str,
     lost: float,
