@@ -478,3 +478,57 @@ def test_real_files_load(specification: str, count: int, labels: set[str]) -> No
         pair.check()
         assert pair.meta and pair.meta["subset"] and pair.meta["prompt_sha"]
         assert not {"error", "error_key"} & set(pair.meta)
+
+
+def test_the_better_response_stands_on_either_side_of_own_pairs(tmp_path: Path) -> None:
+    records = [{"id": n, "prompt": "q", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
+    _, suite, path = open_suite(f"pairs:{write(tmp_path / 'pairs.jsonl', records)}")
+    pairs = list(suite.load(path))
+    assert {pair.label for pair in pairs} == {"A", "B"}
+    assert all((pair.response_a if pair.label == "A" else pair.response_b) == f"good {pair.id}" for pair in pairs)
+
+
+def test_the_meta_of_a_plain_row_stays(tmp_path: Path) -> None:
+    record = {"id": "p", "prompt": "q", "response_a": "x", "response_b": "y", "label": "A", "meta": {"source": "here"}}
+    _, suite, path = open_suite(f"autoj:{write(tmp_path / 'autoj.jsonl', [record | {'subset': 'brainstorming'}])}")
+    (pair,) = suite.load(path)
+    assert pair.meta is not None and (pair.meta["source"], pair.meta["scenario"]) == ("here", "brainstorming")
+
+
+def test_a_class_that_was_never_hit_has_no_recall() -> None:
+    from gramlite.bench.suites.pandalm import class_ratios
+
+    assert class_ratios(["A", "A", None], ["A", "B", "B"], "B") == (0.0, 0.0, 0.0)
+    assert class_ratios(["A", "A", None], ["A", "B", "B"], "A") == (0.5, 1.0, pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ([{"role": "user", "content": "q"}], "q"),
+        ("q", "q"),
+        ([], None),
+        ([{"role": "user"}], None),
+        (["q"], None),
+        ({"role": "user", "content": "q"}, None),
+        (7, None),
+    ],
+)
+def test_rewardbench_takes_texts_and_messages(prompt: Any, text: str | None, tmp_path: Path) -> None:
+    record = {"id": 1, "prompt": prompt, "chosen": "good", "rejected": "bad", "subset": "hep-rust"}
+    _, suite, path = open_suite(f"rewardbench:{write(tmp_path / 'rb.jsonl', [record])}")
+    if text is None:
+        with pytest.raises(InputError, match="record 1: prompt, chosen and rejected must be text or messages"):
+            list(suite.load(path))
+    else:
+        assert [pair.prompt for pair in suite.load(path)] == [text]
+
+
+def test_a_tie_is_right_where_the_label_is_one() -> None:
+    from gramlite.bench.scoring import match
+
+    from gramlite.pair import Pair
+
+    row = json.loads('{"id": "p", "verdict": "tie", "orders": []}')
+    (item,) = match([row], [Pair("q", "x", "y", id="p", label="tie")]).judged
+    assert item.correct and item.agreed == "tie"
