@@ -532,3 +532,15 @@ def test_a_tie_is_right_where_the_label_is_one() -> None:
     row = json.loads('{"id": "p", "verdict": "tie", "orders": []}')
     (item,) = match([row], [Pair("q", "x", "y", id="p", label="tie")]).judged
     assert item.correct and item.agreed == "tie"
+
+
+def test_the_share_of_responses_that_were_shown_first(tmp_path: Path) -> None:
+    """Three orders of four say what stands first in them."""
+    records = [{"id": f"p{n}", "prompt": "q", "response_a": "x", "response_b": "y", "label": "A"} for n in (0, 1)]
+    _, suite, path = open_suite(f"pairs:{write(tmp_path / 'pairs.jsonl', records)}")
+    says = {"p0": ("A", "B"), "p1": ("A", "A")}
+    rows = [
+        {"id": name, "verdict": "A", "orders": [{"order": "ab", "verdict": ab}, {"order": "ba", "verdict": ba}]}
+        for name, (ab, ba) in says.items()
+    ]
+    check(suite.score(rows, list(suite.load(path)))["scores"], {"first_position": 0.75, "consistency": 0.5})

@@ -402,3 +402,11 @@ def test_messages_beside_two_responses_are_what_comes_before_them() -> None:
     row = {"messages": [{"role": "user", "content": RYE}], "chosen": YES, "rejected": NO, "rejected_response": "Maybe."}
     pair = pair_from_json(row)
     assert (pair.prompt, pair.response_a, pair.response_b) == (RYE, YES, NO)
+
+
+def test_a_system_text_stands_before_a_prompt_that_is_a_transcript() -> None:
+    asked = f"\n\nHuman: {RYE}\n\nAssistant:"
+    row = {"system": "Be kind.", "prompt": asked, "chosen": f"{asked} {YES}", "rejected": f"{asked} {NO}"}
+    pair = pair_from_json(row)
+    assert pair.prompt == f"System: Be kind.\n\nHuman: {RYE}"
+    assert (pair.response_a, pair.response_b) == (YES, NO)
