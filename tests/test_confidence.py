@@ -354,3 +354,11 @@ def test_a_stored_calibration_that_cannot_be_is_refused(temperature: Any, bias: 
     sidecar_path(artifact).write_text(json.dumps({"calibrations": [entry]}))
     with pytest.raises(ModelError, match="is no calibration"):
         stored_calibration(artifact, {"sha256": "x"}, {})
+
+
+def test_certainty_shares_the_last_bin() -> None:
+    """Of 0.95 to 1, both ends included: one right and one wrong verdict there err by the gap of their means."""
+    p_a = np.array([1.0, 0.96, 0.0])
+    error = expected_calibration_error(p_a, np.array([1.0, 0.0, 0.0]))
+    assert error == pytest.approx(abs((1.0 - 1) + (0.96 - 0) + (1.0 - 1)) / 3)
+    assert expected_calibration_error(np.array([1.0, 0.96]), np.array([0.0, 1.0])) == pytest.approx((1.0 - 0.04) / 2)
