@@ -283,3 +283,20 @@ def test_all_commands_read_the_same_files(tmp_path: Path, scripted: Path, capsys
     assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == [0, 1, 2]
     assert run(["rank", str(tmp_path / "pairs.csv"), "-m", str(scripted)]) == 2
     assert "Accepted: prompt + completions" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "is_head"),
+    [
+        (["prompt", "response_a", "response_b"], True),
+        (["chosen", "rejected"], True),
+        (["prompt", "completions"], True),
+        (["prompt", "answer"], False),
+        (["output_1", "output_2"], False),
+        (["completions"], False),
+    ],
+)
+def test_a_table_begins_with_the_columns_of_a_shape(names: list[str], is_head: bool) -> None:
+    from gramlite.rows.shapes import is_table_head
+
+    assert is_table_head(names) is is_head
