@@ -544,3 +544,23 @@ def test_the_share_of_responses_that_were_shown_first(tmp_path: Path) -> None:
         for name, (ab, ba) in says.items()
     ]
     check(suite.score(rows, list(suite.load(path)))["scores"], {"first_position": 0.75, "consistency": 0.5})
+
+
+def test_agreement_with_ties_counts_the_labelled_pairs(tmp_path: Path) -> None:
+    labels = ["A", "tie", None]
+    records = [
+        {"id": f"p{n}", "prompt": "q", "response_a": "x", "response_b": "y", "label": label, "meta": {"subset": "own"}}
+        for n, label in enumerate(labels)
+    ]
+    _, suite, path = open_suite(f"pairs:{write(tmp_path / 'pairs.jsonl', records)}")
+    pairs = list(suite.load(path))
+    assert [pair.meta["subset"] for pair in pairs if pair.meta] == ["own"] * 3
+    rows = [{"id": pair.id, "verdict": "A", "orders": []} for pair in pairs]
+    check(suite.score(rows, pairs)["scores"], {"accuracy": 1.0, "agreement_with_ties": 0.5, "own accuracy": 1.0})
+
+
+@pytest.mark.parametrize(("name", "size"), [("FairEval", 66), ("LLMEval^2", 200), ("MT-Bench", 200)])
+def test_sizes_of_llmbars_processed_sets(name: str, size: int) -> None:
+    from gramlite.bench.suites.llmbar import PROCESSED
+
+    assert PROCESSED[name] == size

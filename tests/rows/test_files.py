@@ -300,3 +300,17 @@ def test_a_table_begins_with_the_columns_of_a_shape(names: list[str], is_head: b
     from gramlite.rows.shapes import is_table_head
 
     assert is_table_head(names) is is_head
+
+
+def test_all_rows_are_counted(tmp_path: Path) -> None:
+    """Those that are looked at for their kind, and those after them."""
+    from functools import partial
+
+    from gramlite.rows.files import PROBED_ROWS, Lines, check_kind
+    from gramlite.rows.shapes import pair_from_json
+
+    path = tmp_path / "pairs.jsonl"
+    row = json.dumps({"prompt": "q", "response_a": "x", "response_b": "y"}) + "\n"
+    path.write_text(row * (PROBED_ROWS + 5) + "\n")
+    with Lines(path) as lines:
+        assert check_kind(lines, partial(pair_from_json)) == PROBED_ROWS + 5
