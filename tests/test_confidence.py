@@ -362,3 +362,9 @@ def test_certainty_shares_the_last_bin() -> None:
     error = expected_calibration_error(p_a, np.array([1.0, 0.0, 0.0]))
     assert error == pytest.approx(abs((1.0 - 1) + (0.96 - 0) + (1.0 - 1)) / 3)
     assert expected_calibration_error(np.array([1.0, 0.96]), np.array([0.0, 1.0])) == pytest.approx((1.0 - 0.04) / 2)
+
+
+def test_the_fall_is_what_of_the_error_went() -> None:
+    report = calibrate(overconfident(200, temperature=3.0, bias=0.5), {}, {}).report
+    before, after, fall = (report[name][0] for name in ("error_before", "error_after", "fall"))
+    assert 0 < after < before and fall == pytest.approx(1 - after / before, abs=1e-4)
