@@ -368,3 +368,9 @@ def test_the_fall_is_what_of_the_error_went() -> None:
     report = calibrate(overconfident(200, temperature=3.0, bias=0.5), {}, {}).report
     before, after, fall = (report[name][0] for name in ("error_before", "error_after", "fall"))
     assert 0 < after < before and fall == pytest.approx(1 - after / before, abs=1e-4)
+
+
+def test_bins_are_of_equal_width_from_one_half_to_one() -> None:
+    """Ten of 0.05 each: 0.52 and 0.56 lie apart, so that their gaps do not cancel."""
+    error = expected_calibration_error(np.array([0.52, 0.56]), np.array([1.0, 0.0]))
+    assert error == pytest.approx((0.48 + 0.56) / 2)

@@ -564,3 +564,18 @@ def test_sizes_of_llmbars_processed_sets(name: str, size: int) -> None:
     from gramlite.bench.suites.llmbar import PROCESSED
 
     assert PROCESSED[name] == size
+
+
+SIDES = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+def test_what_older_run_folders_rely_on_stays(tmp_path: Path) -> None:
+    """Digests and the sides that hashes draw are compared with those of rows on disk."""
+    from gramlite.bench import records
+
+    assert records.digest("q") == "8e35c2cd3bf6641b"
+    assert [records.chosen_side(name) for name in ("1", "2", "3", "4")] == ["B", "A", "A", "B"]
+    _, suite, path = open_suite(
+        f"pairs:{write(tmp_path / 'pairs.jsonl', [{'id': '1', **SIDES}, {'id': '2', **SIDES}])}"
+    )
+    assert [pair.label for pair in suite.load(path)] == ["B", "A"]

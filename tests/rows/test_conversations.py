@@ -410,3 +410,10 @@ def test_a_system_text_stands_before_a_prompt_that_is_a_transcript() -> None:
     pair = pair_from_json(row)
     assert pair.prompt == f"System: Be kind.\n\nHuman: {RYE}"
     assert (pair.response_a, pair.response_b) == (YES, NO)
+
+
+@pytest.mark.parametrize("text", ["Human: only asked", "Said first.\n\nAssistant: Yes.", "plain"])
+def test_other_texts_are_no_transcripts(text: str) -> None:
+    from gramlite.rows.conversations import transcript
+
+    assert transcript(text) is None
