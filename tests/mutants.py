@@ -53,6 +53,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
         "tests/rows/test_shapes.py",
         "tests/rows/test_completions.py",
         "tests/rows/test_labels.py",
+        "tests/rows/test_files.py",
     ),
     "gramlite/rows/lines.py": ("tests/test_rows.py", "tests/rows/test_ids.py", "tests/rows/test_labels.py"),
     "gramlite/rows/files.py": ("tests/rows/test_files.py", "tests/rows/test_ids.py"),
