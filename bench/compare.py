@@ -19,17 +19,7 @@ from gramlite.terminal import note, say, say_json
 
 from . import statistics
 from .folder import Row, Run
-from .measures import (
-    Measure,
-    Paired,
-    clusters_of,
-    flipped,
-    is_right,
-    label_of,
-    measures_of,
-    right_change,
-    subset_of,
-)
+from .measures import Measure, Paired, clusters_of, flipped, is_right, label_of, measures_of, right_change, subset_of
 from .statistics import Estimate
 
 

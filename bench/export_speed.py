@@ -40,9 +40,8 @@ print(json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
     """Write a random Llama checkpoint with the reference judge's tokenizer; return its largest tensor's bytes."""
-    from gramlite.export.architecture import expected_tensors, read_architecture
-
     import gramlite
+    from gramlite.formats.architecture import expected_tensors, read_architecture
 
     shutil.copytree(Path(gramlite.__file__).with_name("data") / "reference" / "hf", folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached
 from gramlite.terminal import visible

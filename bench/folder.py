@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gramlite.errors import InputError
-from gramlite.journal import check_rows
-from gramlite.judge import mean_log_odds, winner_of
+from gramlite.judging.judge import mean_log_odds, winner_of
 from gramlite.rows import LabelError, identifier_text, label_from
+from gramlite.rows.journal import check_rows
 from gramlite.rows.labels import shown
 from gramlite.storage import Inputs, check_note
 
@@ -123,7 +123,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _whole_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """The whole lines of a file that may end in a torn one."""
-    from gramlite.journal import read_journal
+    from gramlite.rows.journal import read_journal
 
     return ((number, row) for number, (row, _) in enumerate(read_journal(path), 1) if row is not None)
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import click
 import numpy as np
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant.calibration import DEFAULT_TOKENS, Transcript, load_calibration
-from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import layer_bar
 from gramlite.quant.solve import output_energy, relative_error
 from gramlite.quant.stream import Stage, stream_decoder
 
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gptq_folder import open_gptq
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.options import chat_options
 from gramlite.terminal import say_json
 
 Errors = dict[str, float]  # by the layer's name

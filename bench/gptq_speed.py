@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import gramlite
-from gramlite.cache_keyword import with_cache
-from gramlite.device import thread_count
-from gramlite.judge import Judge
-from gramlite.pair import Pair
+from gramlite.backends.cache_keyword import with_cache
+from gramlite.judging.judge import Judge
+from gramlite.judging.pair import Pair
+from gramlite.runtime.device import thread_count
 from gramlite.terminal import say_json
 
 from .speed import read_pairs

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramlite.errors import GramliteError, InputError
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 if TYPE_CHECKING:
-    from gramlite.judge import Judge
+    from gramlite.judging.judge import Judge
 
 Contest = dict[str, Callable[[Sequence[Pair]], object]]  # what judges pairs, by the contender's name
 
@@ -33,7 +33,7 @@ def parse_against(text: str) -> list[str]:
 
 def question(judge: Judge, pair: Pair, swap: bool) -> str:
     """The judge's own user message for one order of a pair."""
-    from gramlite.template import presented
+    from gramlite.judging.template import presented
 
     first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
     return "".join(

@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gramlite.artifact import Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import GramliteError, ModelError
+from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files
 from gramlite.storage import FOLDER_MANIFEST, remove_path, write_json
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # as `atomic_output` calls them

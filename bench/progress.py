@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from gramlite.console import Words, progress
-from gramlite.pair import Verdict
+from gramlite.judging.pair import Verdict
 from gramlite.terminal import note
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import click
 
-from gramlite.artifact import read_manifest
-from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import InputError
-from gramlite.gguf_header import read_header
-from gramlite.pair import Pair
-from gramlite.quantization import bits_per_weight
+from gramlite.formats.artifact import read_manifest
+from gramlite.formats.gguf_header import read_header
+from gramlite.formats.quantization import bits_per_weight
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.judging.pair import Pair
+from gramlite.options import chat_options, labels_option
 from gramlite.rows import identifier_text
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.terminal import note, say, say_json
 
 from .folder import ROWS, Row, Run, read_run
@@ -103,14 +103,16 @@ def read_gold(path: Path) -> Run:
     from .records import read_records
 
     run = read_run(path)
-    lengths = {identifier_text(record["id"]): (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)}
+    lengths = {
+        identifier_text(record["id"]): (record["tokens_ab"], record["tokens_ba"]) for _, record in read_records(path)
+    }
     rows = {identifier: row | {"prompt_tokens": lengths[identifier]} for identifier, row in run.rows.items()}
     return Run(run.name, run.path, rows)
 
 
 def judge_model(model: Path, work: Work, folder: Path, *, deadline: float, chat: ChatTemplate = OWN_TEMPLATE) -> bool:
     """Judge what is not judged yet; whether all is done before the deadline."""
-    from gramlite.judge import Settings
+    from gramlite.judging.judge import Settings
     from gramlite.loading import load
 
     if _is_complete(folder, work, model):

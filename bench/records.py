@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import InputError
-from gramlite.pair import Identifier, Pair, Winner
+from gramlite.judging.pair import Identifier, Pair, Winner
 from gramlite.rows import LabelError, Lines, identifier_of, label_of, read_lines
 from gramlite.rows.labels import label_in, shown
 from gramlite.storage import cache_folder

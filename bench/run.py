@@ -1,6 +1,6 @@
 """`gramlite bench run`: judge a suite into a run folder that survives a kill and is gone on with.
 
-The rows lie in a journal (see `gramlite.journal`): each is on disk before the next is begun. Besides what
+The rows lie in a journal (see `gramlite.rows.journal`): each is on disk before the next is begun. Besides what
 `gramlite judge` writes, a row has the pair's `label`, its `meta` with the subset, and `seconds`: the
 wall-clock time since the row before it, whose mean over the rows is the time a pair takes, however many are
 decoded together.
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from gramlite.commands.options import JudgeOptions, judge_options, labels_option
 from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, InputError
-from gramlite.journal import Journal
-from gramlite.pair import Pair, Verdict
+from gramlite.judging.pair import Pair, Verdict
+from gramlite.options import JudgeOptions, judge_options, labels_option
 from gramlite.rows import identifier_text
+from gramlite.rows.journal import Journal
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import say, say_json, visible
 
@@ -35,7 +35,7 @@ from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
 from .suites import Said, Suite, load_pairs, open_suite, suite_names
 
 if TYPE_CHECKING:
-    from gramlite.judge import Judge
+    from gramlite.judging.judge import Judge
 
 PACKAGES = (
     "numpy", "llama-cpp-python", "onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers",
@@ -240,7 +240,7 @@ def describe_run(judge: Judge, work: Work) -> dict[str, Any]:
 
 def describe_artifact(path: Path) -> dict[str, Any]:
     """What run.json says of the model's file: path, size in bytes and the manifest, where there is one."""
-    from gramlite.artifact import artifact_bytes, read_manifest
+    from gramlite.formats.artifact import artifact_bytes, read_manifest
 
     manifest = read_manifest(path)
     return {
@@ -267,7 +267,7 @@ def hardware() -> dict[str, Any]:
     """The processor, the physical and the logical cores that may be used, the memory in GB and the operating system."""
     import psutil
 
-    from gramlite.device import thread_count, usable_cores
+    from gramlite.runtime.device import thread_count, usable_cores
 
     return {
         "cpu": processor_name(),
@@ -296,7 +296,7 @@ def model_path(options: JudgeOptions) -> Path:
     """The model's file or folder; without one, the reference judge's."""
     if options.model is not None:
         return Path(options.model)
-    from gramlite.reference import cached_gguf
+    from gramlite.reference.files import cached_gguf
 
     return cached_gguf()
 
@@ -342,7 +342,7 @@ def command(
 ) -> int:
     """Judge a suite and print its score."""
     from gramlite.commands.judge import say_rows_on_interrupt
-    from gramlite.display import Display
+    from gramlite.rows.display import Display
 
     say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)

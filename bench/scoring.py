@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 from gramlite.rows import identifier_text
 
 Row = Mapping[str, Any]

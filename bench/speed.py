@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
-from gramlite.pair import Pair
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.judging.pair import Pair
+from gramlite.options import chat_options
 from gramlite.terminal import say, say_json
 
 from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
 
 if TYPE_CHECKING:
-    from gramlite.judge import Judge
+    from gramlite.judging.judge import Judge
 
     from .progress import TurnProgress
 
@@ -128,7 +128,7 @@ def time_mode(
     tick: Callable[[], object] = lambda: None,
 ) -> Timed:
     """Let a judge and its plain contenders take turns, the judge's kernels measured before and after."""
-    from gramlite.prompt import encode_trusted
+    from gramlite.generation.prompt import encode_trusted
 
     groups: list[list[dict[str, Any]]] = []
 
@@ -169,8 +169,8 @@ def measure_speed(
     """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
     import gramlite
     from gramlite import RuntimeOptions, Settings
-    from gramlite.device import thread_count
-    from gramlite.settings import THINK_SEQUENCES
+    from gramlite.judging.settings import THINK_SEQUENCES
+    from gramlite.runtime.device import thread_count
 
     tick = progress.tick if progress else lambda: None
     context, threads = 4096, thread_count(None)
@@ -228,7 +228,7 @@ def settings_record(
     import importlib.metadata
     import platform
 
-    from gramlite.artifact import artifact_bytes
+    from gramlite.formats.artifact import artifact_bytes
 
     versions = {}
     for name in ("gramlite", "llama-cpp-python", "numpy", "torch", "transformers"):
@@ -368,12 +368,12 @@ def command(
         if checkpoint is None and PRECISIONS.keys() & names:
             if model is not None:
                 raise InputError("--against transformers needs --checkpoint FOLDER: the same judge for transformers.")
-            from gramlite.reference import build_checkpoint
+            from gramlite.reference.files import build_checkpoint
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gramlite-"))
             checkpoint = build_checkpoint(Path(folder) / "checkpoint")
         if model is None:
-            from gramlite.reference import cached_gguf
+            from gramlite.reference.files import cached_gguf
 
             model = cached_gguf()
         progress = stack.enter_context(TurnProgress())

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gramlite.commands.options import chat_options, labels_option
 from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, GramliteError, InputError, IntegrityError
 from gramlite.interrupt import say_on_interrupt
+from gramlite.options import chat_options, labels_option
 from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached, write_json
 from gramlite.terminal import note
 
 if TYPE_CHECKING:
-    from gramlite.commands.options import JudgeOptions
+    from gramlite.options import JudgeOptions
 
     from .folder import Run
     from .parts import Workshop
@@ -166,9 +166,9 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
 
 def bits_of(path: Path) -> float | None:
     """Bits per weight by the manifest, else by the file's own header."""
-    from gramlite.artifact import read_manifest
-    from gramlite.gguf_header import read_header
-    from gramlite.quantization import bits_per_weight
+    from gramlite.formats.artifact import read_manifest
+    from gramlite.formats.gguf_header import read_header
+    from gramlite.formats.quantization import bits_per_weight
 
     manifest = read_manifest(path)
     if manifest and manifest.bits_per_weight:
@@ -206,7 +206,7 @@ def check_folder(plan: Plan) -> None:
     """Raise IntegrityError where the folder holds a sweep of another checkpoint, other suites or settings."""
     import json
 
-    from gramlite.journal import differences
+    from gramlite.rows.journal import differences
 
     path = plan.folder / RECORD
     if not path.is_file() or plan.force:
@@ -283,7 +283,7 @@ def run_sweep(plan: Plan, *, seed: int = 0) -> Swept:
 
 def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Path, **options: Any) -> Plan:
     """The plan that a command line describes; raises InputError before anything is made."""
-    from gramlite.commands.options import JudgeOptions
+    from gramlite.options import JudgeOptions
 
     from .run import load_work
     from .suites import takes_labels

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 
 @dataclass

@@ -20,11 +20,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gramlite.backends import Request, RuntimeOptions
-from gramlite.device import thread_count
-from gramlite.judge import Judge, Settings
+from gramlite.generation.request import Request
+from gramlite.judging.judge import Judge, Settings
+from gramlite.judging.pair import Pair
 from gramlite.loading import load
-from gramlite.pair import Pair
+from gramlite.runtime.device import thread_count
+from gramlite.runtime.options import RuntimeOptions
 from gramlite.terminal import say_json
 
 from .neighbours import both_orders, question

@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramlite.artifact import Manifest
 from gramlite.errors import InputError
-from gramlite.quantization import FILE_TYPES
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.quantization import FILE_TYPES
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import atomic_output, sha256_cached
 
 from .parts import Part
@@ -31,7 +31,7 @@ from .parts import Part
 if TYPE_CHECKING:
     from gramlite.quant.calibration import Transcript
 
-    from gramlite.decoding import Mode
+    from gramlite.generation.decoder import Mode
 
 EXPORTED = ("F16", "BF16", "F32")
 AUTO = re.compile(r"^auto:\d+(\.\d+)?bpw$", re.IGNORECASE)

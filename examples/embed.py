@@ -17,4 +17,9 @@ with gramlite.load(settings=gramlite.Settings(budget=256)) as judge:  # or graml
         gramlite.Pair("Say hello in French.", "Hola!", "Bonjour !", id="french"),
     ]
     for verdict in quick.many(pairs):
-        print(verdict.id, verdict.winner, f"{verdict.p_a:.2f}", "orders agree" if verdict.consistent else "orders disagree")
+        print(
+            verdict.id,
+            verdict.winner,
+            f"{verdict.p_a:.2f}",
+            "orders agree" if verdict.consistent else "orders disagree",
+        )

@@ -15,21 +15,22 @@ import click
 import numpy
 from numpy.typing import NDArray
 
-from gramlite.artifact import Manifest
-from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.checkpoint import read_config
+from gramlite.formats.gguf_data import GgufData
+from gramlite.formats.publish import add_template, describe_source, publish_file, tool_versions, unicode_name
+from gramlite.formats.tensor_stream import is_finite, permute_heads, to_half
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import check_output, sha256_cached
 
-from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
-from .checkpoint import read_config
 from .gguf import ALIGNMENT
-from .output import GgufData
 from .peft import Adapter, LowRank, match_modules, open_adapter, read_factor
-from .publish import add_template, describe_source, judge_template, publish_file, tool_versions, unicode_name
 from .report import Advance, judge_command, print_artifact, progress_bar
 from .smoke import smoke_option
-from .stream import is_finite, permute_heads, to_half
 
 DTYPES = ("f16", "q8_0", "f32")
 BLOCK = 32
@@ -167,7 +168,7 @@ def encode(values: NDArray[numpy.float32], kind: str, module: LowRank) -> bytes:
 
 
 def check_written(path: Path) -> None:
-    from gramlite.gguf_header import read_header
+    from gramlite.formats.gguf_header import read_header
 
     read_header(path, expect="adapter")
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from gramlite.carried import carry_files
 from gramlite.errors import InputError, ModelError, ResourceError
-from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
+from gramlite.formats.carried import carry_files
+from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import remove_path
 
 from .report import Advance

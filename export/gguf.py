@@ -15,21 +15,22 @@ from typing import Any
 import click
 import numpy
 
-from gramlite.artifact import Manifest
-from gramlite.commands.options import chat_options
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import Architecture, ExpectedTensor, rope_factors
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.checkpoint import StoredTensor, open_checkpoint
+from gramlite.formats.gguf_data import GgufData
+from gramlite.formats.publish import add_template, describe_source, publish_file, tool_versions, unicode_name
+from gramlite.formats.tensor_stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
+from gramlite.formats.tokenizer import Vocabulary
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import check_output
 from gramlite.terminal import note
 
-from .architecture import Architecture, ExpectedTensor, rope_factors
-from .checkpoint import StoredTensor, open_checkpoint
-from .output import GgufData
 from .plan import Plan, plan_export
-from .publish import add_template, describe_source, judge_template, publish_file, tool_versions, unicode_name
 from .report import Advance, judge_command, print_artifact, print_notes, progress_bar
 from .smoke import smoke_judge, smoke_option
-from .stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
-from .tokenizer import Vocabulary
 
 DTYPES = ("f16", "bf16", "f32")
 ALIGNMENT = 32
@@ -190,9 +191,8 @@ def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, 
 
 def check_written(path: Path, folder: Path) -> int | None:
     """Read the file back as a judge would: its header by the bounded parser, its tokenizer against the source's own."""
-    from gramlite.gguf_header import read_header
-
-    from .tokenization import compare_tokenizers
+    from gramlite.formats.gguf_header import read_header
+    from gramlite.formats.tokenization import compare_tokenizers
 
     read_header(path)
     return compare_tokenizers(path, folder)

@@ -14,21 +14,30 @@ import click
 import numpy
 from numpy.typing import NDArray
 
-from gramlite.artifact import Manifest, hash_files
-from gramlite.carried import notices_of
-from gramlite.commands.options import chat_options
 from gramlite.errors import ModelError
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import expected_tensors, read_architecture
+from gramlite.formats.artifact import Manifest, hash_files
+from gramlite.formats.carried import notices_of
+from gramlite.formats.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.tensor_stream import (
+    NUMPY_TYPES,
+    BackgroundHash,
+    convert_checked,
+    is_finite,
+    narrow,
+    read_pieces,
+    to_half,
+)
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_file
 
-from .architecture import expected_tensors, read_architecture
-from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .peft import LowRank, match_modules, open_adapter, read_factor
 from .plan import match_tensors
-from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import Advance, print_artifact, progress_bar
 from .smoke import smoke_option
-from .stream import NUMPY_TYPES, BackgroundHash, convert_checked, is_finite, narrow, read_pieces, to_half
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
 SPARE_BYTES = 64 << 20

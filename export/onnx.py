@@ -12,17 +12,18 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gramlite.artifact import Manifest, hash_files
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import read_architecture
+from gramlite.formats.artifact import Manifest, hash_files
+from gramlite.formats.checkpoint import Checkpoint, open_checkpoint
+from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
-from .architecture import read_architecture
-from .checkpoint import Checkpoint, open_checkpoint
 from .genai import GRAPH, TARGETS, build, require_builder, weight_bytes
 from .plan import match_tensors
-from .publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from .report import judge_command, print_artifact, progress_bar
 from .smoke import smoke_judge, smoke_option
 

@@ -19,13 +19,12 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gramlite.artifact import PICKLE_SUFFIXES
 from gramlite.errors import InputError, ModelError
-from gramlite.model_folder import read_json_object
-
-from .architecture import ExpectedTensor
-from .checkpoint import StoredTensor, read_safetensors_header
-from .stream import NUMPY_TYPES, convert_checked
+from gramlite.formats.architecture import ExpectedTensor
+from gramlite.formats.artifact import PICKLE_SUFFIXES
+from gramlite.formats.checkpoint import StoredTensor, read_safetensors_header
+from gramlite.formats.model_folder import read_json_object
+from gramlite.formats.tensor_stream import NUMPY_TYPES, convert_checked
 
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")

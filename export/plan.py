@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 from gramlite.errors import ModelError
-
-from .architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
-from .checkpoint import Checkpoint, StoredTensor
-from .stream import NUMPY_TYPES, read_pieces
-from .tokenizer import Vocabulary, read_vocabulary
+from gramlite.formats.architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
+from gramlite.formats.checkpoint import Checkpoint, StoredTensor
+from gramlite.formats.tensor_stream import NUMPY_TYPES, read_pieces
+from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
 
 BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config, saved by old versions of transformers
 

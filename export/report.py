@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gramlite.artifact import Manifest, artifact_bytes
 from gramlite.console import Words, progress, show_facts
+from gramlite.formats.artifact import Manifest, artifact_bytes
 from gramlite.terminal import note, say_json
 
 from .smoke import figures_only, summary

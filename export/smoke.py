@@ -17,10 +17,10 @@ import click
 import numpy as np
 
 import gramlite
-from gramlite.artifact import Manifest, manifest_path, write_manifest
-from gramlite.carried import remove_notices
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.formats.artifact import Manifest, manifest_path, write_manifest
+from gramlite.formats.carried import remove_notices
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import remove_path, sha256_file, target_of
 from gramlite.terminal import note
 

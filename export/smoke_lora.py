@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gramlite.artifact import Manifest
 from gramlite.errors import ModelError
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.checkpoint import INDEX
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.judging.template import judge_template
 from gramlite.storage import lies_in
 
 from .adapter import export_adapter
-from .checkpoint import INDEX
 from .gguf import export_gguf
 from .merge import merge_adapter
-from .publish import judge_template
 from .smoke import CannotRunHere, asked_with, judge_margins, smoke_judge
 
 WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")

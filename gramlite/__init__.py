@@ -6,11 +6,11 @@ verdict = judge(prompt="…", response_a="…", response_b="…")
 verdict.winner, verdict.p_a, verdict.rationale
 """
 
-from .backends import RuntimeOptions
 from .errors import GramliteError, InputError, IntegrityError, ModelError, ResourceError
-from .judge import Judge, Settings
+from .judging.judge import Judge, Settings
+from .judging.pair import OrderVerdict, Pair, Verdict
 from .loading import load
-from .pair import OrderVerdict, Pair, Verdict
+from .runtime.options import RuntimeOptions
 
 __version__ = "0.2.0"
 

@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .artifact import PICKLE_SUFFIXES, Artifact, Manifest, manifest_path, read_manifest, verify_files
-from .backends import Backend, RuntimeOptions, open_backend
-from .confidence import stored_calibration
+from .backends.protocol import Backend, open_backend
 from .errors import InputError, ModelError
-from .judge import Judge, Settings
-from .model_folder import is_text, read_json_object
-from .scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
+from .formats.artifact import PICKLE_SUFFIXES, Artifact, Manifest, manifest_path, read_manifest, verify_files
+from .formats.model_folder import is_text, read_json_object
+from .generation.scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
+from .judging.confidence import stored_calibration
+from .judging.judge import Judge, Settings
+from .judging.template import resolve_template
+from .runtime.options import RuntimeOptions
 from .storage import sha256_cached
-from .template import resolve_template
 
 logger = logging.getLogger("gramlite")
 
@@ -42,7 +43,7 @@ def load(
     for a model that is refused and ResourceError for one that does not fit.
     """
     if model is None:
-        from .reference import cached_gguf
+        from .reference.files import cached_gguf
 
         model = cached_gguf()
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")

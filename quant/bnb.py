@@ -15,19 +15,20 @@ from typing import Any
 
 import click
 import numpy as np
-from gramlite.export.architecture import read_architecture
-from gramlite.export.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
 from gramlite.export.plan import match_tensors
-from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import judge_command, print_artifact
-from gramlite.export.save_tensors import open_to_readers, operating_system_errors
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import Artifact, Manifest, hash_files
-from gramlite.carried import carry_files
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import read_architecture
+from gramlite.formats.artifact import Artifact, Manifest, hash_files
+from gramlite.formats.carried import carry_files
+from gramlite.formats.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
+from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.save_tensors import open_to_readers, operating_system_errors
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
 from .packages import need_packages
@@ -132,8 +133,8 @@ def reload_difference(folder: Path, model: Any, type: str) -> float:
 
 def last_logits(folder: Path, tokens: list[int]) -> Any:
     """The logits after `tokens`, by the backend that judges with the folder, on the CPU."""
-    from gramlite.backends import RuntimeOptions
     from gramlite.backends.hf import open_artifact
+    from gramlite.runtime.options import RuntimeOptions
 
     backend = open_artifact(Artifact(folder, "hf", None), RuntimeOptions(device="cpu"))
     try:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gramlite.artifact import Manifest
-from gramlite.backends import Device
-from gramlite.decoding import Mode
 from gramlite.errors import InputError
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.formats.artifact import Manifest
+from gramlite.generation.decoder import Mode
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.runtime.options import Device
 
 from .calibration import Transcript, load_calibration
 from .ggml import Job, quantize_file

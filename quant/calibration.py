@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
-from gramlite.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
+from gramlite.judging.pair import Pair
 
 if TYPE_CHECKING:
-    from gramlite.backends import Device
-    from gramlite.decoding import Mode
-    from gramlite.judge import Judge
+    from gramlite.generation.decoder import Mode
+    from gramlite.judging.judge import Judge
+    from gramlite.runtime.options import Device
 
 DEFAULT_TOKENS = 65_536
 VERSION = 2  # of transcripts; those of 1, which had none, were tokenized again from the judge's text
@@ -192,9 +192,9 @@ def _judge_pairs(
     device: Device,
     mode: Mode,
 ) -> tuple[list[Transcript], Mode]:
-    from gramlite.backends import RuntimeOptions
-    from gramlite.judge import Settings
+    from gramlite.judging.judge import Settings
     from gramlite.loading import load
+    from gramlite.runtime.options import RuntimeOptions
 
     runtime = RuntimeOptions(device=device)
     with load(

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gramlite.export.architecture import family_of
-from gramlite.export.checkpoint import Checkpoint, StoredTensor, damaged
-
-from gramlite.cache_keyword import with_cache
+from gramlite.backends.cache_keyword import with_cache
 from gramlite.errors import InputError, ModelError
-from gramlite.model_folder import attention_window
+from gramlite.formats.architecture import family_of
+from gramlite.formats.checkpoint import Checkpoint, StoredTensor, damaged
+from gramlite.formats.model_folder import attention_window
 
 from .batches import Batch, Shared
 from .memory import FreedMemory
@@ -56,7 +55,9 @@ class Decoder:
             raise InputError(f"A calibration transcript holds token {largest}; the model has {len(table)}.")
         longest, window = max(batch.start + max(map(len, batch.sequences)) for batch in batches), self.window
         if window and longest > window:
-            raise InputError(f"A calibration transcript has {longest:,} tokens; the model's attention spans {window:,}.")
+            raise InputError(
+                f"A calibration transcript has {longest:,} tokens; the model's attention spans {window:,}."
+            )
         return [batch.spread(table).to(device=self.device, dtype=self.dtype) for batch in batches]
 
     @contextmanager

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import GramliteError, ModelError
-from gramlite.ggml_types import GGML_TYPES
-from gramlite.quantization import FILE_TYPES
+from gramlite.formats.ggml_types import GGML_TYPES
+from gramlite.formats.quantization import FILE_TYPES
 
 FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 TYPE_NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}

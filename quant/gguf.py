@@ -16,18 +16,18 @@ from typing import Any
 
 import click
 from gramlite.export.gguf import HEADER_BYTES
-from gramlite.export.publish import publish_file, tool_versions
 from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import Manifest
-from gramlite.carried import plan_notices
-from gramlite.commands.options import chat_options
-from gramlite.device import thread_count
 from gramlite.errors import InputError, ModelError, ResourceError
-from gramlite.ggml_types import GGML_TYPES
-from gramlite.gguf_header import Header, read_header
-from gramlite.quantization import bits_per_weight
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.carried import plan_notices
+from gramlite.formats.ggml_types import GGML_TYPES
+from gramlite.formats.gguf_header import Header, read_header
+from gramlite.formats.publish import publish_file, tool_versions
+from gramlite.formats.quantization import bits_per_weight
+from gramlite.options import chat_options
+from gramlite.runtime.device import thread_count
 from gramlite.storage import check_output, sha256_file
 
 from .calibration import DEFAULT_TOKENS, mode_option

@@ -18,21 +18,22 @@ from typing import Any
 
 import click
 import numpy as np
-from gramlite.export.architecture import family_of
-from gramlite.export.checkpoint import Checkpoint, open_checkpoint
-from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import Manifest, hash_files, read_manifest
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError, ModelError
+from gramlite.formats.architecture import family_of
+from gramlite.formats.artifact import Manifest, hash_files, read_manifest
+from gramlite.formats.checkpoint import Checkpoint, open_checkpoint
+from gramlite.formats.gptq_folder import GptqWriter, open_gptq
+from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.quantized_linear import QuantizedLinear
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, Inputs, atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
 from .calibration import DEFAULT_TOKENS, Transcript, load_calibration, mode_option
 from .decoder import STAGES, has_own_head, read_tensor
-from .gptq_folder import GptqWriter, open_gptq
-from .linear import QuantizedLinear
 from .memory import PeakMemory, Prediction, check_memory, pick_device, predict_bytes
 from .packages import need_packages
 from .report import LayerReport, Progress, QuantizationReport, layer_bar, print_report

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.architecture import gguf_names, read_architecture
-from gramlite.export.checkpoint import open_checkpoint
-from gramlite.export.publish import unicode_name
 
 from gramlite.errors import ModelError
+from gramlite.formats.architecture import gguf_names, read_architecture
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.publish import unicode_name
 from gramlite.storage import atomic_output
 
 from .calibration import Transcript
@@ -87,7 +87,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix, *, force: bool = False) 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read an importance matrix in llama.cpp's GGUF form; raises ModelError for anything else."""
-    from gramlite.gguf_format import parse_header
+    from gramlite.formats.gguf_format import parse_header
 
     header = parse_header(path)
     if header.metadata.get("general.type") != "imatrix":

@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 
-from gramlite.device import free_memory, thread_count
 from gramlite.errors import InputError, ResourceError
+from gramlite.formats.gptq_folder import SHARD_BYTES
+from gramlite.runtime.device import free_memory, thread_count
 
 from .batches import BATCH_TOKENS
-from .gptq_folder import SHARD_BYTES
 
 logger = logging.getLogger("gramlite")
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.architecture import gguf_names, read_architecture
-from gramlite.export.checkpoint import Checkpoint, open_checkpoint
 
 from gramlite.errors import InputError
-from gramlite.ggml_types import GGML_TYPES
+from gramlite.formats.architecture import gguf_names, read_architecture
+from gramlite.formats.checkpoint import Checkpoint, open_checkpoint
+from gramlite.formats.ggml_types import GGML_TYPES
 
 from .allocate import Option, allocate, unseen_changes
 from .calibration import Transcript

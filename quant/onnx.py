@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 
 import click
-from gramlite.export.architecture import read_architecture
-from gramlite.export.checkpoint import read_config
 from gramlite.export.genai import TARGETS
 from gramlite.export.onnx import publish
 from gramlite.export.report import judge_command, print_artifact
 from gramlite.export.smoke import smoke_judge, smoke_option
 
-from gramlite.artifact import Manifest
-from gramlite.commands.options import chat_options
 from gramlite.errors import InputError
-from gramlite.onnx_graph import read_graph
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.architecture import read_architecture
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.checkpoint import read_config
+from gramlite.formats.onnx_graph import read_graph
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.options import chat_options
 
 from .onnx_embedding import shrink_embedding
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import (
+from gramlite.formats.onnx_graph import (
     FLOAT,
     FLOAT16,
     UINT8,

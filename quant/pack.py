@@ -12,38 +12,31 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.architecture import (
+from gramlite.export.gguf import ALIGNMENT, HEADER_BYTES, add_architecture, add_vocabulary, check_written
+from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
+from gramlite.export.smoke import CannotRunHere, recorded_margins, smoke_judge, smoke_option
+
+from gramlite.errors import ModelError
+from gramlite.formats.architecture import (
     Architecture,
     ExpectedTensor,
     expected_tensors,
     read_architecture,
     rope_factors,
 )
-from gramlite.export.gguf import ALIGNMENT, HEADER_BYTES, add_architecture, add_vocabulary, check_written
-from gramlite.export.output import GgufData
-from gramlite.export.publish import (
-    add_template,
-    describe_source,
-    judge_template,
-    publish_file,
-    tool_versions,
-    unicode_name,
-)
-from gramlite.export.report import Advance, judge_command, print_artifact, progress_bar
-from gramlite.export.smoke import CannotRunHere, recorded_margins, smoke_judge, smoke_option
-from gramlite.export.stream import permute_heads
-from gramlite.export.tokenizer import Vocabulary, read_vocabulary
-
-from gramlite.artifact import Manifest, read_manifest, verify_files
-from gramlite.commands.options import chat_options
-from gramlite.errors import ModelError
-from gramlite.ggml_types import GGML_TYPES
-from gramlite.scaffold import ChatTemplate
+from gramlite.formats.artifact import Manifest, read_manifest, verify_files
+from gramlite.formats.ggml_types import GGML_TYPES
+from gramlite.formats.gguf_blocks import gguf_blocks, gguf_type
+from gramlite.formats.gguf_data import GgufData
+from gramlite.formats.gptq_folder import GptqFolder, open_gptq
+from gramlite.formats.publish import add_template, describe_source, publish_file, tool_versions, unicode_name
+from gramlite.formats.quantized_linear import QuantizedLinear
+from gramlite.formats.tensor_stream import permute_heads
+from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
+from gramlite.generation.scaffold import ChatTemplate
+from gramlite.judging.template import judge_template
+from gramlite.options import chat_options
 from gramlite.storage import check_output, sha256_cached
-
-from .blocks import gguf_blocks, gguf_type
-from .gptq_folder import GptqFolder, open_gptq
-from .linear import QuantizedLinear
 
 EMBEDDINGS = ("f16", "q8_0")
 TYPES = {kind.name: (number, kind) for number, kind in GGML_TYPES.items()}

@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gramlite.export.architecture import family_of
 from gramlite.export.genai import GRAPH, build, initializers, require_builder, weight_bytes
-from gramlite.export.publish import describe_source, judge_template, manifest_text, tool_versions, write_durably
 from gramlite.export.report import progress_bar
 
-from gramlite.artifact import Manifest, hash_files, read_manifest, verify_files
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import external_extent, external_offset, parse, read_graph
+from gramlite.formats.architecture import family_of
+from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files
+from gramlite.formats.gguf_blocks import check_matmul_nbits, matmul_nbits, pack_bytes
+from gramlite.formats.gptq_folder import GptqFolder, open_gptq
+from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
+from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.quantized_linear import QuantizedLinear
+from gramlite.judging.template import judge_template
 from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
 
-from .blocks import check_matmul_nbits, matmul_nbits, pack_bytes
-from .gptq_folder import GptqFolder, open_gptq
-from .linear import QuantizedLinear
 from .onnx_embedding import shrink_embedding
 
 OPERATOR = "MatMulNBits"

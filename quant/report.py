@@ -13,8 +13,8 @@ import numpy as np
 from gramlite.export.report import compression, judge_command
 from gramlite.export.smoke import figures_only, summary
 
-from gramlite.artifact import Manifest
 from gramlite.console import progress, show_facts
+from gramlite.formats.artifact import Manifest
 from gramlite.terminal import say_json
 
 Progress = Callable[[str, int, int], None]

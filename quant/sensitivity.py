@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from gramlite.export.checkpoint import Checkpoint
-
 from gramlite.errors import InputError
+from gramlite.formats.checkpoint import Checkpoint
 
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from gramlite.errors import InputError, ModelError
+from gramlite.formats.quantized_linear import SUPPORTED_BITS, QuantizedLinear
 
 from .grid import Grid, choose_grid
-from .linear import SUPPORTED_BITS, QuantizedLinear
 
 if TYPE_CHECKING:
     import torch

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.export.gguf import export_gguf
 
-from gramlite.artifact import Manifest, read_manifest, verify_files
 from gramlite.errors import InputError, ModelError
-from gramlite.gguf_header import Header, read_header
+from gramlite.formats.artifact import Manifest, read_manifest, verify_files
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gguf_header import Header, read_header
+from gramlite.judging.template import resolve_template
 from gramlite.storage import remove_path, sha256_cached
-from gramlite.template import resolve_template
 
 EXACT = ("F32", "F16", "BF16")
 

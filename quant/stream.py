@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gramlite.export.checkpoint import Checkpoint
-
 from gramlite.errors import InputError
+from gramlite.formats.checkpoint import Checkpoint
 
 from .batches import Batch, Shared, lay_out
 from .calibration import Transcript

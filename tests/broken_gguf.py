@@ -96,9 +96,7 @@ class Pieces:
         offset = 0
         for tensor in self.tensors:
             place = offset if tensor.offset is None else tensor.offset
-            result += text(tensor.name) + struct.pack(
-                f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape
-            )
+            result += text(tensor.name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
             result += struct.pack("<IQ", tensor.kind, place)
             offset += len(self.padded(tensor.data))
         return result
@@ -133,9 +131,7 @@ def model_pieces(architecture: str = "llama", tokenizer: str = "gpt2") -> Pieces
     """A model of two blocks with a whole vocabulary, which llama.cpp loads and runs."""
     pieces = Pieces()
     special: list[object] = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    plain: list[object] = (
-        [f"<0x{byte:02X}>" for byte in range(256)] if tokenizer == "llama" else list(byte_alphabet())
-    )
+    plain: list[object] = [f"<0x{byte:02X}>" for byte in range(256)] if tokenizer == "llama" else list(byte_alphabet())
     tokens = [*special, *plain, "ab"]
     pieces.put("general.architecture", STRING, architecture)
     pieces.put("general.type", STRING, "model")
@@ -175,11 +171,7 @@ def model_pieces(architecture: str = "llama", tokenizer: str = "gpt2") -> Pieces
             ("ffn_gate", [WIDTH, INNER], Q8_0),
             ("ffn_up", [WIDTH, INNER], Q8_0),
             ("ffn_down", [INNER, WIDTH], F32),
-            *(
-                (("attn_q_norm", [HEAD], F32), ("attn_k_norm", [HEAD], F32))
-                if architecture == "qwen3"
-                else ()
-            ),
+            *((("attn_q_norm", [HEAD], F32), ("attn_k_norm", [HEAD], F32)) if architecture == "qwen3" else ()),
         ):
             pieces.add_tensor(f"blk.{layer}.{name}.weight", shape, kind)
     pieces.add_tensor("output_norm.weight", [WIDTH], F32)
@@ -495,13 +487,9 @@ def broken_files() -> dict[str, bytes]:
 
 def broken_adapters() -> dict[str, bytes]:
     """Files that are no usable LoRA adapter, by what is wrong with each."""
-    return {
-        name: build(adapter_pieces(), change_pieces) for name, (change_pieces, _) in BROKEN_ADAPTERS.items()
-    }
+    return {name: build(adapter_pieces(), change_pieces) for name, (change_pieces, _) in BROKEN_ADAPTERS.items()}
 
 
 def named_fields() -> dict[str, str]:
     """What the refusal of each broken file must mention."""
-    return {
-        name: fragment for name, (_, fragment) in [*BROKEN.items(), *RAW.items(), *BROKEN_ADAPTERS.items()]
-    }
+    return {name: fragment for name, (_, fragment) in [*BROKEN.items(), *RAW.items(), *BROKEN_ADAPTERS.items()]}

@@ -62,14 +62,14 @@ def gold(shared: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def reference_q8() -> Path:
     """The reference judge as it is used by default, in the cache."""
-    from gramlite.reference import cached_gguf
+    from gramlite.reference.files import cached_gguf
 
     return cached_gguf()
 
 
 @pytest.fixture(scope="session")
 def reference_f16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gramlite.reference import build_gguf
+    from gramlite.reference.files import build_gguf
 
     return build_gguf(tmp_path_factory.mktemp("reference") / "reference.F16.gguf", dtype="f16")
 

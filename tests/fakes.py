@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gramlite.confidence import Calibration, order_settings
-from gramlite.decoding import Decoder, Generation
-from gramlite.judge import Judge
+from gramlite.generation.decoder import Decoder, Generation
+from gramlite.judging.confidence import Calibration, order_settings
+from gramlite.judging.judge import Judge
 
 END = 256
 
@@ -50,7 +50,9 @@ def logits_for(token: int, size: int = 400, **others: float) -> np.ndarray:
     return logits
 
 
-def run_script(decoder: Decoder, script: Sequence[int], *, a: float = 2.0, b: float = 0.5) -> tuple[Generation, list[int]]:
+def run_script(
+    decoder: Decoder, script: Sequence[int], *, a: float = 2.0, b: float = 0.5
+) -> tuple[Generation, list[int]]:
     """Let a model that wants to write `script` run; returns the generation and every token that was fed."""
     fed: list[int] = []
     wanted = list(script)

@@ -22,7 +22,7 @@ from typing import Any
 import gramlite
 from gramlite import Pair, Settings
 from gramlite.integrations.trl import win_rate_reward
-from gramlite.judge import Judge
+from gramlite.judging.judge import Judge
 
 TEXTS = {"prompt": "Is rye a grass?", "response_a": "Yes, it is.", "response_b": "No."}
 SECONDS = 60

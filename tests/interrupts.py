@@ -212,7 +212,9 @@ def measure(model: str | None, rounds: int, seed: int, kinds: list[str], *, most
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="GGUF file; 'reference' is the reference judge.  [default: the scripted backend]")
+    parser.add_argument(
+        "--model", help="GGUF file; 'reference' is the reference judge.  [default: the scripted backend]"
+    )
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default="judge,rank,bench,calibrate")
@@ -220,7 +222,9 @@ def main() -> None:
     model = "" if options.model == "reference" else options.model
     found = measure(model, options.rounds, options.seed, options.kinds.split(","))
     print("\n".join(found))
-    print(f"{options.rounds - len({fault.split(' at ')[0] for fault in found})} of {options.rounds} rounds without a fault")
+    print(
+        f"{options.rounds - len({fault.split(' at ')[0] for fault in found})} of {options.rounds} rounds without a fault"
+    )
     os._exit(bool(found))
 
 

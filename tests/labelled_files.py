@@ -25,7 +25,9 @@ def pairs_file(path: Path, labels: Sequence[Any], column: str = "label") -> Path
     return path
 
 
-def bench_labels(tmp_path: Path, model: Path, labels: Sequence[Any], column: str = "label", said: str = "") -> list[Any]:
+def bench_labels(
+    tmp_path: Path, model: Path, labels: Sequence[Any], column: str = "label", said: str = ""
+) -> list[Any]:
     """What `bench run` takes for the labels of a file."""
     pairs, folder = pairs_file(tmp_path / "pairs.jsonl", labels, column), tmp_path / "run"
     command = ["bench", "run", f"pairs:{pairs}", "-m", str(model), "--mode", "direct", "-o", str(folder)]

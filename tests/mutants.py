@@ -1,6 +1,6 @@
 """Random mutants of the code that reads, matches and scores, each run against the tests of its part.
 
-    python tests/mutants.py [--count 300] [--seed 0] [--workers 2] [--only gramlite/journal.py ...]
+    python tests/mutants.py [--count 300] [--seed 0] [--workers 2] [--only gramlite/rows/journal.py ...]
 
 The operators are cosmic-ray's (https://cosmic-ray.readthedocs.io): comparisons, arithmetic, conditions, constants; and one
 of our own for what a function returns. A mutant is drawn by its place first and by its operator then. One that no test
@@ -46,7 +46,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
         "tests/rows/test_shapes.py",
     ),
     "gramlite/rows/shapes.py": (
-        "tests/test_rows.py",
+        "tests/rows/test_rows.py",
         "tests/rows/test_conversations_refused.py",
         "tests/rows/test_conversations.py",
         "tests/rows/test_ids.py",
@@ -55,11 +55,11 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
         "tests/rows/test_labels.py",
         "tests/rows/test_files.py",
     ),
-    "gramlite/rows/lines.py": ("tests/test_rows.py", "tests/rows/test_ids.py", "tests/rows/test_labels.py"),
+    "gramlite/rows/lines.py": ("tests/rows/test_rows.py", "tests/rows/test_ids.py", "tests/rows/test_labels.py"),
     "gramlite/rows/files.py": ("tests/rows/test_files.py", "tests/rows/test_ids.py"),
-    "gramlite/delimiters.py": ("tests/test_delimiters.py", "tests/test_prompt.py"),
-    "gramlite/confidence.py": ("tests/test_confidence.py", "tests/commands/test_calibrate.py"),
-    "gramlite/journal.py": ("tests/test_journal.py", "tests/test_outputs.py"),
+    "gramlite/judging/delimiters.py": ("tests/judging/test_delimiters.py", "tests/generation/test_prompt.py"),
+    "gramlite/judging/confidence.py": ("tests/judging/test_confidence.py", "tests/commands/test_calibrate.py"),
+    "gramlite/rows/journal.py": ("tests/rows/test_journal.py", "tests/test_outputs.py"),
     **dict.fromkeys(
         ("bench/scoring.py", "bench/records.py", "bench/suites/*.py"),
         ("tests/bench/test_suites.py", "tests/bench/test_official_scores.py", "tests/bench/test_suite_labels.py"),

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_rows import BAD_LINES
+from rows.test_rows import BAD_LINES
 
 from gramlite.cli import COMMANDS, run
 from gramlite.commands.doctor import check_cuda
-from gramlite.device import Gpu, Machine
+from gramlite.runtime.device import Gpu, Machine
 
 HEAVY = ("llama_cpp", "torch", "onnxruntime", "transformers", "scipy", "matplotlib", "gguf")
 PAIR = {"id": "p1", "prompt": "q", "response_a": "x", "response_b": "y"}

@@ -64,11 +64,12 @@ def make_bnb(kind: str) -> Callable[[Path, Path], Any]:
 
 def make_gptq(checkpoint: Path, output: Path, *, bits: int = 8, symmetric: bool = True) -> None:
     """Rounded to nearest: without calibration it is no good quantization, and a correct file."""
-    from gramlite.export.checkpoint import open_checkpoint
     from gramlite.quant.decoder import read_tensor
     from gramlite.quant.gptq import linear_names, quantization_config
-    from gramlite.quant.gptq_folder import GptqWriter
     from gramlite.quant.solve import GptqSettings, round_to_nearest
+
+    from gramlite.formats.checkpoint import open_checkpoint
+    from gramlite.formats.gptq_folder import GptqWriter
 
     source, settings = open_checkpoint(checkpoint), GptqSettings(bits=bits, group_size=32, symmetric=symmetric)
     output.mkdir()
@@ -99,7 +100,7 @@ EXACT = ("gguf", "hf", "onnx-fp32")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("contract") / "checkpoint")
 
@@ -274,8 +275,9 @@ def dequantized_twin(folder: Path, checkpoint: Path, twin: Path) -> Path:
     import shutil
 
     import torch
-    from gramlite.quant.gptq_folder import open_gptq
     from safetensors.torch import load_file, save_file
+
+    from gramlite.formats.gptq_folder import open_gptq
 
     shutil.copytree(checkpoint, twin)
     (twin / "gramlite.json").unlink()

@@ -51,7 +51,9 @@ def judge(model: Path, prompt: Path, *more: str) -> int:
 def test_byte_pairs_without_the_name_of_their_pre_tokenizer_are_refused(
     architecture: str, empty: bool, make: Callable[..., Path], prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make(*([] if empty else ["tokenizer.ggml.pre"]), architecture=architecture, **({"ggml__pre": ""} if empty else {}))
+    model = make(
+        *([] if empty else ["tokenizer.ggml.pre"]), architecture=architecture, **({"ggml__pre": ""} if empty else {})
+    )
     assert judge(model, prompt, "--chat-template", "chatml") == 3
     said = capsys.readouterr().err
     assert "tokenizer.ggml.pre" in said and str(model) in said
@@ -61,7 +63,7 @@ def test_byte_pairs_without_the_name_of_their_pre_tokenizer_are_refused(
 
 
 def test_sentencepiece_needs_no_pre_tokenizer(tmp_path: Path) -> None:
-    from gramlite.gguf_header import read_header
+    from gramlite.formats.gguf_header import read_header
 
     pieces = broken_gguf.model_pieces("llama", "llama")
     pieces.drop("tokenizer.ggml.pre")
@@ -74,7 +76,7 @@ def test_sentencepiece_needs_no_pre_tokenizer(tmp_path: Path) -> None:
 def test_the_first_cause_of_a_failed_load_is_shown(
     make: Callable[..., Path], prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gramlite.backends.gguf_vocabulary import LlamaVocabulary
+    from gramlite.backends.gguf.vocabulary import LlamaVocabulary
     from gramlite.errors import ModelError
 
     model = make(ggml__pre="mystery-bpe", chat_template="an error that failed")
@@ -143,7 +145,9 @@ def test_resuming_with_another_chat_template_is_noticed(
     bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs, rows = tmp_path / "pairs.jsonl", tmp_path / "rows.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": f"q{n}", "response_a": "x", "response_b": "y"}) + "\n" for n in range(3)))
+    pairs.write_text(
+        "".join(json.dumps({"prompt": f"q{n}", "response_a": "x", "response_b": "y"}) + "\n" for n in range(3))
+    )
     judging = ["judge", str(pairs), "-m", str(bare), "-o", str(rows)]
     assert run([*judging, "--chat-template", "chatml"]) == 0
     assert run([*judging, "--chat-template", "chatml", "--resume"]) == 0
@@ -166,7 +170,10 @@ def test_every_command_that_opens_a_model_takes_a_chat_template(
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["calibrate", str(pairs), "-m", str(bare), "--chat-template", "smollm2", "--mode", "direct"]) == 0
     run_folder = tmp_path / "run"
-    assert run(["bench", "run", f"pairs:{pairs}", "-m", str(bare), "-o", str(run_folder), "--chat-template", "chatml"]) == 0
+    assert (
+        run(["bench", "run", f"pairs:{pairs}", "-m", str(bare), "-o", str(run_folder), "--chat-template", "chatml"])
+        == 0
+    )
     record = json.loads((run_folder / "run.json").read_text())
     assert record["settings"]["scaffold"]["name"] == "chatml"
 

@@ -41,7 +41,7 @@ def test_fifty_random_moments_of_a_gguf_judge(reference_q8: Path) -> None:
 
 @pytest.mark.slow
 def test_random_moments_of_export_and_quantize(tmp_path: Path) -> None:
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
     assert measure(str(checkpoint), 20, 4, ["export", "quantize"], most=NOISE) == []
@@ -269,5 +269,7 @@ try:
 except KeyboardInterrupt:
     print("raised", len(heard))
 """
-    finished = subprocess.run([sys.executable, "-c", code, str(reference_q8)], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(reference_q8)], capture_output=True, text=True, timeout=120
+    )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "raised 1\n", "")

@@ -35,7 +35,7 @@ def place(tmp_path: Path, scripted: Path) -> Path:
     """A folder that anybody may write to, as its parents let anybody pass."""
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
     manifest = {"format": "scripted", "name": "judge", "files": {}, "template": {"name": "gramlite"}}
-    from gramlite.artifact import hash_files
+    from gramlite.formats.artifact import hash_files
 
     manifest["files"] = hash_files(scripted)  # so that a hash is to be remembered
     (tmp_path / "scripted.json.json").write_text(json.dumps(manifest))
@@ -103,7 +103,7 @@ def test_a_gguf_file_is_judged_with(place: Path, reference_q8: Path) -> None:
 @no_home
 def test_a_checkpoint_is_judged_with_and_exported(place: Path) -> None:
     pytest.importorskip("transformers")
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     folder = build_checkpoint(place / "checkpoint")
     folder.chmod(0o755)

@@ -296,9 +296,8 @@ def test_a_picture_beside_a_page_is_not_removed(tmp_path: Path, monkeypatch: pyt
 
 
 def write_file(path: Path, force: bool) -> None:
-    from gramlite.export.publish import publish_file
-
-    from gramlite.artifact import Manifest, hash_files
+    from gramlite.formats.artifact import Manifest, hash_files
+    from gramlite.formats.publish import publish_file
     from gramlite.storage import check_output
 
     place: Path = check_output(path, [], force=force, file=True) or path
@@ -338,7 +337,7 @@ def test_a_file_of_weights_replaces_nobodys_file(kind: str, tmp_path: Path) -> N
 
 @overwriting
 def test_weights_behind_a_link_are_replaced_with_their_manifest(tmp_path: Path) -> None:
-    from gramlite.artifact import read_manifest, verify_files
+    from gramlite.formats.artifact import read_manifest, verify_files
 
     target, link = tmp_path / "store" / "v1.gguf", tmp_path / "latest.gguf"
     target.parent.mkdir()
@@ -356,7 +355,7 @@ def test_weights_behind_a_link_are_replaced_with_their_manifest(tmp_path: Path) 
 
 
 def write_folder(path: Path, force: bool) -> None:
-    from gramlite.artifact import Manifest, hash_files, write_manifest
+    from gramlite.formats.artifact import Manifest, hash_files, write_manifest
     from gramlite.storage import atomic_output
 
     with atomic_output(path, force=force) as folder:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import broken_gguf
 import pytest
-from test_confidence import overconfident
-from test_judge import Recording
-from test_ranking import judge_on
+from judging.test_confidence import overconfident
+from judging.test_judge import Recording
+from ranking.test_rank import judge_on
 
-from gramlite.artifact import Manifest, hash_files, manifest_path, read_manifest, write_manifest
-from gramlite.budget import settings_without_budget, stored_budget
 from gramlite.cli import run
-from gramlite.confidence import calibrate, order_settings, stored_calibration
-from gramlite.confidence import store as store_calibration
 from gramlite.errors import GramliteError, ModelError
-from gramlite.gguf_header import read_header
+from gramlite.formats.artifact import Manifest, hash_files, manifest_path, read_manifest, write_manifest
+from gramlite.formats.gguf_header import read_header
+from gramlite.formats.sidecar import sidecar_path
 from gramlite.integrations import trl
-from gramlite.sidecar import sidecar_path
+from gramlite.judging.budget import settings_without_budget, stored_budget
+from gramlite.judging.confidence import calibrate, order_settings, stored_calibration
+from gramlite.judging.confidence import store as store_calibration
 
 removed = pytest.mark.fault("removals")
 WITH_COMPANION = broken_gguf.put("gramlite.companion", 8, "judge.low-rank.gguf")

@@ -157,7 +157,7 @@ def test_a_model_in_a_folder_without_a_name(place: Path, reference_q8: Path) -> 
 @streams
 def test_artifacts_are_written_under_any_name(tmp_path: Path) -> None:
     """The names in a manifest and in GGUF's metadata, which are to be UTF-8, are escaped or left out."""
-    from gramlite.artifact import Manifest, hash_files, read_manifest, verify_files, write_manifest
+    from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files, write_manifest
 
     folder = tmp_path / os.fsdecode(BYTES)
     folder.mkdir()
@@ -172,9 +172,9 @@ def test_artifacts_are_written_under_any_name(tmp_path: Path) -> None:
 
 @streams
 def test_the_reference_judge_is_built_under_any_name(tmp_path: Path) -> None:
-    from gramlite.artifact import read_manifest, verify_files
     from gramlite.cli import run
-    from gramlite.gguf_header import read_header
+    from gramlite.formats.artifact import read_manifest, verify_files
+    from gramlite.formats.gguf_header import read_header
 
     checkpoint = tmp_path / os.fsdecode(BYTES)
     assert run(["reference", "checkpoint", "-o", str(checkpoint)]) == 0

@@ -21,10 +21,10 @@ from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.quant.report import LayerReport, QuantizationReport, print_report
 
 from gramlite import cli
-from gramlite.artifact import Manifest, hash_files, write_manifest
 from gramlite.cli import run
 from gramlite.commands import doctor, pull, reference
-from gramlite.display import visible
+from gramlite.formats.artifact import Manifest, hash_files, write_manifest
+from gramlite.rows.display import visible
 
 ROOT = Path(__file__).parents[1]
 fault = pytest.mark.fault("terminal")
@@ -165,7 +165,7 @@ def test_an_interrupt(place: Path, terminal: Callable[..., tuple[int, str]], mon
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gramlite.judge.Judge.many", stop)
+    monkeypatch.setattr("gramlite.judging.judge.Judge.many", stop)
     words = ["judge", pairs_at(place), "-m", judge_at(place), "--mode", "direct", "-o", place / "rows.jsonl"]
     code, printed = terminal(*words)
     assert code == 130

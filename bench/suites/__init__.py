@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 Said = Mapping[str, Winner | None]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
     "Get data/test/testdata_pairwise.jsonl from github.com/GAIR-NLP/auto-j: JSON lines with scenario, "

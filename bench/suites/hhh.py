@@ -15,7 +15,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 from gramlite.rows.labels import shown
 
 SOURCE = (

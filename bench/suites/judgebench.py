@@ -16,7 +16,7 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
     "Get data/dataset=judgebench,response_model=….jsonl from github.com/ScalerLab/JudgeBench: JSON lines "

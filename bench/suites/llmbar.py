@@ -16,7 +16,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
     "Get the folder Dataset/LLMBar (or Dataset/Processed) from github.com/princeton-nlp/LLMBar: a "

@@ -17,7 +17,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 from . import llmbar
 

@@ -15,7 +15,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 from gramlite.rows import SHAPES, Labels, identifier_text, pair_from_json, puts_better_first
 
 SOURCE = f"Give a file of JSON lines as pairs:FILE. Accepted shapes: {SHAPES}; a label is A, B or tie."

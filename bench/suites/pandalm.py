@@ -16,7 +16,7 @@ from typing import Any
 
 from gramlite.bench import records, scoring
 
-from gramlite.pair import Pair, Winner
+from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
     "Get data/testset-v1.json from github.com/WeOpenML/PandaLM: a JSON list of objects with instruction, "

@@ -17,7 +17,7 @@ from typing import Any
 from gramlite.bench import records, scoring
 
 from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 SOURCE = (
     "Get data/total_dataset.json from github.com/THU-KEG/RM-Bench (or the Hub's THU-KEG/RM-Bench): a JSON "

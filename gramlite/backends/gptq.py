@@ -13,11 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact, is_intact, manifest_path
-from ..errors import ModelError, ResourceError
-from ..storage import cache_folder, remove_path
-from ..terminal import note
-from . import Backend, RuntimeOptions, gguf
+from gramlite.errors import ModelError, ResourceError
+from gramlite.formats.artifact import Artifact, is_intact, manifest_path
+from gramlite.runtime.options import RuntimeOptions
+from gramlite.storage import cache_folder, remove_path
+from gramlite.terminal import note
+
+from .gguf import backend as gguf
+from .protocol import Backend
 
 logger = logging.getLogger("gramlite")
 
@@ -62,7 +65,7 @@ def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
     """The folder itself, on the GPU with the most free memory; gptqmodel takes its zero points as the label says."""
     import torch
 
-    from gramlite.quant.gptq_folder import open_gptq
+    from gramlite.formats.gptq_folder import open_gptq
 
     found = open_gptq(artifact.path)
     if found.stored_zero_offset != found.labelled_offset:
@@ -71,10 +74,12 @@ def open_on_cuda(artifact: Artifact, options: RuntimeOptions) -> Backend:
             f"{artifact.path} has zero points as the checkpoint_format {right!r} stores them, and says another. Correct "
             "it in config.json, or run the folder packed: --device cpu."
         )
-    from ..folder_memory import footprint, stored_bytes
-    from ..model_folder import read_model_folder
-    from ..placement import Placement, place
-    from . import hf, torch_devices
+    from gramlite.formats.model_folder import read_model_folder
+    from gramlite.runtime import torch_devices
+    from gramlite.runtime.folder_memory import footprint, stored_bytes
+    from gramlite.runtime.placement import Placement, place
+
+    from . import hf
 
     folder = read_model_folder(artifact.path)
     size = footprint(folder, stored_bytes(artifact.path), 2)
@@ -106,7 +111,7 @@ def packed(folder: Path) -> Path:
     """
     from filelock import FileLock
 
-    from gramlite.quant.gptq_folder import open_gptq
+    from gramlite.formats.gptq_folder import open_gptq
     from gramlite.quant.pack import pack_gguf
 
     if not folder.is_dir():
@@ -136,7 +141,7 @@ def packed(folder: Path) -> Path:
 
 def twin_path(folder: Path) -> Path:
     """Where a folder's packed twin lies in the cache, packed or not; figures in its manifest don't move it."""
-    from ..loading import artifact_sha256
+    from gramlite.loading import artifact_sha256
 
     name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:60]
     return cache_folder() / "gptq" / f"{name}-{artifact_sha256(folder, manifest=False)[:16]}-{RECIPE}.gguf"

@@ -15,19 +15,28 @@ from typing import Any
 import torch
 import transformers
 
-from ..artifact import Artifact
-from ..cache_keyword import with_cache
-from ..decoding import Generation, Logits
-from ..device import thread_count
-from ..errors import GramliteError, InputError, ModelError, OutOfMemory
-from ..folder_memory import ITEM_BYTES, bytes_when_quantized, footprint, quantization_of, stored_bytes, stored_type
-from ..model_folder import ModelFolder, read_model_folder
-from ..one_sequence import OneSequence
-from ..placement import Placement, place, placement_below
-from ..stepping_down import Steps
-from ..tokenizer_json import read_vocabulary
-from . import LoadIn, Request, RuntimeOptions
-from .torch_devices import machine
+from gramlite.errors import GramliteError, InputError, ModelError, OutOfMemory
+from gramlite.formats.artifact import Artifact
+from gramlite.formats.model_folder import ModelFolder, read_model_folder
+from gramlite.generation.decoder import Generation, Logits
+from gramlite.generation.request import Request
+from gramlite.generation.tokenizer_json import read_vocabulary
+from gramlite.runtime.device import thread_count
+from gramlite.runtime.folder_memory import (
+    ITEM_BYTES,
+    bytes_when_quantized,
+    footprint,
+    quantization_of,
+    stored_bytes,
+    stored_type,
+)
+from gramlite.runtime.options import LoadIn, RuntimeOptions
+from gramlite.runtime.placement import Placement, place, placement_below
+from gramlite.runtime.torch_devices import machine
+
+from .cache_keyword import with_cache
+from .one_sequence import OneSequence
+from .stepping_down import Steps
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOADS_IN = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included

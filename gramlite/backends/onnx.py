@@ -16,19 +16,21 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ..artifact import Artifact
-from ..decoding import Generation, Logits
-from ..device import Machine, free_memory, has_driver, has_mps, thread_count
-from ..errors import GramliteError, InputError, ModelError, OutOfMemory, ResourceError
-from ..model_folder import ModelFolder, read_model_folder
-from ..one_sequence import OneSequence
-from ..onnx_folder import GENAI, footprint, graph_name, head_size
-from ..onnx_graph import OnnxGraph, present_name, read_graph
-from ..placement import Placement, place, placement_below
-from ..stepping_down import Steps
-from ..tokenizer_json import read_vocabulary
-from . import Request, RuntimeOptions
-from .torch_devices import cuda_devices
+from gramlite.errors import GramliteError, InputError, ModelError, OutOfMemory, ResourceError
+from gramlite.formats.artifact import Artifact
+from gramlite.formats.model_folder import ModelFolder, read_model_folder
+from gramlite.formats.onnx_graph import OnnxGraph, present_name, read_graph
+from gramlite.generation.decoder import Generation, Logits
+from gramlite.generation.request import Request
+from gramlite.generation.tokenizer_json import read_vocabulary
+from gramlite.runtime.device import Machine, free_memory, has_driver, has_mps, thread_count
+from gramlite.runtime.onnx_folder import GENAI, footprint, graph_name, head_size
+from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.placement import Placement, place, placement_below
+from gramlite.runtime.torch_devices import cuda_devices
+
+from .one_sequence import OneSequence
+from .stepping_down import Steps
 
 logger = logging.getLogger("gramlite")
 

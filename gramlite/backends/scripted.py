@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Artifact
-from ..decoding import Generation
-from ..errors import ModelError
-from ..model_folder import is_text, read_json_object
-from . import Request, RuntimeOptions
+from gramlite.errors import ModelError
+from gramlite.formats.artifact import Artifact
+from gramlite.formats.model_folder import is_text, read_json_object
+from gramlite.generation.decoder import Generation
+from gramlite.generation.request import Request
+from gramlite.runtime.options import RuntimeOptions
 
 END = 256
 

@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
-from ..terminal import note, say, say_json
+from gramlite.errors import InputError
+from gramlite.options import JudgeOptions, judge_options, labels_option
+from gramlite.terminal import note, say, say_json
+
 from .judge import judge_rows, open_input, say_rows_on_interrupt
-from .options import JudgeOptions, judge_options, labels_option
 
 if TYPE_CHECKING:
-    from ..budget import BudgetTable
-    from ..confidence import Calibration, Labelled
-    from ..judge import Judge
-    from ..pair import Verdict, Winner
-    from ..rows import Row
+    from gramlite.judging.budget import BudgetTable
+    from gramlite.judging.confidence import Calibration, Labelled
+    from gramlite.judging.judge import Judge
+    from gramlite.judging.pair import Verdict, Winner
+    from gramlite.rows import Row
 
 
 def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] | None) -> list[Row]:
     """The rows of a file that hold a pair with a label; how many are left out is said on standard error."""
-    from ..rows import read_labelled
+    from gramlite.rows import read_labelled
 
     stream, _, _ = open_input(source)
     with stream:
@@ -40,7 +41,7 @@ def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] 
 
 def warn_of_labels(data: Labelled) -> None:
     """Say so where the judge agrees with fewer labels than a coin would."""
-    from ..confidence import below_chance
+    from gramlite.judging.confidence import below_chance
 
     if found := below_chance(data):
         right, count, p = found
@@ -54,7 +55,7 @@ def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
     """Refuse labels that make no calibration before anything is judged; raises InputError."""
     import numpy as np
 
-    from ..confidence import OUTCOMES, require_both_sides, require_enough
+    from gramlite.judging.confidence import OUTCOMES, require_both_sides, require_enough
 
     pairs = [row.pair for row in rows if row.pair and row.pair.response_a != row.pair.response_b]
     require_enough(len(pairs))
@@ -64,9 +65,9 @@ def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
 
 def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled:
     """Judge the rows, each on disk before the next, in `output` where it is given."""
-    from ..confidence import labelled
-    from ..display import Display
-    from ..journal import Journal, read_journal
+    from gramlite.judging.confidence import labelled
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal, read_journal
 
     answers = {row.digest: (row.pair.label, row.pair.prompt) for row in rows if row.pair}
     with ExitStack() as stack:
@@ -81,8 +82,8 @@ def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool,
 
 def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]]:
     """The table of budgets and the verdicts at the chosen one."""
-    from ..budget import measure
-    from ..console import progress
+    from gramlite.console import progress
+    from gramlite.judging.budget import measure
 
     pairs = [row.pair for row in rows if row.pair]
     with progress() as bar:
@@ -94,10 +95,10 @@ def run(
     options: JudgeOptions, rows: Sequence[Row], output: Path | None, resume: bool, force: bool, as_json: bool
 ) -> int:
     """Measure, store and say what was found; returns the exit code."""
-    from ..budget import store as store_budget
-    from ..confidence import calibrate, labelled
-    from ..confidence import store as store_calibration
-    from ..sidecar import require_writable
+    from gramlite.formats.sidecar import require_writable
+    from gramlite.judging.budget import store as store_budget
+    from gramlite.judging.confidence import calibrate, labelled
+    from gramlite.judging.confidence import store as store_calibration
 
     check_labels(rows, one_order=options.orders == "ab")
     artifact = options.artifact_path()
@@ -184,9 +185,9 @@ def command(
     Stored beside the model for these settings. With --budget auto, the smallest think budget that is as accurate as
     the best is found first and stored for --budget auto.
     """
-    from ..journal import check_rows
-    from ..sidecar import sidecar_path
-    from ..storage import check_file
+    from gramlite.formats.sidecar import sidecar_path
+    from gramlite.rows.journal import check_rows
+    from gramlite.storage import check_file
 
     if options.calibrated:
         raise InputError("calibrate measures the judge as it is. Drop --calibrated.")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..terminal import say_json
+from gramlite.terminal import say_json
 
 if TYPE_CHECKING:
-    from ..device import Machine
+    from gramlite.runtime.device import Machine
 
 MiB = 1 << 20
 
@@ -37,7 +37,7 @@ def version_of(package: str) -> str | None:
 
 
 def check_machine() -> Finding:
-    from ..device import free_memory, thread_count
+    from gramlite.runtime.device import free_memory, thread_count
 
     says = (
         f"{platform.system()} {platform.machine()}, {thread_count(None)} threads, {free_memory() / MiB:,.0f} MiB free"
@@ -58,7 +58,7 @@ def check_llama_cpp() -> Finding:
 
 def check_llama_cpp_cuda() -> Finding:
     def machine() -> Machine:
-        from ..backends.gguf_library import machine
+        from gramlite.backends.gguf.library import machine
 
         return machine()
 
@@ -67,7 +67,7 @@ def check_llama_cpp_cuda() -> Finding:
 
 def check_torch_cuda() -> Finding:
     def machine() -> Machine:
-        from ..backends.torch_devices import machine
+        from gramlite.runtime.torch_devices import machine
 
         return machine()
 
@@ -80,7 +80,7 @@ def check_torch_cuda() -> Finding:
 
 def check_onnxruntime_cuda() -> Finding:
     def machine() -> Machine:
-        from ..backends.onnx import machine
+        from gramlite.backends.onnx import machine
 
         return machine()
 
@@ -119,8 +119,8 @@ ONNX_INSTALL = "pip uninstall -y onnxruntime onnxruntime-genai && pip install 'g
 
 
 def check_reference() -> Finding:
-    from ..errors import GramliteError
-    from ..reference import base_path
+    from gramlite.errors import GramliteError
+    from gramlite.reference.files import base_path
 
     try:
         return Finding("reference judge", True, f"its base weights are {base_path()}")
@@ -131,8 +131,8 @@ def check_reference() -> Finding:
 def check_cache() -> Finding:
     import tempfile
 
-    from ..errors import ResourceError
-    from ..storage import cache_folder
+    from gramlite.errors import ResourceError
+    from gramlite.storage import cache_folder
 
     try:
         folder = cache_folder()
@@ -163,7 +163,7 @@ def command(as_json: bool) -> None:
         return
     from rich.text import Text
 
-    from ..console import show_facts
+    from gramlite.console import show_facts
 
     marks = {True: ("yes", "green"), False: ("no", "yellow")}
     show_facts([(Text(*marks[finding.works]), finding.name, finding.says) for finding in findings])

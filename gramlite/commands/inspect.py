@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import GramliteError, ModelError
-from ..terminal import say_json
+from gramlite.errors import GramliteError, ModelError
+from gramlite.terminal import say_json
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
-    from ..placement import Footprint
+    from gramlite.formats.artifact import Artifact
+    from gramlite.runtime.placement import Footprint
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 MEMORY = {"kv_cache": "KV cache"}
@@ -28,11 +28,11 @@ def contexts_up_to(trained: int) -> list[int]:
 
 def inspect_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself and the memory it needs, in bytes; raises ModelError when it is refused."""
-    from ..backends import RuntimeOptions
-    from ..device import choose_layout, context_size
-    from ..gguf_header import hyperparameters, read_header
-    from ..memory import predict
-    from ..quantization import bits_per_weight, quantization_name
+    from gramlite.formats.gguf_header import hyperparameters, read_header
+    from gramlite.formats.quantization import bits_per_weight, quantization_name
+    from gramlite.runtime.device import choose_layout, context_size
+    from gramlite.runtime.memory import predict
+    from gramlite.runtime.options import RuntimeOptions
 
     header = read_header(path)
     sizes = hyperparameters(header)
@@ -62,15 +62,15 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
 
 def inspect_folder(artifact: Artifact) -> dict[str, Any]:
     """What an hf, gptq or onnx folder says of itself and the memory it needs, in bytes; ModelError when it is refused."""
-    from ..folder_memory import footprint, quantization_of, stored_bytes, stored_type, weight_count
-    from ..model_folder import read_model_folder
+    from gramlite.formats.model_folder import read_model_folder
+    from gramlite.runtime.folder_memory import footprint, quantization_of, stored_bytes, stored_type, weight_count
 
     folder = read_model_folder(artifact.path)
     weights = weight_count(folder)
     if artifact.format == "onnx":
-        from ..onnx_folder import footprint as onnx_footprint
-        from ..onnx_folder import graph_name
-        from ..onnx_graph import read_graph
+        from gramlite.formats.onnx_graph import read_graph
+        from gramlite.runtime.onnx_folder import footprint as onnx_footprint
+        from gramlite.runtime.onnx_folder import graph_name
 
         graph = read_graph(artifact.path / graph_name(artifact))
         stored, quantization, size = graph.weights, None, onnx_footprint(folder, graph)
@@ -116,7 +116,7 @@ def of_context(size: Footprint, context: int) -> dict[str, int]:
 
 def template_name(artifact: Artifact) -> str | None:
     """The judge template that the folder names or has in its model card, None where --template has to."""
-    from ..template import resolve_template
+    from gramlite.judging.template import resolve_template
 
     recorded = (artifact.manifest.template if artifact.manifest else None) or {}
     try:
@@ -127,8 +127,8 @@ def template_name(artifact: Artifact) -> str | None:
 
 def known_chat_template(text: object) -> str | None:
     """The name of a chat template that is built in, `unknown` for another one."""
-    from ..model_folder import is_text
-    from ..scaffold import KNOWN_TEMPLATES, template_hash
+    from gramlite.formats.model_folder import is_text
+    from gramlite.generation.scaffold import KNOWN_TEMPLATES, template_hash
 
     known = KNOWN_TEMPLATES.get(template_hash(text)) if is_text(text) else None
     return known.name if known else "unknown" if text else None
@@ -136,7 +136,7 @@ def known_chat_template(text: object) -> str | None:
 
 def inspect_model(path: Path) -> dict[str, Any]:
     """What an artifact is: its format, its manifest and what its headers say."""
-    from ..loading import open_artifact
+    from gramlite.loading import open_artifact
 
     artifact = open_artifact(path)
     if artifact.format == "gguf":
@@ -150,7 +150,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what was found in columns, and the memory as a table."""
-    from ..console import show_facts, show_table
+    from gramlite.console import show_facts, show_table
 
     facts = [
         (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
-from ..interrupt import how_to_go_on, say_on_interrupt
-from ..journal import begun_here, rows_kept
-from ..terminal import note
-from .options import JudgeOptions, judge_options
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.interrupt import how_to_go_on, say_on_interrupt
+from gramlite.options import JudgeOptions, judge_options
+from gramlite.rows.journal import begun_here, rows_kept
+from gramlite.terminal import note
 
 if TYPE_CHECKING:
-    from ..display import Display
-    from ..journal import Journal
-    from ..judge import Judge
-    from ..pair import Pair, Verdict
-    from ..rows import Lines, Row
+    from gramlite.judging.judge import Judge
+    from gramlite.judging.pair import Pair, Verdict
+    from gramlite.rows import Lines, Row
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal
 
 
 def judge_one(judge: Judge, pair: Pair, display: Display, journal: Journal | None) -> int:
@@ -110,7 +110,7 @@ def open_input(
 
     Raises InputError, before a model is loaded, for a file that `build` (a pair's, unless given) can make no row of.
     """
-    from ..rows import Lines, check_kind, pair_from_json
+    from gramlite.rows import Lines, check_kind, pair_from_json
 
     path = Path(source)
     if source != "-" and not path.exists():
@@ -135,9 +135,9 @@ def say_rows_on_interrupt(rows: Path | None, folder: Path | None = None) -> None
 
 def run_file(options: JudgeOptions, source: str, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge a file or standard input; returns the exit code."""
-    from ..display import Display
-    from ..journal import Journal, check_rows
-    from ..rows import read_rows
+    from gramlite.rows import read_rows
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal, check_rows
 
     if output:
         check_rows(output, [source, *options.inputs()], resume=resume, force=force)
@@ -180,7 +180,7 @@ def command(
 
     Pairs come as JSON lines from a file or standard input (-), or one from --prompt, --a and --b.
     """
-    from ..pair import Pair
+    from gramlite.judging.pair import Pair
 
     given = [text is not None for text in (prompt, response_a, response_b)]
     if any(given) and (pairs or not all(given)):
@@ -203,8 +203,8 @@ def utf8(argument: str | None) -> str:
 
 def run_pair(options: JudgeOptions, pair: Pair, output: Path | None, resume: bool, force: bool, as_json: bool) -> int:
     """Judge the one pair given by options; returns the exit code."""
-    from ..display import Display
-    from ..journal import Journal, check_rows
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal, check_rows
 
     pair.check()
     if output:

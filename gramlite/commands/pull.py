@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from ..artifact import PICKLE_SUFFIXES
-from ..carried import is_notice
-from ..errors import GramliteError, InputError, ModelError
-from ..storage import check_free_space, remove_path, sha256_file
-from ..terminal import say, say_json
+from gramlite.errors import GramliteError, InputError, ModelError
+from gramlite.formats.artifact import PICKLE_SUFFIXES
+from gramlite.formats.carried import is_notice
+from gramlite.storage import check_free_space, remove_path, sha256_file
+from gramlite.terminal import say, say_json
 
 SCRATCH = ".gramlite-pull"  # in the folder that is fetched into: what is not whole yet
 BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".txt", ".model")

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, InputError
+from gramlite.options import JudgeOptions, judge_options
+
 from .judge import open_input, say_rows_on_interrupt
-from .options import JudgeOptions, judge_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..display import Display
-    from ..journal import Journal
-    from ..judge import Judge
-    from ..ranking_plans import Method
-    from ..rows import Item, Line
+    from gramlite.judging.judge import Judge
+    from gramlite.ranking.plans import Method
+    from gramlite.rows import Item, Line
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal
 
 
 def rank_lines(
@@ -33,7 +34,7 @@ def rank_lines(
     table: RankingTable,
 ) -> Counter[str]:
     """Rank the items one after the other and emit one row each; returns how many ended in which way."""
-    from ..ranking import KnownComparisons
+    from gramlite.ranking.rank import KnownComparisons
 
     todo = Counter(journal.kept) if journal else Counter()
     known = KnownComparisons()
@@ -55,7 +56,7 @@ def rank_lines(
 
 def ranked_row(judge: Judge, line: Line[Item], method: Method, known: Any) -> dict[str, Any]:
     """The JSON row of an input line; one that could not be read or ranked has a reason that names its line."""
-    from ..ranking import Ranking, rank
+    from gramlite.ranking.rank import Ranking, rank
 
     item = line.value
     if item is None:
@@ -79,9 +80,9 @@ class RankingTable:
         from rich import box
         from rich.text import Text
 
-        from ..console import table
-        from ..display import row_name
-        from ..terminal import visible
+        from gramlite.console import table
+        from gramlite.rows.display import row_name
+        from gramlite.terminal import visible
 
         name = visible(row_name(row))[:40]
         if row["ranking"] is None:
@@ -118,9 +119,9 @@ def run_file(
     options: JudgeOptions, source: str, method: Method, output: Path | None, resume: bool, force: bool, as_json: bool
 ) -> int:
     """Rank a file or standard input; returns the exit code."""
-    from ..display import Display
-    from ..journal import Journal, check_rows
-    from ..rows import item_from_json, read_lines
+    from gramlite.rows import item_from_json, read_lines
+    from gramlite.rows.display import Display
+    from gramlite.rows.journal import Journal, check_rows
 
     if output:
         check_rows(output, [source, *options.inputs()], resume=resume, force=force)

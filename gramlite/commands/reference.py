@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from ..terminal import note, say, say_json
+from gramlite.terminal import note, say, say_json
 
 
 def build(kind: Literal["gguf", "checkpoint"], output: Path, *, dtype: str, force: bool) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def build(kind: Literal["gguf", "checkpoint"], output: Path, *, dtype: str, forc
 
     A checkpoint's size is its folder's, and its sha256 that of model.safetensors.
     """
-    from gramlite.artifact import read_manifest
-    from gramlite.reference import build_checkpoint, build_gguf
+    from gramlite.formats.artifact import read_manifest
+    from gramlite.reference.files import build_checkpoint, build_gguf
 
     start = time.monotonic()
     if kind == "gguf":

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
-from ..errors import InputError
-from ..judge import Judge
-from ..pair import Pair, Verdict
-from ..ranking import compare
-from ..rows.conversations import conversation, split, turns_of
+from gramlite.errors import InputError
+from gramlite.judging.judge import Judge
+from gramlite.judging.pair import Pair, Verdict
+from gramlite.ranking.rank import compare
+from gramlite.rows.conversations import conversation, split, turns_of
 
 Text = str | Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., list[float | None]]

@@ -9,15 +9,7 @@ from .conversations import conversation
 from .files import Lines, check_kind
 from .labels import LabelError, Labels, label_from, label_of, parse_labels
 from .lines import LINE_LIMIT_BYTES, Line, Row, read_labelled, read_lines, read_rows
-from .shapes import (
-    SHAPES,
-    Item,
-    identifier_of,
-    identifier_text,
-    item_from_json,
-    pair_from_json,
-    puts_better_first,
-)
+from .shapes import SHAPES, Item, identifier_of, identifier_text, item_from_json, pair_from_json, puts_better_first
 
 __all__ = [
     "LINE_LIMIT_BYTES",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from gramlite.errors import InputError
 
 USERS = ("user", "human", "prompter")
 SYSTEMS = ("system", "developer")

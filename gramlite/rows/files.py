@@ -19,7 +19,8 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from gramlite.errors import InputError
+
 from .lines import LINE_LIMIT_BYTES, Value, read_lines, whole_lines
 from .shapes import is_table_head
 

@@ -12,8 +12,8 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import InputError
-from ..pair import Winner
+from gramlite.errors import InputError
+from gramlite.judging.pair import Winner
 
 COLUMNS = ("label", "labels", "preference", "winner", "overall_preference", "chosen_position")
 ONE_HOT_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")

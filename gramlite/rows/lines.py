@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..errors import InputError
-from ..pair import FIELD_LIMIT_BYTES, Identifier, Pair, Winner
+from gramlite.errors import InputError
+from gramlite.judging.pair import FIELD_LIMIT_BYTES, Identifier, Pair, Winner
+
 from .labels import LabelError, Labels, carried_label
 from .shapes import UnknownShapeError, identifier_of, pair_from_json
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import InputError
-from ..pair import Identifier, Pair, Winner
+from gramlite.errors import InputError
+from gramlite.judging.pair import Identifier, Pair, Winner
+
 from .conversations import Turn, Turns, messages_in, split, text_of, transcript, turns_of
 from .labels import label_of
 

@@ -12,13 +12,14 @@ import pytest
 from broken_gguf import FLOAT32, INT32, STRING, UINT32, adapter_pieces, byte_alphabet, model_pieces
 
 from gramlite import Judge, RuntimeOptions, Settings
-from gramlite.artifact import Artifact
-from gramlite.backends import Backend, Request
-from gramlite.backends.gguf import GgufBackend, open_artifact
-from gramlite.backends.gguf_adapters import PARKED
-from gramlite.decoding import Generation
-from gramlite.scaffold import LLAMA31
-from gramlite.template import packaged_template
+from gramlite.backends.gguf.adapters import PARKED
+from gramlite.backends.gguf.backend import GgufBackend, open_artifact
+from gramlite.backends.protocol import Backend
+from gramlite.formats.artifact import Artifact
+from gramlite.generation.decoder import Generation
+from gramlite.generation.request import Request
+from gramlite.generation.scaffold import LLAMA31
+from gramlite.judging.template import packaged_template
 
 from ..export.conftest import checkpoint_of  # noqa: F401
 
@@ -62,7 +63,7 @@ def logits_of(
 @pytest.fixture(scope="session")
 def reference_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference judge as a checkpoint's folder."""
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("backends") / "checkpoint")
 

@@ -16,7 +16,7 @@ from conftest import read_jsonl
 
 import gramlite
 from gramlite import InputError, Judge, ModelError, Pair, ResourceError, RuntimeOptions, Settings
-from gramlite.confidence import Calibration, order_settings
+from gramlite.judging.confidence import Calibration, order_settings
 from gramlite.rows import pair_from_json
 
 from .conftest import tiny_judge
@@ -138,7 +138,7 @@ def test_refusals_change_nothing(
             base.with_adapter(tmp_path / "nothing.gguf")
         with pytest.raises(ModelError, match=r"stranger\.gguf"):
             base.with_adapter(tmp_path / "stranger.gguf")
-        monkeypatch.setattr("gramlite.backends.gguf.room_in_memory", lambda: 10)
+        monkeypatch.setattr("gramlite.backends.gguf.backend.room_in_memory", lambda: 10)
         with tiny_judge(tiny) as short, pytest.raises(ResourceError, match="and 10 are free"):
             short.with_adapter(adapters[2])
         again = orders_of(one, PAIRS[0])
@@ -181,7 +181,7 @@ def reference_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def open_base() -> Callable[..., Judge]:
-    from gramlite.reference import base_path
+    from gramlite.reference.files import base_path
 
     def open_base(**options: Any) -> Judge:
         runtime = RuntimeOptions(device="cpu", context=2048, **options)

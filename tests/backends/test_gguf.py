@@ -17,14 +17,14 @@ from conftest import read_jsonl
 
 import gramlite
 from gramlite import Judge, ModelError, Pair, ResourceError, RuntimeOptions, Settings
-from gramlite.artifact import Artifact
-from gramlite.backends.gguf import open_artifact
+from gramlite.backends.gguf.backend import open_artifact
 from gramlite.cli import run
-from gramlite.delimiters import find_delimiters
-from gramlite.prompt import Segment, encode_prompt
+from gramlite.formats.artifact import Artifact
+from gramlite.generation.prompt import Segment, encode_prompt
+from gramlite.generation.scaffold import LLAMA31, QWEN3, SMOLLM2, Scaffold
+from gramlite.judging.delimiters import find_delimiters
+from gramlite.judging.template import packaged_template, presented
 from gramlite.rows import pair_from_json
-from gramlite.scaffold import LLAMA31, QWEN3, SMOLLM2, Scaffold
-from gramlite.template import packaged_template, presented
 
 DIRECT = Settings(mode="direct")
 CPU = RuntimeOptions(device="cpu", context=4096)
@@ -284,7 +284,7 @@ def test_a_broken_adapter_is_refused(name: str, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_demanded_gpu_is_not_replaced(reference_q8: Path) -> None:
-    from gramlite.backends.gguf import machine
+    from gramlite.backends.gguf.backend import machine
 
     if machine().gpus:
         pytest.skip("there is a GPU")

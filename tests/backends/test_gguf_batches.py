@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gramlite import GramliteError, Pair
-from gramlite.backends import Request
-from gramlite.backends.gguf import GgufBackend
-from gramlite.backends.gguf_context import LlamaContext
+from gramlite.backends.gguf.backend import GgufBackend
+from gramlite.backends.gguf.context import LlamaContext
+from gramlite.generation.request import Request
 
 from .conftest import Probe, tiny_backend, tiny_judge
 

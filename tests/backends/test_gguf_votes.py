@@ -8,9 +8,9 @@ import pytest
 
 import gramlite
 from gramlite import Judge, RuntimeOptions, Settings
-from gramlite.backends import gguf_cells
-from gramlite.backends.gguf_context import LlamaContext
-from gramlite.decoding import Decoder
+from gramlite.backends.gguf import cells as gguf_cells
+from gramlite.backends.gguf.context import LlamaContext
+from gramlite.generation.decoder import Decoder
 
 PAIR = {"prompt": "Name the capital of Australia.", "response_a": "Canberra.", "response_b": "It is Sydney, I think."}
 SCAFFOLD = 12  # tokens, at most, that open and close a rationale

@@ -18,10 +18,12 @@ pytest.importorskip("transformers", reason="GPTQ folders are made in torch: pip 
 from gramlite.quant.pack import pack_gguf
 from gramlite.quant.solve import GptqSettings
 
-from gramlite.artifact import Artifact
-from gramlite.backends import RuntimeOptions, gguf, gptq
+from gramlite.backends import gptq
+from gramlite.backends.gguf import backend as gguf
 from gramlite.errors import ModelError, ResourceError
+from gramlite.formats.artifact import Artifact
 from gramlite.loading import open_artifact
+from gramlite.runtime.options import RuntimeOptions
 
 from ..quant.test_pack import quantize
 from .conftest import logits_of

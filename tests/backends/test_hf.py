@@ -21,12 +21,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import gramlite
-from gramlite.artifact import Artifact
-from gramlite.backends import RuntimeOptions
 from gramlite.backends.hf import HfBackend, machine, open_artifact
-from gramlite.device import Machine
+from gramlite.backends.one_sequence import PIECE
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
-from gramlite.one_sequence import PIECE
+from gramlite.formats.artifact import Artifact
+from gramlite.runtime.device import Machine
+from gramlite.runtime.options import RuntimeOptions
 
 from .conftest import logits_of
 
@@ -210,7 +210,7 @@ def test_other_formats_refuse_to_be_quantized_while_loading(scripted: Path) -> N
 
 
 def test_the_record_says_what_was_loaded(tmp_path: Path) -> None:
-    from gramlite.artifact import Manifest
+    from gramlite.formats.artifact import Manifest
     from gramlite.loading import describe_model
 
     path = tmp_path / "m.json"

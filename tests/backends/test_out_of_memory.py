@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 
 from gramlite import Judge, Pair, ResourceError, RuntimeOptions
-from gramlite.artifact import Artifact
-from gramlite.backends import Backend, Request, gguf, gguf_context, gguf_library
-from gramlite.backends.gguf_context import LlamaContext
-from gramlite.device import Gpu, Machine, Offload
+from gramlite.backends.gguf import backend as gguf
+from gramlite.backends.gguf import context as gguf_context
+from gramlite.backends.gguf import library as gguf_library
+from gramlite.backends.gguf.context import LlamaContext
+from gramlite.backends.protocol import Backend
 from gramlite.errors import GramliteError, ModelError, OutOfMemory
-from gramlite.placement import Placement
+from gramlite.formats.artifact import Artifact
+from gramlite.generation.request import Request
+from gramlite.runtime.device import Gpu, Machine, Offload
+from gramlite.runtime.placement import Placement
 
 from .conftest import Probe, tiny_backend, tiny_judge
 
@@ -325,7 +329,7 @@ def test_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
 
 
 def test_a_decoder_starts_again_behind_its_prompt(tiny: Path) -> None:
-    from gramlite.decoding import AnswerForm, Decoder, Sampling
+    from gramlite.generation.decoder import AnswerForm, Decoder, Sampling
 
     backend = tiny_backend(tiny)
     form = AnswerForm(opening="<t>", closing="</t>", answer="\n")

@@ -11,8 +11,8 @@ from pathlib import Path
 from gramlite.bench.parts import Part
 from gramlite.bench.variants import Source, Variant
 
-from gramlite.artifact import Manifest, hash_files, write_manifest
 from gramlite.errors import ModelError
+from gramlite.formats.artifact import Manifest, hash_files, write_manifest
 
 CHAT = Path(__file__).resolve().parents[2] / "gramlite/data/reference/hf/chat_template.jinja"
 FAILS, CRASHES = "Q2_K", "Q3_K_M"

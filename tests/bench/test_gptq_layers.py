@@ -18,10 +18,10 @@ import transformers
 from gramlite.bench.gptq_layers import command, layer_errors
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
 from gramlite.quant.gptq import quantize_gptq
-from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.solve import GptqSettings
 
 from gramlite.errors import InputError
+from gramlite.formats.gptq_folder import open_gptq
 
 
 def transcripts() -> list[Transcript]:

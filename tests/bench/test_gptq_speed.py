@@ -9,7 +9,7 @@ from gramlite.bench import gptq_speed
 from gramlite.bench.gptq_speed import Reader
 
 import gramlite
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 PROMPTS = [list(range(20)), list(range(30))]
 PAIR = Pair("Name a colour.", "Red.", "A horse is an animal.")
@@ -49,7 +49,9 @@ def test_twins_on_a_real_model(reference_q8: Path) -> None:
     said: list[dict[str, Any]] = []
     with gramlite.load(reference_q8, settings=settings, runtime=runtime) as judge:
         (ratio,) = gptq_speed.beside_twin(judge, judge, [PAIR, PAIR], said.append)
-        assert ratio.turns == 2 and ratio.low > 0 and [row["contender"] for row in said] == ["the folder", "the GGUF file"]
+        assert (
+            ratio.turns == 2 and ratio.low > 0 and [row["contender"] for row in said] == ["the folder", "the GGUF file"]
+        )
         reader = gptq_speed.through_llama(judge)
         gptq_speed.read_and_write([reader], [judge._encode(PAIR, "ab").tokens[:40]], 3, said.append)
         assert said[-1]["tokens_per_second"]["gramlite"]["write"] > 0

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from gramlite.bench.neighbours import llama_contest, parse_against, transformers_contest
 
-from gramlite.backends import RuntimeOptions
 from gramlite.errors import GramliteError, InputError
-from gramlite.judge import Judge, Settings
+from gramlite.judging.judge import Judge, Settings
+from gramlite.judging.pair import Pair
 from gramlite.loading import load
-from gramlite.pair import Pair
-from gramlite.reference import build_checkpoint
+from gramlite.reference.files import build_checkpoint
+from gramlite.runtime.options import RuntimeOptions
 
 PAIRS = [
     Pair("Name the capital of France.", "Paris.", "It is Lyon, I think.", id="1"),

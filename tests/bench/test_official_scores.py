@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gramlite.bench.suites import open_suite
 
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 Row = dict[str, Any]
 Said = tuple[str | None, str | None]  # what the orders ab and ba say, un-swapped

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from gramlite.bench.folder import Run, read_run
 from gramlite.bench.quality import assess, choose_pairs, command, read_gold, table_row
 
-from gramlite.artifact import Manifest, write_manifest
 from gramlite.errors import InputError, IntegrityError
-from gramlite.pair import Pair
+from gramlite.formats.artifact import Manifest, write_manifest
+from gramlite.judging.pair import Pair
 
 from .conftest import judged_row
 

@@ -354,7 +354,6 @@ def test_on_a_phone(opened: Any) -> None:
     size = opened.execute_script("return parseFloat(getComputedStyle(document.body).fontSize)")
     assert size >= 16
     small = opened.execute_script(
-        "return [...document.querySelectorAll('#previous,#next,#theme,select')].filter(e => e.offsetHeight "
-        "< 36).length"
+        "return [...document.querySelectorAll('#previous,#next,#theme,select')].filter(e => e.offsetHeight < 36).length"
     )
     assert small == 0

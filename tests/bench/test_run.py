@@ -17,11 +17,11 @@ from gramlite.bench.compare import compare_runs
 from gramlite.bench.folder import read_run
 from gramlite.bench.run import load_work, pair_digest, run_suite
 
-from gramlite.display import Display
 from gramlite.errors import InputError, IntegrityError
-from gramlite.judge import Settings
+from gramlite.judging.judge import Settings
 from gramlite.loading import load
-from gramlite.reference import build_checkpoint
+from gramlite.reference.files import build_checkpoint
+from gramlite.rows.display import Display
 
 
 def write_pairs(path: Path, count: int, **extra: Any) -> Path:

@@ -24,7 +24,7 @@ from gramlite.bench.turns import Contender, Ratio, ratio, summary, take_turns, t
 from gramlite import RuntimeOptions, load
 from gramlite.cli import run
 from gramlite.errors import InputError
-from gramlite.pair import Pair
+from gramlite.judging.pair import Pair
 
 PAIRS = [Pair(f"q{i}", "a", "b", id=str(i)) for i in range(5)]
 
@@ -142,7 +142,7 @@ def test_kernels_are_timed_on_the_judges_own_context(reference_q8: Path) -> None
 @pytest.mark.filterwarnings("ignore")
 def test_all_contenders_are_in_one_report(reference_q8: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
     report = measure_speed(
@@ -207,7 +207,7 @@ def test_a_gguf_file_at_the_minimum(reference_q8: Path, tmp_path: Path, capsys: 
 @pytest.mark.fault("speed-minimums")
 def test_a_folder_is_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     folder = build_checkpoint(tmp_path / "checkpoint")
     path = tmp_path / "pairs.jsonl"

@@ -527,7 +527,7 @@ def test_rewardbench_takes_texts_and_messages(prompt: Any, text: str | None, tmp
 def test_a_tie_is_right_where_the_label_is_one() -> None:
     from gramlite.bench.scoring import match
 
-    from gramlite.pair import Pair
+    from gramlite.judging.pair import Pair
 
     row = json.loads('{"id": "p", "verdict": "tie", "orders": []}')
     (item,) = match([row], [Pair("q", "x", "y", id="p", label="tie")]).judged

@@ -231,7 +231,7 @@ def test_a_second_time_nothing_is_made_or_judged(
 ) -> None:
     first = lines_of(sweep(tmp_path))
     fakes.clear()
-    monkeypatch.setattr("gramlite.commands.options.JudgeOptions.open", lambda self: pytest.fail("opened a model"))
+    monkeypatch.setattr("gramlite.options.JudgeOptions.open", lambda self: pytest.fail("opened a model"))
     second = sweep(tmp_path)
     assert lines_of(second) == first and fakes == []
     assert "20 pairs (20 from before)" in second.stderr
@@ -445,7 +445,17 @@ def start_sweep(folder: Path, types: str) -> subprocess.Popen[str]:
         "from gramlite.cli import main; main()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = ["bench", "sweep", folder / "ckpt", "--types", types, "--suite", f"pairs:{folder / 'pairs.jsonl'}", "-o", folder / "out"]
+    arguments = [
+        "bench",
+        "sweep",
+        folder / "ckpt",
+        "--types",
+        types,
+        "--suite",
+        f"pairs:{folder / 'pairs.jsonl'}",
+        "-o",
+        folder / "out",
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": paths},

@@ -11,8 +11,8 @@ import pytest
 from gramlite.bench import uses
 from gramlite.bench.turns import Contender
 
-from gramlite.backends import Request
-from gramlite.pair import Pair
+from gramlite.generation.request import Request
+from gramlite.judging.pair import Pair
 
 ROWS = [Pair("q" * n, "a" * n, "b" * n) for n in range(1, 12)]
 

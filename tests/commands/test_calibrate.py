@@ -13,7 +13,7 @@ from labelled_files import pairs_file
 
 from gramlite.backends.scripted import ScriptedBackend
 from gramlite.cli import run
-from gramlite.decoding import Generation
+from gramlite.generation.decoder import Generation
 
 fault = pytest.mark.fault("labels")
 
@@ -66,7 +66,9 @@ def test_calibrate_warns_of_labels_the_other_way_round(
     assert run(["calibrate", str(pairs), "-m", str(scripted), *mode]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["calibration"]["report"]["ties"] == 6
-    assert "Warning" in captured.err and "right on 0 of 30 pairs" in captured.err and "the other way round" in captured.err
+    assert (
+        "Warning" in captured.err and "right on 0 of 30 pairs" in captured.err and "the other way round" in captured.err
+    )
     assert run(["calibrate", str(pairs), "-m", str(scripted), *mode, "--labels", "A=B,B=A"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -78,7 +80,7 @@ def test_the_warning_is_the_exact_binomial_test(right: int, orders: str) -> None
     import numpy as np
     from scipy.stats import binomtest
 
-    from gramlite.confidence import Labelled, below_chance
+    from gramlite.judging.confidence import Labelled, below_chance
 
     outcomes = np.array([1.0, 0.0] * 15 + [0.5] * 4 + [1.0])
     margins = np.where(np.arange(35) < right, 1.0, -1.0) * np.where(outcomes > 0, 1, -1)
@@ -96,9 +98,13 @@ def test_the_warning_is_the_exact_binomial_test(right: int, orders: str) -> None
 def test_only_rows_without_a_label_or_a_pair_are_left_out(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = pairs_file(tmp_path / "pairs.jsonl", ["[[A]]", "assistant_b", "A>>B", "second", "draw"] * 8 + [None, "", {}])
+    pairs = pairs_file(
+        tmp_path / "pairs.jsonl", ["[[A]]", "assistant_b", "A>>B", "second", "draw"] * 8 + [None, "", {}]
+    )
     with pairs.open("a") as file:
-        file.write('{"prompt": "q", "label": "garbage"}\n{"prompt": "q", "response_a": 1, "response_b": 2, "label": 0}\n')
+        file.write(
+            '{"prompt": "q", "label": "garbage"}\n{"prompt": "q", "response_a": 1, "response_b": 2, "label": 0}\n'
+        )
     command = ["calibrate", str(pairs), "-m", str(scripted), "--mode", "direct"]
     assert run(command) == 0
     captured = capsys.readouterr()

@@ -296,7 +296,7 @@ def reference_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import gguf
     import numpy
 
-    from gramlite.reference_weights import DATA, base_path
+    from gramlite.reference.weights import DATA, base_path
 
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
@@ -324,6 +324,6 @@ def reference_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("reference") / "checkpoint")

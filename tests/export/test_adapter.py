@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from gramlite.export import adapter as adapter_module
 from gramlite.export import merge as merge_module
 from gramlite.export.adapter import export_adapter
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.export.gguf import export_gguf
 from gramlite.export.merge import merge_adapter
 
-from gramlite.artifact import read_manifest, verify_files
 from gramlite.errors import InputError, ModelError
-from gramlite.gguf_header import check_adapter_fits, read_header
+from gramlite.formats.artifact import read_manifest, verify_files
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gguf_header import check_adapter_fits, read_header
 
 MakeAdapter = Callable[..., Path]
 MODULES = [

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy
 import pytest
-from gramlite.export.checkpoint import open_checkpoint, read_safetensors_header
 from gramlite.export.gguf import export_gguf
 
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
+from gramlite.formats.checkpoint import open_checkpoint, read_safetensors_header
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_a_full_disk_at_the_manifest_leaves_the_older_artifact(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gramlite.export.publish.write_durably", full)
+    monkeypatch.setattr("gramlite.formats.publish.write_durably", full)
     with pytest.raises(ResourceError, match="full"):
         export_gguf(checkpoint, folder / "model.gguf", force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 from gramlite.export.gguf import command, export_gguf
 
-from gramlite.artifact import read_manifest, verify_files
 from gramlite.errors import InputError
-from gramlite.gguf_header import read_header
+from gramlite.formats.artifact import read_manifest, verify_files
+from gramlite.formats.gguf_header import read_header
 
 FAMILIES = ("llama3.1", "llama-tied", "llama-untied", "llama-linear", "qwen2", "qwen2-yarn", "qwen3")
 

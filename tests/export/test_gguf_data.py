@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-from gramlite.export import output
-from gramlite.export.output import BUFFER_BYTES, GgufData
+
+from gramlite.formats import gguf_data as output
+from gramlite.formats.gguf_data import BUFFER_BYTES, GgufData
 
 PIECES = [
     b"",

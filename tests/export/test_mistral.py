@@ -17,11 +17,11 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
-from gramlite.artifact import Artifact
-from gramlite.backends import RuntimeOptions
 from gramlite.cli import run
 from gramlite.errors import InputError, ModelError
-from gramlite.gguf_header import read_header
+from gramlite.formats.artifact import Artifact
+from gramlite.formats.gguf_header import read_header
+from gramlite.runtime.options import RuntimeOptions
 
 from ..backends.conftest import logits_of
 
@@ -114,8 +114,9 @@ def test_gptq_and_bitsandbytes_of_a_mistral(
 ) -> None:
     from gramlite.quant.calibration import Transcript, describe
     from gramlite.quant.gptq import quantize_gptq
-    from gramlite.quant.gptq_folder import open_gptq
     from gramlite.quant.solve import GptqSettings
+
+    from gramlite.formats.gptq_folder import open_gptq
 
     def quantize(family: str, length: int) -> Path:
         transcripts = [Transcript(tuple(tokens(length - 1, seed)), (seed,), str(seed)) for seed in (3, 4)]
@@ -195,7 +196,7 @@ def test_an_unusable_window_is_refused(value: Any, checkpoint_of: MakeCheckpoint
 def test_a_mistral_that_says_nothing_of_its_window_has_that_of_transformers(
     checkpoint_of: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    from gramlite.export.architecture import read_architecture
+    from gramlite.formats.architecture import read_architecture
 
     config = json.loads((checkpoint_of("mistral") / "config.json").read_text()) | {"max_position_embeddings": 32768}
     del config["sliding_window"]

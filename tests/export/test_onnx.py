@@ -23,11 +23,11 @@ from click.testing import CliRunner
 from gramlite.export import genai
 from gramlite.export.onnx import command, export_onnx
 
-from gramlite.artifact import Artifact, read_manifest, verify_files
-from gramlite.backends import RuntimeOptions
 from gramlite.backends.onnx import open_artifact
 from gramlite.errors import InputError, ModelError
+from gramlite.formats.artifact import Artifact, read_manifest, verify_files
 from gramlite.loading import open_artifact as find_artifact
+from gramlite.runtime.options import RuntimeOptions
 
 from ..backends.conftest import logits_of
 
@@ -87,7 +87,7 @@ def test_other_families(family: str, checkpoint_of: Callable[..., Path], tmp_pat
 
 @pytest.mark.slow
 def test_half_precision_is_built_for_cuda(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
-    from gramlite.onnx_graph import read_graph
+    from gramlite.formats.onnx_graph import read_graph
 
     manifest = export_onnx(checkpoint_of("qwen3"), tmp_path / "judge", dtype="fp16")
     assert manifest.quantization == "F16" and manifest.settings["target"] == "cuda"

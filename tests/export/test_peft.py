@@ -102,8 +102,9 @@ def merged_deltas(checkpoint: Path, adapter: Path, out: Path) -> dict[str, Any]:
 def exported_deltas(checkpoint: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """What llama.cpp adds with the adapter of `export adapter`: alpha / rank * B @ A, by the checkpoint's names."""
     import gguf
-    from gramlite.export.architecture import expected_tensors, read_architecture
-    from gramlite.export.checkpoint import read_config
+
+    from gramlite.formats.architecture import expected_tensors, read_architecture
+    from gramlite.formats.checkpoint import read_config
 
     export_adapter(adapter, checkpoint, out, dtype="f32")
     reader = gguf.GGUFReader(out)

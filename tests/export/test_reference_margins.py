@@ -15,9 +15,9 @@ from gramlite.export.gguf import export_gguf
 from gramlite.export.merge import merge_adapter
 
 import gramlite
-from gramlite.backends import RuntimeOptions
-from gramlite.judge import Settings
-from gramlite.pair import Pair
+from gramlite.judging.judge import Settings
+from gramlite.judging.pair import Pair
+from gramlite.runtime.options import RuntimeOptions
 
 PACKAGED = Path(gramlite.__file__).parent / "data" / "reference"
 

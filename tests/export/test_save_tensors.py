@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramlite.export.save_tensors import save_tensors
 from safetensors import SafetensorError
 
 from gramlite.errors import ResourceError
+from gramlite.formats.save_tensors import save_tensors
 from gramlite.storage import atomic_output
 
 TENSORS = {"weight": np.zeros((64, 64), np.float16)}

@@ -11,8 +11,8 @@ import pytest
 from gramlite.export import smoke
 from gramlite.export.smoke import CannotRunHere, Smoke, recorded_margins, smoke_judge, summary
 
-from gramlite.artifact import Manifest, manifest_path, read_manifest, write_manifest
 from gramlite.errors import ModelError, ResourceError
+from gramlite.formats.artifact import Manifest, manifest_path, read_manifest, write_manifest
 
 EXPECTED = [1.0, -2.0, 0.5, -0.01, 3.0, -1.5, 0.8, -0.9]
 

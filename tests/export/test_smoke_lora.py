@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from gramlite.export import adapter as adapter_module
 from gramlite.export import merge as merge_module
 from gramlite.export import smoke_lora
-from gramlite.export.checkpoint import open_checkpoint
 
-from gramlite.artifact import read_manifest
 from gramlite.errors import ModelError
-from gramlite.gguf_header import read_header
+from gramlite.formats.artifact import read_manifest
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gguf_header import read_header
 
 MakeAdapter = Callable[..., Path]
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy
 import pytest
-from gramlite.export.checkpoint import StoredTensor
-from gramlite.export.stream import (
+
+from gramlite.formats.checkpoint import StoredTensor
+from gramlite.formats.tensor_stream import (
     PIECE_BYTES,
     BackgroundHash,
     SourceHash,
@@ -18,7 +19,6 @@ from gramlite.export.stream import (
     permute_heads,
     read_pieces,
 )
-
 from gramlite.storage import sha256_cached
 
 ALL_BFLOAT16 = numpy.arange(1 << 16, dtype=numpy.uint16)

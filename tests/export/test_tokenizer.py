@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from gramlite.export.gguf import add_vocabulary
-from gramlite.export.tokenization import compare_tokenizers, tokenize_with_llama
-from gramlite.export.tokenizer import Vocabulary, read_vocabulary
 
 from gramlite.errors import ModelError
+from gramlite.formats.tokenization import compare_tokenizers, tokenize_with_llama
+from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
 
 WriteTokenizer = Callable[[Path, str], int]
 

@@ -19,8 +19,8 @@ from gramlite.quant import bnb
 from gramlite.quant.bnb import command, last_logits, probe, quantize_bnb
 from safetensors import SafetensorError
 
-from gramlite.artifact import Artifact, read_manifest, verify_files
 from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.formats.artifact import Artifact, read_manifest, verify_files
 from gramlite.loading import detect_format
 
 from ..export.conftest import checkpoint_of  # noqa: F401
@@ -136,8 +136,8 @@ def test_the_backend_computes_in_the_type_it_says(
 ) -> None:
     import torch
 
-    from gramlite.backends import RuntimeOptions
     from gramlite.backends.hf import open_artifact
+    from gramlite.runtime.options import RuntimeOptions
 
     quantize_bnb(checkpoint_of("qwen3", dtype="bfloat16"), tmp_path / "judge")
     backend = open_artifact(Artifact(tmp_path / "judge", "hf", None), RuntimeOptions(device="cpu"))

@@ -17,9 +17,9 @@ from gramlite.quant.calibration import (
 )
 
 from gramlite.errors import InputError
-from gramlite.judge import Settings
+from gramlite.judging.judge import Settings
+from gramlite.judging.pair import Pair
 from gramlite.loading import load
-from gramlite.pair import Pair
 
 PAIRS = [Pair(f"What is {n} + 1?", f"It is {n + 1}.", f"It is {n}, I think.", id=f"sum-{n}") for n in range(8)]
 

@@ -20,9 +20,9 @@ from gramlite.quant.gguf import command, file_type, parse_override, quantize_ggu
 from gramlite.quant.imatrix import ImportanceMatrix, collect_importance, read_imatrix, write_imatrix
 from gramlite.quant.mixed import CANDIDATES
 
-from gramlite.artifact import read_manifest, verify_files
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
-from gramlite.gguf_header import read_header
+from gramlite.formats.artifact import read_manifest, verify_files
+from gramlite.formats.gguf_header import read_header
 
 from ..export.conftest import checkpoint_of, last_logits  # noqa: F401
 

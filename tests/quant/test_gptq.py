@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import gptq
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
 from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import command, parse_exception, quantize_gptq
-from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.report import QuantizationReport
 from gramlite.quant.sensitivity import verdict_weights
 from gramlite.quant.solve import GptqSettings, Order
 from transformers import AutoModelForCausalLM
 
 import gramlite
-from gramlite.artifact import read_manifest, verify_files
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
+from gramlite.formats.artifact import read_manifest, verify_files
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gptq_folder import open_gptq
 
 from .conftest import FAMILIES
 
@@ -285,7 +285,7 @@ def test_reference_judge(tmp_path: Path) -> None:
     from gramlite.quant.solve import factorize, relative_error, round_to_nearest, solve
     from gramlite.quant.stream import Stage, stream_decoder
 
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     checkpoint = open_checkpoint(build_checkpoint(tmp_path / "reference"))
     draw = np.random.default_rng(0)

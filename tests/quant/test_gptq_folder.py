@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramlite.quant import gptq_folder
-from gramlite.quant.gptq_folder import GptqWriter, open_gptq, pack_linear, pack_words, unpack_words
-from gramlite.quant.linear import QuantizedLinear, natural_groups
 
 from gramlite.errors import ModelError
+from gramlite.formats import gptq_folder
+from gramlite.formats.gptq_folder import GptqWriter, open_gptq, pack_linear, pack_words, unpack_words
+from gramlite.formats.quantized_linear import QuantizedLinear, natural_groups
 
 
 def random_linear(

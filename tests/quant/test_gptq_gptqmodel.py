@@ -15,9 +15,10 @@ import pytest
 import torch
 from gramlite.quant.calibration import Transcript, describe
 from gramlite.quant.gptq import quantize_gptq
-from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.solve import GptqSettings
 from transformers import AutoModelForCausalLM
+
+from gramlite.formats.gptq_folder import open_gptq
 
 # in a process of its own: gptqmodel changes transformers when it is imported
 LOGITS = """

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import mixed
 from gramlite.quant.allocate import ALONE, Option, allocate
 from gramlite.quant.calibration import Transcript, choose_transcripts, write_transcripts
@@ -22,10 +21,11 @@ from gramlite.quant.mixed import choose_types, choose_weighed, kinds_for, measur
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gramlite.artifact import read_manifest
 from gramlite.errors import InputError, ModelError
-from gramlite.gguf_header import read_header
-from gramlite.quantization import bits_per_weight
+from gramlite.formats.artifact import read_manifest
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gguf_header import read_header
+from gramlite.formats.quantization import bits_per_weight
 
 from ..export.conftest import checkpoint_of  # noqa: F401
 

@@ -19,17 +19,17 @@ import torch
 import transformers
 from click.testing import CliRunner
 from gramlite.export.genai import initializers
-from gramlite.quant.gptq_folder import open_gptq
 from gramlite.quant.onnx import choose_method, command, quantize_onnx
 from gramlite.quant.pack import command as pack_command
 from gramlite.quant.pack_onnx import dequantize, pack_onnx, packed_nodes, read
 from gramlite.quant.solve import GptqSettings
 
-from gramlite.artifact import Artifact, read_manifest, verify_files
-from gramlite.backends import RuntimeOptions
 from gramlite.backends.onnx import open_artifact
 from gramlite.errors import InputError, ModelError
-from gramlite.onnx_graph import parse
+from gramlite.formats.artifact import Artifact, read_manifest, verify_files
+from gramlite.formats.gptq_folder import open_gptq
+from gramlite.formats.onnx_graph import parse
+from gramlite.runtime.options import RuntimeOptions
 from gramlite.storage import sha256_file
 
 from ..backends.conftest import logits_of
@@ -211,7 +211,7 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_not_packed(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_layers_of_the_reference_judge(symmetric: bool, tmp_path: Path) -> None:
     """Rounded without calibration, which is all that packing needs."""
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     make_gptq(build_checkpoint(tmp_path / "reference"), tmp_path / "gptq", bits=4, symmetric=symmetric)
     pack_onnx(tmp_path / "gptq", tmp_path / "packed")

@@ -17,7 +17,7 @@ from gramlite.quant.onnx_embedding import shrink_embedding
 from onnx import TensorProto, helper, numpy_helper
 
 from gramlite.errors import ModelError
-from gramlite.onnx_graph import parse
+from gramlite.formats.onnx_graph import parse
 
 ROWS, WIDTH, SIZE = 300, 64, 32
 IDS = np.array([[0, 7, 299, 7, 12]], dtype=np.int64)

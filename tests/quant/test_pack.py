@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gramlite.export.architecture import expected_tensors, read_architecture
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.export.smoke import CannotRunHere, smoke_judge
-from gramlite.export.stream import permute_heads
-from gramlite.quant.blocks import gguf_blocks, gguf_type, matmul_nbits
 from gramlite.quant.calibration import Transcript, describe
 from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import linear_names, quantize_gptq
-from gramlite.quant.gptq_folder import GptqWriter, open_gptq
-from gramlite.quant.linear import QuantizedLinear
 from gramlite.quant.pack import command, pack_gguf
 from gramlite.quant.solve import GptqSettings, round_to_nearest
 
-from gramlite.artifact import Artifact, hash_files, read_manifest, verify_files, write_manifest
-from gramlite.backends import RuntimeOptions
 from gramlite.backends.gptq import open_on_cuda, packed, twin_path
 from gramlite.errors import InputError, ModelError
+from gramlite.formats.architecture import expected_tensors, read_architecture
+from gramlite.formats.artifact import Artifact, hash_files, read_manifest, verify_files, write_manifest
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.gguf_blocks import gguf_blocks, gguf_type, matmul_nbits
+from gramlite.formats.gptq_folder import GptqWriter, open_gptq
+from gramlite.formats.quantized_linear import QuantizedLinear
+from gramlite.formats.tensor_stream import permute_heads
 from gramlite.loading import artifact_sha256
+from gramlite.runtime.options import RuntimeOptions
 
 from ..export.conftest import checkpoint_of, last_logits  # noqa: F401
 from .test_gptq_folder import random_linear
@@ -372,7 +372,7 @@ def test_figures_in_the_manifest_do_not_pack_a_folder_again(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_layers_of_the_reference_judge(symmetric: bool, tmp_path: Path) -> None:
     """Rounded without calibration, which is all that packing needs."""
-    from gramlite.reference import build_checkpoint
+    from gramlite.reference.files import build_checkpoint
 
     source = build_checkpoint(tmp_path / "reference")
     checkpoint = open_checkpoint(source)

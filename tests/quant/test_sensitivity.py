@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import batches, sensitivity
 from gramlite.quant.calibration import Transcript
 from gramlite.quant.decoder import Decoder
@@ -17,6 +16,7 @@ from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, 
 from transformers import AutoModelForCausalLM
 
 from gramlite.errors import InputError
+from gramlite.formats.checkpoint import open_checkpoint
 
 from .conftest import FAMILIES
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from gramlite.export.checkpoint import open_checkpoint
 from gramlite.quant import batches
 from gramlite.quant.batches import lay_out
 from gramlite.quant.calibration import Transcript
@@ -18,6 +17,7 @@ from gramlite.quant.stream import Stage, stream_decoder
 from transformers import AutoModelForCausalLM
 
 from gramlite.errors import InputError, ModelError
+from gramlite.formats.checkpoint import open_checkpoint
 
 from .conftest import FAMILIES
 

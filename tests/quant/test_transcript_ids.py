@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from gramlite.quant.calibration import Transcript, record_transcripts
 
-from gramlite.backends import Request
-from gramlite.decoding import Decoder, Generation
-from gramlite.judge import Judge, Settings
+from gramlite.generation.decoder import Decoder, Generation
+from gramlite.generation.request import Request
+from gramlite.judging.judge import Judge, Settings
+from gramlite.judging.pair import Pair, Verdict
 from gramlite.loading import load
-from gramlite.pair import Pair, Verdict
 
 PAIR = Pair("Name a prime number between 8 and 12.", "11 is prime.", "9 is a prime number.", id="prime")
 TOLERANCE = 0.35  # nats; what another shape of the batch may change
@@ -69,7 +69,7 @@ class Watched:
         return next(place for place in range(len(tokens)) if len(self.text(tokens[: place + 1])) > before)
 
     def record(self) -> Transcript:
-        from gramlite.backends.gguf_context import LlamaContext
+        from gramlite.backends.gguf.context import LlamaContext
 
         add, advance, many = LlamaContext.add, Decoder.advance, self.judge.many
 

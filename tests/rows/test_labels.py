@@ -169,9 +169,9 @@ def test_the_refusal_says_what_to_do() -> None:
         Labels(rows).read(rows[-1])
     with pytest.raises(InputError, match="--labels says it of 0, 1 only"):
         Labels(rows, parse_labels("0=A,1=B")).read(rows[2])
-    with pytest.raises(InputError, match="^the label \"x{78}… is not understood"):
+    with pytest.raises(InputError, match='^the label "x{78}… is not understood'):
         label_from("x" * 200)
-    with pytest.raises(InputError, match="^the label \"x{78}\" is not understood"):
+    with pytest.raises(InputError, match='^the label "x{78}" is not understood'):
         label_from("x" * 78)
 
 

@@ -1,0 +1,103 @@
+"""How an artifact gets to its place: the file and its manifest appear together, whole, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gramlite.interrupt import uninterrupted
+from gramlite.storage import atomic_output, fsync_path, json_bytes, sha256_file
+
+from .artifact import Manifest, manifest_path
+from .carried import notices_beside
+
+MANIFEST_BYTES = 1 << 20
+
+
+def publish_file(
+    destination: Path, build: Callable[[Path], Manifest], *sources: Path, force: bool, need_bytes: int
+) -> Manifest:
+    """Let `build` write a file to the path it is given and describe it, then put the file and its manifest in place.
+
+    Licences and notices of the `sources` go beside it. The manifest is on disk before the file is renamed and is renamed
+    after it, so that a full disk or a crash leaves the older artifact, or a file whose manifest refuses it, but never a
+    manifest that vouches for other bytes.
+    """
+    with ExitStack() as stack:
+        note = stack.enter_context(atomic_output(manifest_path(destination), force=True))
+        notices = stack.enter_context(notices_beside(destination, *sources))
+        temporary = stack.enter_context(atomic_output(destination, force=force, need_bytes=need_bytes + MANIFEST_BYTES))
+        manifest = replace(build(temporary), notices=notices)
+        write_durably(note, manifest_text(manifest))
+        fsync_path(temporary)  # which may take long, and the renames do not
+        with uninterrupted():
+            stack.close()
+    return manifest
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that a full disk shows here, before anything is renamed."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json_bytes(asdict(manifest)).decode("utf-8")
+
+
+def unicode_name(name: str) -> str:
+    """A file's name as GGUF's metadata can hold it: what is no UTF-8 becomes question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """The installed versions of gramlite and of the packages that took part."""
+    versions = {}
+    for package in ("gramlite", *packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    """What a manifest says of a checkpoint: its name, the sha256 of each file that counts, and one over them all.
+
+    `hashes` has the files that were hashed while they were read, which are the weights, and `bytes` is their size; the
+    configuration and the tokenizer are added here.
+    """
+    files = dict(hashes)
+    weights = sum((folder / name).stat().st_size for name in hashes)
+    for name in (
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        if name not in files and (folder / name).is_file():
+            files[name] = sha256_file(folder / name)
+    listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
+    return {
+        "name": folder.resolve().name,
+        "sha256": hashlib.sha256(listing.encode("utf-8", "backslashreplace")).hexdigest(),
+        "files": files,
+        "bytes": weights,
+    }
+
+
+def add_template(writer: Any, template: dict[str, Any] | None) -> None:
+    """Put the judge's template into a GGUF's metadata."""
+    for key in ("name", "sha256", "text"):
+        if template:
+            writer.add_string(f"gramlite.template.{key}", str(template[key]))

@@ -1,0 +1,1 @@
+"""From verdicts on pairs to an order of completions. May import judging and what is below it."""

