@@ -21,7 +21,11 @@ KEEP_ROWS = (["judge"], ["rank"], ["calibrate"], ["bench", "run"])  # with -o, a
 
 REMOVED = {
     "quantize distill": "quantize distill was removed. Judge with a GPTQ folder as it is: "
-    "gramlite quantize gptq CHECKPOINT -o OUT --calibration PAIRS.jsonl"
+    "gramlite quantize gptq CHECKPOINT -o OUT --calibration PAIRS.jsonl",
+    "bench quality": "bench quality was removed. Judge with each file, then compare the runs with gold: "
+    "gramlite bench run SUITE:FILE -m MODEL -o RUN --mode direct; gramlite bench compare RUN RUN... --gold GOLD.jsonl",
+    "bench gptq-layers": "bench gptq-layers was removed. It is a script of the source code: "
+    "python bench/claims/gptq_layers.py CHECKPOINT FOLDER... --pairs FILE",
 }
 
 
@@ -103,9 +107,7 @@ GROUPS = {
             "run": ("gramlite.bench.run", "Judge a suite into a run folder."),
             "compare": ("gramlite.bench.compare", "Compare runs pair by pair, with intervals and a gate."),
             "sweep": ("gramlite.bench.sweep", "Quantize a checkpoint in many ways and compare them all."),
-            "quality": ("gramlite.bench.quality", "How far quantized files' margins lie from gold ones."),
             "speed": ("gramlite.bench.speed", "Time a judge against its floor and its neighbours."),
-            "gptq-layers": ("gramlite.bench.gptq_layers", "What GPTQ folders lose of each layer's output."),
         },
     ),
 }

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="needs the models of transformers: pi
 
 import torch
 import transformers
-from gramlite.bench.gptq_layers import command, layer_errors
+from gptq_layers import command, layer_errors
 from gramlite.quant.calibration import Transcript, describe, write_transcripts
 from gramlite.quant.gptq import quantize_gptq
 from gramlite.quant.solve import GptqSettings

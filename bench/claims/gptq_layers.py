@@ -1,5 +1,7 @@
 """How much of each linear layer's output GPTQ folders lose, against the checkpoint they were made of.
 
+    python bench/claims/gptq_layers.py CHECKPOINT FOLDER... --pairs FILE
+
 A layer's error is |XW - XW'|^2 / |XW|^2 with X what the layer reads in the checkpoint itself, over all tokens of the
 transcripts, each counting once. So folders of any quantizer are measured alike, whatever they were calibrated on.
 """
@@ -68,7 +70,7 @@ def summary(folder: Path, errors: Errors, first: Errors) -> dict[str, Any]:
     }
 
 
-@click.command("gptq-layers", short_help="layer errors of GPTQ folders against their checkpoint")
+@click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--pairs", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
@@ -95,3 +97,7 @@ def command(
     for folder in folders:
         figures = summary(folder, errors[folder], errors[folders[0]]) | {"tokens": described["tokens"]}
         say_json(figures | ({"errors": errors[folder]} if each else {}))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,6 +1,6 @@
 """Measures `export gguf`: peak memory and throughput against a plain copy of the same bytes on the same disk.
 
-    python -m gramlite.bench.export_speed --gigabytes 2 --folder /tmp
+    python bench/claims/export_speed.py --gigabytes 2 --folder /tmp
 
 makes a random bfloat16 Llama checkpoint of that size, exports it in a process of its own and copies the result,
 a few times in turn. Each turn exports it twice: as a checkpoint that was never seen, whose sha256 is computed on the way,

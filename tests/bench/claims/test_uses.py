@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramlite.bench import uses
+import uses
 from gramlite.bench.turns import Contender
 
 from gramlite.generation.request import Request
@@ -17,23 +17,23 @@ from gramlite.judging.pair import Pair
 ROWS = [Pair("q" * n, "a" * n, "b" * n) for n in range(1, 12)]
 
 
-class Listening:
+class Recorder:
     vocabulary = "words"
 
     def __init__(self) -> None:
-        self.heard: list[Request | None] = []
+        self.asked: list[Request | None] = []
 
     def generate(self, requests: Any) -> Any:
-        self.heard = list(requests)
+        self.asked = list(requests)
         return iter(())
 
 
-def test_a_forgetful_backend_reuses_nothing_and_is_the_same_otherwise() -> None:
-    backend = Listening()
-    forgetful = uses.Forgetful(backend)
+def test_a_backend_without_reuse_reuses_nothing_and_is_the_same_otherwise() -> None:
+    backend = Recorder()
+    without_reuse = uses.WithoutReuse(backend)
     asked = Request(1, (1, 2, 3), None, splits=(2,), reuse=None)  # type: ignore[arg-type]
-    assert list(forgetful.generate([asked, None])) == [] and forgetful.vocabulary == "words"
-    first, second = backend.heard
+    assert list(without_reuse.generate([asked, None])) == [] and without_reuse.vocabulary == "words"
+    first, second = backend.asked
     assert first and (first.key, first.prompt, first.reuse) == (1, (1, 2, 3), 0) and second is None
 
 

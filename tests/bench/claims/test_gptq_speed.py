@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gramlite.bench import gptq_speed
-from gramlite.bench.gptq_speed import Reader
+import gptq_speed
+from gptq_speed import Reader
 
 import gramlite
 from gramlite.judging.pair import Pair

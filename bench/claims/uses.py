@@ -1,4 +1,4 @@
-"""What voting and ranking take beside the plain way: python -m gramlite.bench.uses voting|ranking -m MODEL PAIRS.
+"""What voting and ranking take beside the plain way: python bench/claims/uses.py voting|ranking -m MODEL PAIRS.
 
 voting    eight rationales for each order of a pair: every one (`--all-votes`), with early stop, and asked for one by
           one with llama-cpp-python's create_chat_completion, which keeps the prompt's beginning computed by itself.
@@ -28,13 +28,13 @@ from gramlite.runtime.device import thread_count
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.terminal import say_json
 
-from .neighbours import both_orders, question
-from .turns import Contender, ratio, take_turns
+from gramlite.bench.neighbours import both_orders, question
+from gramlite.bench.turns import Contender, ratio, take_turns
 
 SPREAD = 4  # rows, under which a ratio has no middle half
 
 
-class Forgetful:
+class WithoutReuse:
     """A backend that computes every prompt from its first token."""
 
     def __init__(self, backend: Any) -> None:
@@ -77,7 +77,7 @@ def voting_contest(model: Path, *, votes: int, threads: int | None, tokens: int)
 def ranking_contest(model: Path, *, threads: int | None) -> list[Contender]:
     """A ranking by all pairs, and the same pairs judged alone; a `Pair` here holds responses as JSON in response_a."""
     judge = load(model, settings=Settings(mode="direct"), runtime=RuntimeOptions(device="cpu", threads=threads))
-    alone = Judge(Forgetful(judge.backend), judge.template, judge.scaffold, judge.settings, judge.model)
+    alone = Judge(WithoutReuse(judge.backend), judge.template, judge.scaffold, judge.settings, judge.model)
 
     def rank(pairs: Sequence[Pair]) -> object:
         return [judge.rank(prompt=pair.prompt, completions=_responses(pair), method="full") for pair in pairs]

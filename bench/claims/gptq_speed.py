@@ -1,6 +1,6 @@
 """A GPTQ folder on the CPU: through gramlite, beside a GGUF file of its size and beside transformers with gptqmodel.
 
-    python -m gramlite.bench.gptq_speed FOLDER PAIRS.jsonl --twin Q4_0.gguf --against gptqmodel
+    python bench/claims/gptq_speed.py FOLDER PAIRS.jsonl --twin Q4_0.gguf --against gptqmodel
 
 With `--twin` both judge the same pairs in turn, in think mode. With `--against gptqmodel` (extra gptq-cuda) both read the
 same tokens, the beginning of a pair's prompt, and then write a few, in turn. One JSON object a turn; the last has the
@@ -24,8 +24,8 @@ from gramlite.judging.pair import Pair
 from gramlite.runtime.device import thread_count
 from gramlite.terminal import say_json
 
-from .speed import read_pairs
-from .turns import Contender, Ratio, ratio, take_turns
+from gramlite.bench.speed import read_pairs
+from gramlite.bench.turns import Contender, Ratio, ratio, take_turns
 
 Say = Callable[[dict[str, Any]], None]
 
