@@ -1,242 +1,58 @@
-"""`gramlite bench compare`: what one run lost against another, pair by pair, and how sure that is.
-
-Everything is computed on the rows that both runs have. Rows without a verdict are counted and left out, never
-guessed. Where several rows share a prompt, intervals treat the prompt as the unit (see `statistics`).
-"""
+"""`gramlite bench compare`: runs against a base run, printed, gated and reported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from gramlite.errors import InputError
+from gramlite.storage import check_note
 from gramlite.terminal import note, say, say_json
 
-from . import statistics
-from .folder import Row, Run
-from .measures import Measure, Paired, clusters_of, flipped, is_right, label_of, measures_of, right_change, subset_of
-from .statistics import Estimate
+from .comparison import Comparison, compare_runs
+from .folder import Run, distinct_names, files_of, read_run
+from .gate import GATE, Gate, gate_options
+from .report import check_report, report_files, write_report
+from .summary import need_sentence, sentences, subset_table, summary_table
 
 
-@dataclass(frozen=True)
-class SubsetChange:
-    """A subset's accuracy change and flips; `p_holm` is McNemar's exact p adjusted for the number of subsets."""
-
-    name: str
-    rows: int
-    accuracy: Estimate
-    flips: Estimate
-    p: float
-    p_holm: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "rows": self.rows, "accuracy": self.accuracy.to_json(), "flips": self.flips.to_json(),
-            "p": self.p, "p_holm": self.p_holm,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs compared. `counts` says which rows were used; `table` is the 2 by 2 table of right and wrong.
-
-    `detectable` is the smallest true accuracy difference that this many pairs find four times in five, None
-    where there are too few pairs for any; `design_effect` is how much shared prompts inflate the variance.
-    """
-
-    base: str
-    run: str
-    counts: Mapping[str, int]
-    measures: Mapping[str, Measure]
-    table: Mapping[str, int]
-    p: float
-    discordance: float
-    detectable: float | None
-    design_effect: float
-    subsets: Sequence[SubsetChange] = ()
-    notes: Sequence[str] = ()
-    seed: int = 0
-    scores: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "base": self.base, "run": self.run, "counts": dict(self.counts),
-            "measures": {name: measure.to_json() for name, measure in self.measures.items()},
-            "table": dict(self.table), "mcnemar_p": self.p, "discordance": self.discordance,
-            "detectable": self.detectable, "design_effect": self.design_effect,
-            "subsets": [subset.to_json() for subset in self.subsets], "notes": list(self.notes),
-            "scores": dict(self.scores), "confidence": statistics.CONFIDENCE, "seed": self.seed,
-            "resamples": statistics.RESAMPLES,
-        }  # fmt: skip
-
-    def pairs_needed(self, difference: float) -> int | None:
-        """How many labelled pairs of this kind would find a true accuracy difference (a fraction)."""
-        needed = statistics.pairs_needed(difference, self.discordance)
-        return None if needed is None else int(np.ceil(needed * self.design_effect))
-
-
-def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True) -> Comparison:
-    """Compare a run with its base; with `cluster` false every row counts as independent.
-
-    Raises InputError when the runs share no rows or disagree about a label.
-    """
-    common = [identifier for identifier in base.rows if identifier in run.rows]
-    if not common:
-        raise InputError(f"{base.name} and {run.name} have no row in common. Compare runs of the same suite.")
-    matched = [(base.rows[identifier], run.rows[identifier]) for identifier in common]
-    for identifier, (first, second) in zip(common, matched, strict=True):
-        if first.get("label") != second.get("label") and None not in (first.get("label"), second.get("label")):
-            raise InputError(
-                f"Row {identifier} is labelled {first['label']} in {base.name} and {second['label']} in "
-                f"{run.name}. "
-                "These are runs of different data."
-            )
-    everything = Paired(matched, clusters_of(matched) if cluster else None, seed)
-    judged = everything.select(lambda a, b: a.get("verdict") is not None and b.get("verdict") is not None)
-    labelled = judged.select(lambda a, b: label_of(a, b) in ("A", "B"))
-    table = statistics.agreement_table(
-        labelled.values(lambda a, b: is_right(a, a, b)), labelled.values(lambda a, b: is_right(b, a, b))
-    )
-    moves = labelled.values(right_change)
-    effect = statistics.design_effect(moves, labelled.clusters)
-    n = len(labelled.pairs)
-    discordance = (table["lost"] + table["gained"] + 1) / (n + 2)  # half a pair of each kind: none seen is not none
-    counts = counts_of(base, run, matched, judged, labelled)
-    return Comparison(
-        base=base.name,
-        run=run.name,
-        counts=counts,
-        measures=measures_of(everything, judged, labelled),
-        table=table,
-        p=statistics.mcnemar_exact(table["lost"], table["gained"]),
-        discordance=discordance,
-        detectable=statistics.minimum_detectable_effect(int(n / effect), discordance),
-        design_effect=effect,
-        subsets=subsets_of(judged, labelled),
-        notes=notes_of(base, run, counts, effect),
-        seed=seed,
-        scores={side.name: side.record["score"] for side in (base, run) if side.record.get("score")},
-    )
-
-
-def subsets_of(judged: Paired, labelled: Paired) -> list[SubsetChange]:
-    """Each subset by name; none where there is only one."""
-    names = sorted({subset_of(*pair) for pair in judged.pairs})
-    if len(names) < 2:
-        return []
-    found = []
-    for name in names:
-        rows = judged.select(lambda a, b, name=name: subset_of(a, b) == name)  # type: ignore[misc]
-        right = labelled.select(lambda a, b, name=name: subset_of(a, b) == name)  # type: ignore[misc]
-        moves = right.values(right_change)
-        p = statistics.mcnemar_exact(int((moves < 0).sum()), int((moves > 0).sum()))
-        found.append((name, len(rows.pairs), right.mean(right_change, step=1.0), rows.rate(flipped), p))
-    adjusted = statistics.holm([p for *_, p in found])
-    return [SubsetChange(*row, p_holm) for row, p_holm in zip(found, adjusted, strict=True)]
-
-
-def counts_of(
-    base: Run, run: Run, matched: Sequence[tuple[Row, Row]], judged: Paired, labelled: Paired
-) -> dict[str, int]:
-    return {
-        "common": len(matched),
-        "base_only": len(base.rows) - len(matched),
-        "run_only": len(run.rows) - len(matched),
-        "base_no_verdict": sum(first.get("verdict") is None for first, _ in matched),
-        "run_no_verdict": sum(second.get("verdict") is None for _, second in matched),
-        "judged": len(judged.pairs),
-        "labelled": len(labelled.pairs),
-        "labelled_tie": sum(label_of(*pair) == "tie" for pair in judged.pairs),
-        "prompts": len(judged.pairs) if judged.clusters is None else len(set(judged.clusters)),
-    }
-
-
-def notes_of(base: Run, run: Run, counts: Mapping[str, int], effect: float) -> list[str]:
-    """What a reader must know before believing the figures."""
-    notes = []
-    if counts["base_only"] or counts["run_only"]:
-        notes.append(
-            f"{counts['base_only']} rows are only in {base.name} and {counts['run_only']} only in "
-            f"{run.name}; "
-            f"the comparison is on the {counts['common']} in both."
-        )
-    if counts["base_no_verdict"] or counts["run_no_verdict"]:
-        notes.append(
-            f"Without a verdict, counted and left out: {counts['base_no_verdict']} rows of {base.name}, "
-            f"{counts['run_no_verdict']} of {run.name}."
-        )
-    if counts["prompts"] < counts["judged"]:
-        notes.append(
-            f"{counts['judged']} rows share {counts['prompts']} prompts: intervals treat a prompt as the "
-            f"unit "
-            f"(design effect {effect:.2f}); McNemar's p takes rows as independent."
-        )
-    for key in ("mode", "orders", "votes", "temperature", "budget", "template"):
-        first, second = (_setting(side, key) for side in (base, run))
-        if first != second and base.record and run.record:
-            notes.append(f"The settings differ: {key} is {first} in {base.name} and {second} in {run.name}.")
-    if base.record and run.record:
-        texts = [i for i, row in base.rows.items() if i in run.rows and row.get("input") != run.rows[i].get("input")]
-        if texts:
-            notes.append(f"{len(texts)} common rows were judged from other texts in {run.name} than in {base.name}.")
-    hashes = {side.suite.get("sha256") for side in (base, run)} - {None}
-    if len(hashes) > 1:
-        notes.append("The runs read different suite files; labels and ids agree on the common rows.")
-    return notes
-
-
-def _setting(side: Run, key: str) -> object:
-    value = (side.record.get("settings") or {}).get(key)
-    return value.get("name") if isinstance(value, dict) else value
-
-
-def show(base: Run, comparisons: Sequence[Comparison], runs: Mapping[str, Run]) -> None:
+def show(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> None:
     """Print the comparisons for people."""
-    from gramlite.console import show_table
-
-    from .tables import sentences, subset_table, summary_table
-
-    show_table(f"Compared with {base.name}", summary_table(base, comparisons, runs))
+    summary_table(base, runs, comparisons).show()
     for comparison in comparisons:
         say(*(f"{comparison.run}: {said}" for said in (*sentences(comparison), *comparison.notes)))
         if comparison.subsets:
-            show_table(f"{comparison.run} by subset", subset_table(comparison))
+            subset_table(comparison).show()
 
 
 @click.command()
 @click.argument("base_run", type=click.Path(path_type=Path), metavar="BASE_RUN")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--gate", metavar="CLAUSES", help="Conditions to hold, as in 'accuracy>=-1.0,flips<=3'; exit 7 if not.")
 @click.option(
-    "--undecided",
-    type=click.Choice(["pass", "fail"]),
-    default="fail",
-    show_default=True,
-    help="What an undecidable clause counts as.",
+    "--gold",
+    type=click.Path(path_type=Path),
+    metavar="GOLD",
+    help="Say, too, how far each run lies from gold margins: a run folder, or JSON lines with id and margin.",
 )
+@gate_options
 @click.option("--need", type=float, metavar="F", help="Say how many pairs would find a difference of F points.")
 @click.option(
     "--report", type=click.Path(path_type=Path), metavar="OUT.html", help="Write the report (and its tables)."
 )
-@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the gate's outcome as JUnit XML.")
-@click.option("--github", is_flag=True, help="Annotate the gate's outcome for GitHub Actions, on standard error.")
 @click.option("--independent", is_flag=True, help="Take rows that share a prompt as independent.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
 def command(
     base_run: Path,
     runs: tuple[Path, ...],
-    gate: str | None,
-    undecided: str,
+    gold: Path | None,
+    gate: Gate,
     need: float | None,
     report: Path | None,
-    junit: Path | None,
-    github: bool,
     independent: bool,
     seed: int,
     as_json: bool,
@@ -245,44 +61,29 @@ def command(
 
     BASE_RUN and RUN are folders of `gramlite bench run`, or files of judged rows or of gold margins.
     """
-    import sys
-
-    from gramlite.storage import check_note
-
-    from .folder import distinct_names, files_of, read_run
-    from .gate import GATE, enforce, evaluate, github_annotations, parse_gate, write_junit
-    from .report import check_report, report_files, write_report
-    from .tables import need_sentence
-
-    clauses = parse_gate(gate) if gate else []
     if need is not None and not 0 < need <= 100:
         raise InputError("--need is a difference in percentage points, more than 0 and at most 100.")
-    if (junit or github) and not gate:
-        raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
     base, *others = distinct_names([read_run(path) for path in (base_run, *runs)])
-    inputs = [file for run in (base, *others) for file in files_of(run)]
+    right = read_run(gold) if gold else None
+    inputs = [file for run in (base, *others, *([right] if right else [])) for file in files_of(run)]
     if report:
         check_report(report, inputs)
-    if junit:
-        check_note(junit, [*inputs, *(report_files(report) if report else [])], GATE)
-    comparisons = [compare_runs(base, other, seed=seed, cluster=not independent) for other in others]
-    findings = [finding for comparison in comparisons for finding in evaluate(comparison, clauses)]
-    needs = [need_sentence(comparison, need) for comparison in comparisons] if need is not None else []
+    if gate.junit:
+        check_note(gate.junit, [*inputs, *(report_files(report) if report else [])], GATE)
+    comparisons = [compare_runs(base, other, seed=seed, cluster=not independent, gold=right) for other in others]
+    findings = [finding for comparison in comparisons for finding in gate.evaluate(comparison)]
     if as_json or not sys.stdout.isatty():
         for comparison in comparisons:
             own = [finding.to_json() for finding in findings if finding.run == comparison.run]
-            extra: dict[str, Any] = {"gate": own} if clauses else {}
+            extra: dict[str, Any] = {"gate": own} if gate.clauses else {}
             extra |= {"pairs_needed": {f"{need:g}": comparison.pairs_needed(need / 100)}} if need is not None else {}
             say_json({**comparison.to_json(), **extra})
     else:
-        show(base, comparisons, {other.name: other for other in others})
-        say(*needs, *(finding.sentence for finding in findings))
+        show(base, others, comparisons)
+        say(*(need_sentence(comparison, need) for comparison in comparisons if need is not None))
+        say(*(finding.sentence for finding in findings))
     if report:
         written = write_report(report, base, others, comparisons)
         note(f"Report: {', '.join(map(str, written))}")
-    if junit:
-        write_junit(junit, findings, undecided=undecided)
-    if github:
-        note(*github_annotations(findings, undecided=undecided))
-    enforce(findings, undecided=undecided)
+    gate.tell(findings)
     return 0

@@ -115,6 +115,8 @@ def _rows(path: Path) -> Iterator[Row]:
             ) from None
         if GOLD_KEYS <= row.keys():
             yield gold_row(row)
+        elif "verdict" not in row and is_number(row.get("margin")):
+            yield margin_row(row)
         elif "verdict" in row:
             yield row
         else:
@@ -172,16 +174,16 @@ def gold_row(record: Mapping[str, Any]) -> Row:
         {"order": order, "verdict": winner_of(value), "p_a": probability(value), "margin": value}
         for order, value in margins.items()
     ]
-    return {
-        "id": record["id"],
-        "verdict": winner_of(margin),
-        "p_a": probability(margin),
-        "margin": margin,
-        "consistent": orders[0]["verdict"] == orders[1]["verdict"],
-        "orders": orders,
-        "label": record.get("label"),
-        "meta": {"subset": str(record.get("set", "all")).removesuffix(".jsonl")},
-    }
+    subset = str(record.get("set", "all")).removesuffix(".jsonl")
+    consistent = orders[0]["verdict"] == orders[1]["verdict"]
+    row = margin_row({"id": record["id"], "margin": margin, "label": record.get("label"), "meta": {"subset": subset}})
+    return row | {"consistent": consistent, "orders": orders}
+
+
+def margin_row(record: Mapping[str, Any]) -> Row:
+    """A gold margin of both orders together, in nats, as a judged row."""
+    margin = float(record["margin"])
+    return {**record, "verdict": winner_of(margin), "p_a": probability(margin), "consistent": None, "orders": []}
 
 
 def probability(margin: float) -> float:

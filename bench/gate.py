@@ -8,19 +8,22 @@ percentage points.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
 from gramlite.errors import GateError, InputError
 from gramlite.storage import atomic_output
-from gramlite.terminal import visible
+from gramlite.terminal import note, visible
 
-from .compare import Comparison
-from .measures import MEASURES
+from .comparison import Comparison
+from .measures import GOLD_MEASURES, MEASURES
 from .statistics import pairs_to_settle, pairs_to_settle_rate
 
 GATE = "gramlite gate"  # by which a file of outcomes is known again
@@ -63,10 +66,10 @@ def parse_gate(text: str) -> list[Clause]:
     clauses = []
     for part in text.split(","):
         matched = CLAUSE.match(part)
-        if not matched or matched[1] not in MEASURES:
+        if not matched or matched[1] not in (*MEASURES, *GOLD_MEASURES):
             raise InputError(
                 f"--gate cannot read {part.strip()!r}. Write clauses such as accuracy>=-1.0,flips<=3. "
-                f"The measures are: {', '.join(MEASURES)}."
+                f"The measures are: {', '.join(MEASURES)}; with --gold also {', '.join(GOLD_MEASURES)}."
             )
         clauses.append(Clause(matched[1], ">=" if matched[2] == ">=" else "<=", float(matched[3])))
     return clauses
@@ -139,6 +142,55 @@ def _escaped(text: str, *, property: bool = False) -> str:
     return text.replace(":", "%3A").replace(",", "%2C") if property else text
 
 
+@dataclass(frozen=True)
+class Gate:
+    """A gate as it was asked for: its clauses, what an undecidable one counts as, and who is told of the outcome."""
+
+    clauses: Sequence[Clause]
+    undecided: str
+    junit: Path | None
+    github: bool
+
+    def evaluate(self, comparison: Comparison) -> list[Finding]:
+        """Test the clauses on a comparison."""
+        return evaluate(comparison, self.clauses)
+
+    def tell(self, findings: Sequence[Finding]) -> None:
+        """Write and print the outcome where it was asked for; raises GateError where a clause does not hold."""
+        if self.junit:
+            write_junit(self.junit, findings, undecided=self.undecided)
+        if self.github:
+            note(*github_annotations(findings, undecided=self.undecided))
+        enforce(findings, undecided=self.undecided)
+
+
+def gate_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a gate, and its function a `gate`."""
+
+    @click.option(
+        "--gate", metavar="CLAUSES", help="Conditions to hold, as in 'accuracy>=-1.0,flips<=3'; exit 7 if not."
+    )
+    @click.option(
+        "--undecided",
+        type=click.Choice(["pass", "fail"]),
+        default="fail",
+        show_default=True,
+        help="What an undecidable clause counts as.",
+    )
+    @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the outcome as JUnit XML.")
+    @click.option("--github", is_flag=True, help="Annotate the outcome for GitHub Actions, on standard error.")
+    @functools.wraps(command)
+    def with_gate(*, gate: str | None, undecided: str, junit: Path | None, github: bool, **others: Any) -> Any:
+        clauses = parse_gate(gate) if gate else []
+        if (junit or github) and not clauses:
+            raise InputError("--junit and --github tell what became of a gate; add --gate 'accuracy>=-1.0,flips<=3'.")
+        if not others.get("gold") and (of_gold := [each for each in clauses if each.measure in GOLD_MEASURES]):
+            raise InputError(f"{of_gold[0]} is a distance from gold margins: add --gold GOLD.jsonl to `bench compare`.")
+        return command(gate=Gate(clauses, undecided, junit, github), **others)
+
+    return with_gate
+
+
 def write_junit(path: Path, findings: Sequence[Finding], *, undecided: str = "fail") -> None:
     """Write the findings as a JUnit XML file, a test suite for each run and a test case for each clause."""
     from xml.etree import ElementTree as xml
@@ -147,15 +199,8 @@ def write_junit(path: Path, findings: Sequence[Finding], *, undecided: str = "fa
     for run in dict.fromkeys(finding.run for finding in findings):
         own = [finding for finding in findings if finding.run == run]
         failures = sum(fails(finding, undecided) for finding in own)
-        suite = xml.SubElement(
-            root,
-            "testsuite",
-            name=_printable(run),
-            tests=str(len(own)),
-            failures=str(failures),
-            errors="0",
-            skipped="0",
-        )
+        counts = {"tests": len(own), "failures": failures, "errors": 0, "skipped": 0}
+        suite = xml.SubElement(root, "testsuite", {"name": _printable(run)} | {k: str(n) for k, n in counts.items()})
         for finding in own:
             case = xml.SubElement(suite, "testcase", classname=_printable(run), name=str(finding.clause))
             if fails(finding, undecided):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from .folder import Row, is_number
 from .statistics import Estimate
 
 Value = Callable[[Row], float | None]
+Gap = Callable[[float, float], float]
+GOLD_MEASURES = ("gold_margin", "gold_flips", "gold_order_flips")  # of each run against gold verdicts
 MEASURES = (
     "accuracy",
     "flips",
@@ -151,8 +153,8 @@ def measures_of(everything: Paired, judged: Paired, labelled: Paired) -> dict[st
         Measure("lost", "right to wrong", labelled.rate(lambda a, b: right_change(a, b) < 0), better=-1),
         Measure("gained", "wrong to right", labelled.rate(lambda a, b: right_change(a, b) > 0), better=1),
         Measure("agreement", "same verdict", judged.rate(lambda a, b: not flipped(a, b)), better=1),
-        between(judged, "margin", "mean |margin change|", "margin", margin_gap, "nats"),
-        between(judged, "divergence", "KL of the verdict", "p_a", divergence, "nats"),
+        between(judged, "margin", "mean |margin change|", "margin", margin_gap),
+        between(judged, "divergence", "KL of the verdict", "p_a", statistics.verdict_divergence),
         judged.side_by_side("consistency", "orders agree", consistency, unit="rate", better=1),
         judged.side_by_side("first_position", "first response preferred", first_position, unit="rate", better=0),
         judged.side_by_side("rationale", "rationale tokens", rationale_tokens, unit="tokens", better=0),
@@ -163,21 +165,60 @@ def measures_of(everything: Paired, judged: Paired, labelled: Paired) -> dict[st
     return {name: measure for name, measure in zip(MEASURES, found, strict=True)}
 
 
-def between(
-    judged: Paired, name: str, title: str, key: str, gap: Callable[[float, float], float], unit: str
-) -> Measure:
-    """A distance between the orders that both rows have, averaged over a row's orders and then over rows."""
+def between(judged: Paired, name: str, title: str, key: str, gap: Gap) -> Measure:
+    """A distance in nats between the orders that both rows have, averaged over a row's orders and then over rows."""
+    found = judged.select(lambda base, run: bool(order_pairs(base, run, key)))
+    return Measure(name, title, found.mean(lambda base, run: mean_gap(base, run, key, gap)), unit="nats", better=-1)
 
-    def distances(base: Row, run: Row) -> list[float]:
-        left, right = by_order(base, key), by_order(run, key)
-        return [gap(left[order], right[order]) for order in left if order in right]
 
-    found = [distances(base, run) for base, run in judged.pairs]
-    kept = [i for i, gaps in enumerate(found) if gaps]
-    clusters = [judged.clusters[i] for i in kept] if judged.clusters is not None else None
-    means = [sum(found[i]) / len(found[i]) for i in kept]
-    change = statistics.bootstrap_mean(means, clusters=clusters, seed=judged.seed)
-    return Measure(name, title, change, unit=unit, better=-1)
+def order_pairs(base: Row, run: Row, key: str) -> list[tuple[float, float]]:
+    """A number of both rows in each of the orders that both have."""
+    left, right = by_order(base, key), by_order(run, key)
+    return [(left[order], right[order]) for order in left if order in right]
+
+
+def mean_gap(base: Row, run: Row, key: str, gap: Gap) -> float:
+    """The distance between two rows, averaged over the orders that both have."""
+    gaps = [gap(left, right) for left, right in order_pairs(base, run, key)]
+    return sum(gaps) / len(gaps)
+
+
+def gold_measures(judged: Paired, gold: Mapping[str, Row]) -> dict[str, Measure]:
+    """How far each run lies from gold: nats of margin a pair, other verdicts of pairs, other sides of single orders."""
+
+    def gold_of(row: Row) -> Row:
+        return gold.get(identifier_text(row.get("id"))) or {}
+
+    def margin(row: Row) -> float | None:
+        known = order_pairs(gold_of(row), row, "margin")
+        return mean_gap(gold_of(row), row, "margin", margin_gap) if known else None
+
+    def other_verdict(row: Row) -> float | None:
+        right = gold_of(row).get("verdict")
+        return None if right is None else float(row["verdict"] != right)
+
+    def other_sides(row: Row) -> float | None:
+        known = order_pairs(gold_of(row), row, "margin")
+        return sum((right > 0) != (said > 0) for right, said in known) / len(known) if known else None
+
+    found = [
+        judged.side_by_side("gold_margin", "mean |margin − gold|", margin, unit="nats", better=-1),
+        judged.side_by_side("gold_flips", "verdicts other than gold's", other_verdict, unit="rate", better=-1),
+        judged.side_by_side("gold_order_flips", "orders other than gold's", other_sides, unit="rate", better=-1),
+    ]
+    return {name: measure for name, measure in zip(GOLD_MEASURES, found, strict=True)}
+
+
+def gold_line(rows: Iterable[Row], gold: Mapping[str, Row]) -> dict[str, float | None]:
+    """The factor by which margins are stretched against gold's, and the largest distance of one order, in nats."""
+    known = [
+        pair for row in rows for pair in order_pairs(gold.get(identifier_text(row.get("id"))) or {}, row, "margin")
+    ]
+    energy = sum(right * right for right, _ in known)
+    return {
+        "slope": sum(right * said for right, said in known) / energy if energy else None,
+        "worst": max((abs(said - right) for right, said in known), default=None),
+    }
 
 
 def by_order(row: Row, key: str) -> dict[str, float]:
@@ -190,10 +231,6 @@ def by_order(row: Row, key: str) -> dict[str, float]:
 
 def margin_gap(base: float, run: float) -> float:
     return abs(run - base)
-
-
-def divergence(base: float, run: float) -> float:
-    return statistics.verdict_divergence(base, run)
 
 
 def consistency(row: Row) -> float | None:

@@ -13,7 +13,7 @@ from gramlite.errors import GramliteError
 from gramlite.storage import atomic_output
 from gramlite.terminal import visible
 
-from .compare import Comparison
+from .comparison import Comparison
 from .folder import Run
 from .measures import Measure
 from .statistics import NOTHING, Estimate, pareto_front

@@ -105,23 +105,3 @@ class SweepProgress:
         words = "" if left is None else f"about {left / 60:.0f} min left" if left > 90 else "about a minute left"
         about = f"{self._type} ({self._done_types + 1} of {self._types})" + (f", {step}" if step else "")
         self._bar.update(self._task, completed=self._done_pairs + self._suite_done, description=about, left=words)
-
-
-class TurnProgress:
-    """A bar over a mode's turns with a rate and an estimate, on a terminal's standard error only."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-
-    def __enter__(self) -> TurnProgress:
-        self._bar = self._stack.enter_context(progress())
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def begin(self, mode: str, turns: int) -> None:
-        self._task = self._bar.add_task(f"Timing {mode} mode", total=turns)
-
-    def tick(self) -> None:
-        self._bar.advance(self._task)

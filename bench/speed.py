@@ -9,28 +9,32 @@ together.
 
 from __future__ import annotations
 
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gramlite.console import progress
 from gramlite.errors import InputError
 from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.judging.pair import Pair
 from gramlite.options import chat_options
 from gramlite.terminal import say, say_json
 
+from .environment import versions
+from .table import Column, Table, Value, three_digits
 from .turns import Contender, Ratio, ratio, summary, take_turns, turns_of
 
 if TYPE_CHECKING:
     from gramlite.judging.judge import Judge
 
-    from .progress import TurnProgress
 
 CHARACTERS_LIMIT = 3500
 RATIONALE_TOKENS = 256
@@ -163,7 +167,6 @@ def measure_speed(
     repetitions: int,
     against: Sequence[str] = (),
     checkpoint: Path | None = None,
-    progress: TurnProgress | None = None,
     chat: ChatTemplate = OWN_TEMPLATE,
 ) -> SpeedReport:
     """Time both modes of a judge on pairs, its kernels, and the neighbours that are asked for."""
@@ -172,7 +175,6 @@ def measure_speed(
     from gramlite.judging.settings import THINK_SEQUENCES
     from gramlite.runtime.device import thread_count
 
-    tick = progress.tick if progress else lambda: None
     context, threads = 4096, thread_count(None)
     load_seconds = 0.0
     timed: dict[str, Timed] = {}
@@ -189,9 +191,10 @@ def measure_speed(
         ) as judge:
             load_seconds = load_seconds or time.perf_counter() - began
             plain = neighbours_of(judge, model, against, checkpoint, threads=threads, context=context)
-            if progress:
-                progress.begin(mode, turns_of(1 + len(plain), len(pairs), group=group, repetitions=repetitions))
-            timed[mode] = time_mode(judge, plain, pairs, group=group, repetitions=repetitions, tick=tick)
+            turns = turns_of(1 + len(plain), len(pairs), group=group, repetitions=repetitions)
+            with progress() as bar:
+                tick = partial(bar.advance, bar.add_task(f"Timing {mode} mode", total=turns))
+                timed[mode] = time_mode(judge, plain, pairs, group=group, repetitions=repetitions, tick=tick)
             ratios += [ratio(contender, timed[mode].contenders[0]) for contender in plain]
     return SpeedReport(
         {contender.name: summary(contender.seconds) for one in timed.values() for contender in one.contenders},
@@ -225,17 +228,8 @@ def settings_record(
     model: Path, pairs: int, repetitions: int, threads: int, context: int, load_seconds: float
 ) -> dict[str, Any]:
     """What a speed report was measured with."""
-    import importlib.metadata
-    import platform
-
     from gramlite.formats.artifact import artifact_bytes
 
-    versions = {}
-    for name in ("gramlite", "llama-cpp-python", "numpy", "torch", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "model": model.resolve().name,
         "bytes": artifact_bytes(model),
@@ -247,7 +241,7 @@ def settings_record(
         "context": context,
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(("gramlite", "llama-cpp-python", "numpy", "torch", "transformers")),
     }
 
 
@@ -287,27 +281,28 @@ def read_pairs(path: Path, limit: int) -> list[Pair]:
     return found
 
 
-def speed_table(report: SpeedReport) -> list[dict[str, str]]:
+def speed_table(report: SpeedReport) -> Table:
     """A row for each contender: seconds a pair, how many times gramlite's that is, and what it takes over the floor."""
     ratios = {one.slower: one for one in report.ratios}
-    rows = []
+    rows: list[list[Value]] = []
     for name, times in report.contenders.items():
-        one, overhead = ratios.get(name), report.overhead.get(name)
-        rows.append({
-            "": name,
-            "seconds a pair": f"{times['median']:.3f}",
-            "middle half": f"{times['low']:.3f} to {times['high']:.3f}",
-            "times gramlite's": "1" if one is None else f"{one.median:.2f} ({one.low:.2f} to {one.high:.2f})",
-            "over the floor": "" if overhead is None else f"{overhead:+.1%}",
-        })  # fmt: skip
-    return rows
+        one = ratios.get(name)
+        times_ours = "1" if one is None else f"{one.median:.2f} ({one.low:.2f} to {one.high:.2f})"
+        middle_half = f"{times['low']:.3f} to {times['high']:.3f}"
+        rows.append([name, times["median"], middle_half, times_ours, report.overhead.get(name, "")])
+    columns = [
+        Column(""),
+        Column("seconds a pair", three_digits),
+        Column("middle half"),
+        Column("times gramlite's"),
+        Column("over the floor", "{:+.1%}".format),
+    ]
+    return Table("Both orders of a pair; contenders take turns in one run", columns, rows)
 
 
 def show(report: SpeedReport) -> None:
     """Print a report as one readable table."""
-    from gramlite.console import show_table
-
-    show_table("Both orders of a pair; contenders take turns in one run", speed_table(report))
+    speed_table(report).show()
     for mode, kernels in report.kernels.items():
         rate, step = f"{kernels.prefill_rate:,.0f} tokens/s", f"{1000 * kernels.step_seconds:.2f} ms"
         say(f"Kernels of {mode} mode: prefill {rate}, a joint step {step}.")
@@ -359,7 +354,6 @@ def command(
     from importlib import resources
 
     from .neighbours import PRECISIONS, parse_against
-    from .progress import TurnProgress
 
     names = parse_against(against)
     packaged = Path(str(resources.files("gramlite").joinpath("data/pairs.jsonl")))
@@ -376,10 +370,7 @@ def command(
             from gramlite.reference.files import cached_gguf
 
             model = cached_gguf()
-        progress = stack.enter_context(TurnProgress())
-        report = measure_speed(
-            model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, progress=progress, chat=chat
-        )
+        report = measure_speed(model, timed, repetitions=repetitions, against=names, checkpoint=checkpoint, chat=chat)
     if as_json or not sys.stdout.isatty():
         say_json(report.to_json())
     else:

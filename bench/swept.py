@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .compare import Comparison, compare_runs
+from .comparison import Comparison, compare_runs
 from .folder import Run
 
 POOLED = "all suites"

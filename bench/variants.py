@@ -26,7 +26,7 @@ from gramlite.formats.quantization import FILE_TYPES
 from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.storage import atomic_output, sha256_cached
 
-from .parts import Part
+from .builder import Target
 
 if TYPE_CHECKING:
     from gramlite.quant.calibration import Transcript
@@ -66,7 +66,7 @@ class Variant:
 
 def parse_types(text: str) -> list[Variant]:
     """Types separated by commas, the base first; raises InputError for one that is unknown or there twice."""
-    found = [parse_variant(part.strip()) for part in text.split(",") if part.strip()]
+    found = [parse_variant(target.strip()) for target in text.split(",") if target.strip()]
     if not found:
         raise InputError("--types names no type. Write types such as F16,Q8_0,Q4_K_M,gptq:4x64.")
     names = [variant.name for variant in found]
@@ -78,7 +78,7 @@ def parse_types(text: str) -> list[Variant]:
 def parse_variant(text: str) -> Variant:
     """One type; raises InputError that says how types are spelled."""
     if matched := GPTQ.match(text):
-        return _gptq(text, int(matched[1]), int(matched[2]), [part for part in matched[3].split(":") if part])
+        return _gptq(text, int(matched[1]), int(matched[2]), [target for target in matched[3].split(":") if target])
     name, equals, path = text.partition("=")
     if equals:
         if not name or not Path(path).exists():
@@ -105,13 +105,13 @@ def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
     exceptions: list[tuple[str, int]] = []
     embedding = "f16"
     for option in options:
-        part, equals, own_bits = option.partition("=")
+        target, equals, own_bits = option.partition("=")
         if option.lower() in SWITCHES:
             settings |= SWITCHES[option.lower()]
         elif option.lower() in ("f16", "q8_0"):
             embedding = option.lower()
-        elif equals and part and own_bits.isdigit():
-            exceptions.append((part, int(own_bits)))
+        elif equals and target and own_bits.isdigit():
+            exceptions.append((target, int(own_bits)))
         else:
             raise InputError(
                 f"{text}: there is no option {option!r}. GPTQ's are {', '.join(SWITCHES)}, q8_0 (the embedding's type) "
@@ -172,62 +172,62 @@ class Source:
         }
 
 
-def artifact_part(variant: Variant, source: Source, folder: Path) -> Part:
+def artifact_target(variant: Variant, source: Source, folder: Path) -> Target:
     """The GGUF file of a type, with all that it needs, in the sweep's folder of artifacts."""
     path = folder / f"{variant.file_name}.gguf"
     if variant.gptq:
-        gptq = _gptq_part(variant, source, folder)
+        gptq = _gptq_target(variant, source, folder)
         build = partial(build_packed, folder=gptq.path, embedding=variant.embedding)
-        return Part(path, {"made": "pack", "embedding": variant.embedding}, build, (gptq,))
+        return Target(path, {"made": "pack", "embedding": variant.embedding}, build, (gptq,))
     if variant.kind in EXPORTED:
-        return _exported_part(variant.kind, source, folder)
+        return _exported_target(variant.kind, source, folder)
     if variant.calibrated:
-        return _calibrated_part(path, variant.kind, source, folder)
-    exported = _exported_part("F16", source, folder)
+        return _calibrated_target(path, variant.kind, source, folder)
+    exported = _exported_target("F16", source, folder)
     build = partial(build_quantized, exported=exported.path, kind=variant.kind, threads=source.threads)
-    return Part(path, {"made": "quantize", "kind": variant.kind}, build, (exported,))
+    return Target(path, {"made": "quantize", "kind": variant.kind}, build, (exported,))
 
 
-def _calibrated_part(path: Path, kind: str, source: Source, folder: Path) -> Part:
-    transcripts, matrix = _transcripts_part(source, folder), _matrix_part(source, folder)
+def _calibrated_target(path: Path, kind: str, source: Source, folder: Path) -> Target:
+    transcripts, matrix = _transcripts_target(source, folder), _matrix_target(source, folder)
     build = partial(build_calibrated, source=source, kind=kind, transcripts=transcripts.path, matrix=matrix.path)
-    return Part(path, {"made": "quantize calibrated", "kind": kind}, build, (transcripts, matrix))
+    return Target(path, {"made": "quantize calibrated", "kind": kind}, build, (transcripts, matrix))
 
 
-def _exported_part(kind: str, source: Source, folder: Path) -> Part:
+def _exported_target(kind: str, source: Source, folder: Path) -> Target:
     recipe = {
         "made": "export", "dtype": kind, "checkpoint": source.checkpoint_sha256, "template": source.template,
         "gramlite": version("gramlite"),
     }  # fmt: skip
     build = partial(build_exported, checkpoint=source.checkpoint, dtype=kind.lower(), template=source.template)
-    return Part(folder / f"{kind}.gguf", recipe, build)
+    return Target(folder / f"{kind}.gguf", recipe, build)
 
 
-def _transcripts_part(source: Source, folder: Path) -> Part:
+def _transcripts_target(source: Source, folder: Path) -> Target:
     if source.calibration is None:
         raise InputError(
             "Types with +imatrix, auto and gptq need --calibration PAIRS.jsonl, pairs or transcripts of the judge."
         )
-    exported = _exported_part("F16", source, folder)
+    exported = _exported_target("F16", source, folder)
     recipe = {"made": "transcripts", **source.record()["calibration"]}
     build = partial(build_transcripts, source=source, judge=exported.path)
-    return Part(folder / "transcripts.jsonl", recipe, build, (exported,))
+    return Target(folder / "transcripts.jsonl", recipe, build, (exported,))
 
 
-def _matrix_part(source: Source, folder: Path) -> Part:
-    transcripts = _transcripts_part(source, folder)
+def _matrix_target(source: Source, folder: Path) -> Target:
+    transcripts = _transcripts_target(source, folder)
     build = partial(build_matrix, source=source, transcripts=transcripts.path)
-    return Part(folder / "imatrix.gguf", {"made": "imatrix"}, build, (transcripts,))
+    return Target(folder / "imatrix.gguf", {"made": "imatrix"}, build, (transcripts,))
 
 
-def _gptq_part(variant: Variant, source: Source, folder: Path) -> Part:
+def _gptq_target(variant: Variant, source: Source, folder: Path) -> Target:
     from gramlite.quant.solve import GptqSettings
 
-    transcripts = _transcripts_part(source, folder)
+    transcripts = _transcripts_target(source, folder)
     settings = GptqSettings(**variant.gptq)
-    name = ":".join(part for part in variant.name.split(":") if part not in ("f16", "q8_0")).replace(":", "-")
+    name = ":".join(target for target in variant.name.split(":") if target not in ("f16", "q8_0")).replace(":", "-")
     build = partial(build_gptq, source=source, transcripts=transcripts.path, settings=dict(variant.gptq))
-    return Part(folder / name, {"made": "gptq", "settings": asdict(settings)}, build, (transcripts,))
+    return Target(folder / name, {"made": "gptq", "settings": asdict(settings)}, build, (transcripts,))
 
 
 # --- the makers, each in a process of its own ----------------------------------------------------------------

@@ -275,20 +275,20 @@ def test_a_sweeps_page_replaces_nobodys_file(mine: str, place: Path) -> None:
 @overwriting
 def test_a_picture_beside_a_page_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    from gramlite.bench import picture, results
+    from gramlite.bench import sweep_page
 
     mine = tmp_path / "page.png"
     mine.write_bytes(b"mine")
-    monkeypatch.setattr(picture, "panels_of", lambda *runs: [])
+    monkeypatch.setattr(sweep_page, "panels_of", lambda *runs: [])
     base = SimpleNamespace(name="base")
     swept: Any = SimpleNamespace(comparisons={"suite": {}}, runs_of=lambda suite: {"base": base}, base=base)
     plan: Any = SimpleNamespace(source=SimpleNamespace(checkpoint=tmp_path))
-    monkeypatch.setattr(results, "what_it_says", lambda swept: [])
+    monkeypatch.setattr(sweep_page, "what_it_says", lambda swept: [])
     for sentence in ("mode_sentence", "settings_sentence"):
-        monkeypatch.setattr(results, sentence, lambda plan: "", raising=False)
-    monkeypatch.setattr(results, "tables_markdown", lambda swept: [])
-    monkeypatch.setattr(results, "made_with", lambda plan, swept: [])
-    results.write_page(tmp_path / "page.md", plan, swept)
+        monkeypatch.setattr(sweep_page, sentence, lambda plan: "", raising=False)
+    monkeypatch.setattr(sweep_page, "tables_markdown", lambda swept: [])
+    monkeypatch.setattr(sweep_page, "made_with", lambda plan, swept: [])
+    sweep_page.write_page(tmp_path / "page.md", plan, swept)
     assert mine.read_bytes() == b"mine" and (tmp_path / "page.md").is_file()
 
 

@@ -33,7 +33,10 @@ WITH_COMPANION = broken_gguf.put("gramlite.companion", 8, "judge.low-rank.gguf")
     [
         (["quantize", "distill", "folder", "--teacher", "checkpoint", "-o", "out"], "quantize gptq"),
         (["quantize", "distill", "--help"], "quantize gptq"),
-        (["bench", "quality", "a.gguf", "--pairs", "autoj:FILE", "--gold", "GOLD", "-o", "runs"], "bench compare RUN RUN... --gold"),
+        (
+            ["bench", "quality", "a.gguf", "--pairs", "autoj:FILE", "--gold", "GOLD", "-o", "runs"],
+            "bench compare RUN RUN... --gold",
+        ),
         (["bench", "gptq-layers", "--help"], "bench/claims/gptq_layers.py"),
         (["quantize", "gguf", "checkpoint", "-o", "out.gguf", "--type", "Q4_1", "--low-rank", "32"], "auto:4.5bpw"),
         (["quantize", "gguf", "checkpoint", "-o", "out.gguf", "--low_rank=64", "--calibration", "p"], "--type Q4_K_M"),

@@ -16,7 +16,7 @@ import pytest
 from gramlite.bench import speed
 from gramlite.bench.gate import parse_gate
 from gramlite.bench.progress import SweepProgress
-from gramlite.bench.tables import escaped
+from gramlite.bench.table import escaped
 from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.quant.report import LayerReport, QuantizationReport, print_report
 

@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gramlite.bench.speed import read_pairs
+from gramlite.bench.turns import Contender, Ratio, ratio, take_turns
+
 import gramlite
 from gramlite.backends.cache_keyword import with_cache
 from gramlite.judging.judge import Judge
 from gramlite.judging.pair import Pair
 from gramlite.runtime.device import thread_count
 from gramlite.terminal import say_json
-
-from gramlite.bench.speed import read_pairs
-from gramlite.bench.turns import Contender, Ratio, ratio, take_turns
 
 Say = Callable[[dict[str, Any]], None]
 

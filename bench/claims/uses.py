@@ -20,6 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gramlite.bench.neighbours import both_orders, question
+from gramlite.bench.turns import Contender, ratio, take_turns
+
 from gramlite.generation.request import Request
 from gramlite.judging.judge import Judge, Settings
 from gramlite.judging.pair import Pair
@@ -27,9 +30,6 @@ from gramlite.loading import load
 from gramlite.runtime.device import thread_count
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.terminal import say_json
-
-from gramlite.bench.neighbours import both_orders, question
-from gramlite.bench.turns import Contender, ratio, take_turns
 
 SPREAD = 4  # rows, under which a ratio has no middle half
 

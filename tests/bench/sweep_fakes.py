@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from gramlite.bench.parts import Part
+from gramlite.bench.builder import Target
 from gramlite.bench.variants import Source, Variant
 
 from gramlite.errors import ModelError
@@ -18,13 +18,13 @@ CHAT = Path(__file__).resolve().parents[2] / "gramlite/data/reference/hf/chat_te
 FAILS, CRASHES = "Q2_K", "Q3_K_M"
 
 
-def artifact_part(variant: Variant, source: Source, folder: Path) -> Part:
+def artifact_target(variant: Variant, source: Source, folder: Path) -> Target:
     """A scripted artifact in place of the real one; `seconds` files in the checkpoint say how slow it is."""
     slow = source.checkpoint / "seconds"
     seconds = float(slow.read_text()) if slow.is_file() else 0.0
     recipe = {"kind": variant.kind, "checkpoint": source.checkpoint_sha256}
     build = partial(build_scripted, name=variant.name, kind=variant.kind, seconds=seconds)
-    return Part(folder / f"{variant.file_name}.gguf", recipe, build)
+    return Target(folder / f"{variant.file_name}.gguf", recipe, build)
 
 
 def build_scripted(path: Path, *, name: str, kind: str, seconds: float) -> None:

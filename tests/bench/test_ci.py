@@ -21,7 +21,7 @@ import sys
 import sweep_fakes
 from gramlite.bench import variants
 from gramlite.cli import main
-variants.artifact_part = sweep_fakes.artifact_part
+variants.artifact_target = sweep_fakes.artifact_target
 if __name__ == "__main__":
     main(sys.argv[1:])
 """

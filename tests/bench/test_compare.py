@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gramlite.bench.compare import command, compare_runs
+from gramlite.bench.compare import command
+from gramlite.bench.comparison import compare_runs
 from gramlite.bench.folder import Run, gold_row, read_run
 from gramlite.bench.gate import evaluate, parse_gate
 from gramlite.bench.measures import MEASURES
 from gramlite.bench.statistics import Estimate, clopper_pearson, mcnemar_exact, rate_interval
-from gramlite.bench.tables import csv_table, markdown, need_sentence, sentences
+from gramlite.bench.summary import figures_table, markdown, need_sentence, sentences
 
 from gramlite.errors import GateError, InputError
 
@@ -327,7 +328,7 @@ def test_people_get_tables(make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 
     base, run = two_runs(make_run, [("A", "A", "A")] * 90 + [("A", "A", "B")] * 10)
     runs = [read_run(path) for path in (base, run)]
-    show(runs[0], [compare_runs(*runs)], {"small": runs[1]})
+    show(runs[0], [runs[1]], [compare_runs(*runs)])
     printed = capsys.readouterr().out
     assert "Compared with base" in printed and "10 from right to wrong" in printed
 
@@ -337,11 +338,11 @@ def test_markdown_and_csv(make_run: MakeRun) -> None:
     base = read_run(make_run("base", rows))
     found = compare_runs(base, base)
     found = type(found)(**{**found.__dict__, "run": "=evil|run"})
-    text = markdown(base, [found], {"=evil|run": base})
+    text = markdown(base, [base], [found])
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table[:4]}) == 1
     assert "a\\|b" in text
-    lines = csv_table([found]).splitlines()
+    lines = figures_table([found]).csv().splitlines()
     assert lines[0].startswith("base_run,run,subset,measure")
     assert len(lines) == 1 + len(MEASURES) + 2 * 2
     assert all(line.split(",")[1] == "'=evil|run" for line in lines[1:])

@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from gramlite.bench.compare import Comparison, compare_runs
+from gramlite.bench.comparison import Comparison, compare_runs
 from gramlite.bench.folder import read_run
 from gramlite.bench.gate import Clause, enforce, evaluate, github_annotations, outcome_of, parse_gate, write_junit
 

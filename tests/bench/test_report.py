@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramlite.bench import page
-from gramlite.bench.compare import Comparison, compare_runs
+from gramlite.bench.comparison import Comparison, compare_runs
 from gramlite.bench.flips import embedded, shortened
 from gramlite.bench.folder import Run, read_run
-from gramlite.bench.report import LARGEST_PAGE, write_report
+from gramlite.bench.report import LARGEST_PAGE, PAGE, write_report
 
 from .conftest import Row, judged_row
 
@@ -118,7 +117,7 @@ def test_hostile_text_adds_no_element(report: Path) -> None:
     assert all(str(reference).startswith(("#", "data:")) for reference in references)
     assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
     assert "http:" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", report.read_text(encoding="utf-8"))
-    digest = base64.b64encode(hashlib.sha256(page.SCRIPT.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256((PAGE / "report.js").read_bytes()).digest()).decode()
     policy = next(a["content"] for tag, a in tags.found if tag == "meta" and a.get("http-equiv"))
     assert policy and f"'sha256-{digest}'" in policy and "default-src 'none'" in policy
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gramlite.bench.folder import Run
-from gramlite.bench.results import csv_results, json_rows, table_rows, tables_markdown, what_it_says, write_page
-from gramlite.bench.run import load_work
+from gramlite.bench.sweep_page import write_page
+from gramlite.bench.sweep_table import csv_results, json_rows, suite_table, tables_markdown
+from gramlite.bench.sweep_words import what_it_says
 from gramlite.bench.swept import POOLED, Entry, Swept, compare_all
 from gramlite.bench.variants import Source, parse_variant
+from gramlite.bench.work import load_work
 
 from .conftest import judged_row
 from .test_run import write_pairs
@@ -83,12 +85,12 @@ def test_a_type_without_every_suite_is_not_pooled(swept: Swept) -> None:
     found = compare_all(cut, seed=0)
     assert set(found.comparisons[POOLED]) == {"Q8_0", "gptq:4x64"}
     assert set(found.comparisons["autoj"]) == {"Q8_0", "Q4_0", "gptq:4x64"}
-    row = next(row for row in table_rows(found, "pandalm") if row["type"] == "Q4_0")
+    row = next(row for row in suite_table(found, "pandalm").texts() if row["type"] == "Q4_0")
     assert row["flips %"] == "–" and row["s/pair"] == "–"
 
 
 def test_the_table_for_people(swept: Swept) -> None:
-    rows = {row["type"]: row for row in table_rows(swept, "autoj")}
+    rows = {row["type"]: row for row in suite_table(swept, "autoj").texts()}
     assert rows["F16"]["Δ accuracy"] == "base" and rows["F16"]["size MB"] == "270.0"
     assert rows["Q8_0"]["mean |Δ margin|"] == "0.100 [0.100, 0.100]"
     assert rows["Q2_K"]["failed"] == "rows are | too *short*" and rows["Q2_K"]["accuracy %"] == "–"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramlite.bench.compare import compare_runs
+from gramlite.bench.comparison import compare_runs
 from gramlite.bench.folder import read_run
-from gramlite.bench.run import load_work, pair_digest, run_suite
+from gramlite.bench.run import run_suite
+from gramlite.bench.work import load_work, pair_digest
 
 from gramlite.errors import InputError, IntegrityError
 from gramlite.judging.judge import Settings

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from gramlite.bench import parts, variants
+from gramlite.bench import sweep as sweep_module
+from gramlite.bench import variants
+from gramlite.bench.builder import Builder, Target, build_in_child, is_intact
 from gramlite.bench.folder import read_run
-from gramlite.bench.parts import Part, Workshop, in_child, is_intact
 from gramlite.bench.progress import SweepProgress
-from gramlite.bench.run import load_work
 from gramlite.bench.sweep import command
-from gramlite.bench.variants import Source, artifact_part, parse_types, parse_variant
+from gramlite.bench.variants import Source, artifact_target, parse_types, parse_variant
+from gramlite.bench.work import load_work
 
 from gramlite.errors import GateError, GramliteError, InputError, IntegrityError, ModelError
 
@@ -87,8 +88,8 @@ def test_what_a_type_is_made_of(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 3)
     source = Source(checkpoint=checkpoint_at(tmp_path / "ckpt"), calibration=pairs)
 
-    def part(text: str, of: Source = source) -> Part:
-        return artifact_part(parse_variant(text), of, tmp_path)
+    def part(text: str, of: Source = source) -> Target:
+        return artifact_target(parse_variant(text), of, tmp_path)
 
     assert [need.path.name for need in part("Q4_K_M").needs] == ["F16.gguf"]
     assert [need.path.name for need in part("Q4_0+imatrix").needs] == ["transcripts.jsonl", "imatrix.gguf"]
@@ -118,34 +119,34 @@ def write_twice(path: Path) -> None:
 
 def test_a_part_is_made_once_and_again_when_it_is_due(tmp_path: Path) -> None:
     made: list[str] = []
-    shop = Workshop(lambda part: made.append(part.path.name) or part.build(part.path), lambda name: None)  # type: ignore[func-returns-value]
-    need = Part(tmp_path / "need", {"step": 1}, write_twice)
-    part = Part(tmp_path / "part", {"step": 2}, write_twice, (need,))
-    assert shop.ensure(part) == tmp_path / "part"
-    shop.ensure(part)
+    builder = Builder(lambda part: made.append(part.path.name) or part.build(part.path), lambda name: None)  # type: ignore[func-returns-value]
+    need = Target(tmp_path / "need", {"step": 1}, write_twice)
+    part = Target(tmp_path / "part", {"step": 2}, write_twice, (need,))
+    assert builder.ensure(part) == tmp_path / "part"
+    builder.ensure(part)
     assert made == ["need", "part"]
     (tmp_path / "part").write_text("fade")  # other bytes
-    shop.ensure(part)
+    builder.ensure(part)
     assert made == ["need", "part", "part"]
     part.note.write_text("{")
     assert not is_intact(part)
-    changed = Part(tmp_path / "need", {"step": 9}, write_twice)
-    shop.ensure(Part(tmp_path / "part", {"step": 2}, write_twice, (changed,)))
+    changed = Target(tmp_path / "need", {"step": 9}, write_twice)
+    builder.ensure(Target(tmp_path / "part", {"step": 2}, write_twice, (changed,)))
     assert made[3:] == ["need", "part"]  # what is made of something else is something else
 
 
 def test_what_failed_once_is_not_tried_again(tmp_path: Path) -> None:
     tries: list[Path] = []
 
-    def fail(part: Part) -> None:
+    def fail(part: Target) -> None:
         tries.append(part.path)
         raise ModelError("no")
 
-    need = Part(tmp_path / "need", {}, write_twice)
-    shop = Workshop(fail)
+    need = Target(tmp_path / "need", {}, write_twice)
+    builder = Builder(fail)
     for name in ("one", "two"):
         with pytest.raises(ModelError, match="no"):
-            shop.ensure(Part(tmp_path / name, {}, write_twice, (need,)))
+            builder.ensure(Target(tmp_path / name, {}, write_twice, (need,)))
     assert tries == [tmp_path / "need"]
 
 
@@ -161,16 +162,16 @@ def complain(path: Path) -> None:
 def test_a_crash_of_native_code_is_an_error_like_others(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(GramliteError, match="ended with exit code -6"):
-        in_child(Part(tmp_path / "part", {}, sweep_fakes_build("Q3_K_M")), log)
+        build_in_child(Target(tmp_path / "part", {}, sweep_fakes_build("Q3_K_M")), log)
     with pytest.raises(ModelError, match="too short"):
-        in_child(Part(tmp_path / "part", {}, sweep_fakes_build("Q2_K")), log)
-    in_child(Part(tmp_path / "part", {}, sweep_fakes_build("Q8_0")), log)
+        build_in_child(Target(tmp_path / "part", {}, sweep_fakes_build("Q2_K")), log)
+    build_in_child(Target(tmp_path / "part", {}, sweep_fakes_build("Q8_0")), log)
     assert (tmp_path / "part").is_file()
 
 
 def sweep_fakes_build(kind: str) -> Any:
     source = Path(sweep_fakes.__file__)
-    return sweep_fakes.artifact_part(parse_variant(kind), Source(checkpoint=source.parent), source.parent).build
+    return sweep_fakes.artifact_target(parse_variant(kind), Source(checkpoint=source.parent), source.parent).build
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -181,14 +182,14 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Scripted artifacts, made in this process; the list names what was made."""
     made: list[str] = []
 
-    def run(part: Part, log: Path) -> None:
+    def run(part: Target, log: Path) -> None:
         made.append(part.path.name)
         if part.path.name.startswith(sweep_fakes.CRASHES):
             raise GramliteError("the maker crashed")
         part.build(part.path)
 
-    monkeypatch.setattr(variants, "artifact_part", sweep_fakes.artifact_part)
-    monkeypatch.setattr(parts, "in_child", run)
+    monkeypatch.setattr(sweep_module, "artifact_target", sweep_fakes.artifact_target)
+    monkeypatch.setattr(sweep_module, "build_in_child", run)
     return made
 
 
@@ -301,8 +302,8 @@ def test_calibration_is_judged_in_the_mode_of_the_sweep(
     asked: list[Source] = []
     monkeypatch.setattr(
         variants,
-        "artifact_part",
-        lambda v, source, folder: asked.append(source) or sweep_fakes.artifact_part(v, source, folder),
+        "artifact_target",
+        lambda v, source, folder: asked.append(source) or sweep_fakes.artifact_target(v, source, folder),
     )
     assert sweep(tmp_path, "--calibration", pairs, "--mode", mode, types=CALIBRATED).return_value == 0
     judged: list[str] = []
@@ -441,7 +442,7 @@ def start_sweep(folder: Path, types: str) -> subprocess.Popen[str]:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sweep_fakes; from gramlite.bench import variants\n"
-        "variants.artifact_part = sweep_fakes.artifact_part\n"
+        "variants.artifact_target = sweep_fakes.artifact_target\n"
         "from gramlite.cli import main; main()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -117,7 +117,7 @@ def test_the_least_of_mask_quota_and_cores(groups: Groups, monkeypatch: pytest.M
 
 @quota
 def test_what_is_recorded_of_the_machine(groups: Groups) -> None:
-    from gramlite.bench.run import hardware
+    from gramlite.bench.environment import hardware
 
     from gramlite.commands.doctor import check_machine
 

@@ -1,7 +1,7 @@
-"""What a sweep makes on the way: each part once, in a process of its own, and again only when its recipe changed.
+"""What a sweep makes on the way: each target once, in a process of its own, and again only when its recipe changed.
 
-Beside a part lies `<name>.recipe.json`: what it was made with and the sha256 of its files. It is written last, so
-that a part whose making was killed is made anew.
+Beside a target lies `<name>.recipe.json`: what it was made with and the sha256 of its files. It is written last, so
+that a target whose making was killed is made anew.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Build = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
-class Part:
+class Target:
     """A file or folder that `build` makes from the parts it needs; `recipe` is all that its bytes depend on."""
 
     path: Path
     recipe: Mapping[str, Any]
     build: Build
-    needs: tuple[Part, ...] = ()
+    needs: tuple[Target, ...] = ()
 
     @property
     def record(self) -> dict[str, Any]:
-        """The recipe with those of its needs, as it is kept beside the part."""
+        """The recipe with those of its needs, as it is kept beside the target."""
         return {**self.recipe, "needs": [need.record for need in self.needs]}
 
     @property
@@ -47,67 +47,69 @@ class Part:
 
 
 @dataclass
-class Workshop:
-    """Makes parts with `run`, tells `begin` their names, and makes no part twice that failed once."""
+class Builder:
+    """Makes parts with `run`, tells `begin` their names, and makes no target twice that failed once."""
 
-    run: Callable[[Part], None]
+    run: Callable[[Target], None]
     begin: Callable[[str], None] = lambda name: None
     failed: dict[Path, GramliteError] = field(default_factory=dict)
 
-    def ensure(self, part: Part) -> Path:
-        """The part's path, after making it and what it needs where that is not there; raises GramliteError."""
-        if part.path in self.failed:
-            raise self.failed[part.path]
+    def ensure(self, target: Target) -> Path:
+        """The target's path, after making it and what it needs where that is not there; raises GramliteError."""
+        if target.path in self.failed:
+            raise self.failed[target.path]
         try:
-            for need in part.needs:
+            for need in target.needs:
                 self.ensure(need)
-            if not is_intact(part):
-                self.begin(part.path.name)
-                part.note.unlink(missing_ok=True)
-                part.path.parent.mkdir(parents=True, exist_ok=True)
-                self.run(part)
-                write_json(part.note, {"recipe": part.record, "files": files_of(part.path)})
+            if not is_intact(target):
+                self.begin(target.path.name)
+                target.note.unlink(missing_ok=True)
+                target.path.parent.mkdir(parents=True, exist_ok=True)
+                self.run(target)
+                write_json(target.note, {"recipe": target.record, "files": files_of(target.path)})
         except GramliteError as error:
-            self.failed[part.path] = error
+            self.failed[target.path] = error
             raise
-        return part.path
+        return target.path
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """The files of a part and their sha256: what its manifest lists, where it has one."""
+    """The files of a target and their sha256: what its manifest lists, where it has one."""
     manifest = read_manifest(path)
     return manifest.files if manifest and manifest.files else hash_files(path)
 
 
-def is_intact(part: Part) -> bool:
-    """Whether a part is there, was made by this recipe, and has the bytes it had then."""
+def is_intact(target: Target) -> bool:
+    """Whether a target is there, was made by this recipe, and has the bytes it had then."""
     try:
-        note = json.loads(part.note.read_text(encoding="utf-8"))
+        note = json.loads(target.note.read_text(encoding="utf-8"))
         files = dict(note["files"])
-        if note["recipe"] != json.loads(json.dumps(part.record)) or not part.path.exists() or not files:
+        if note["recipe"] != json.loads(json.dumps(target.record)) or not target.path.exists() or not files:
             return False
-        verify_files(part.path, Manifest(format="part", name=part.path.name, files=files))
+        verify_files(target.path, Manifest(format="target", name=target.path.name, files=files))
     except (OSError, ValueError, KeyError, TypeError, ModelError):
         return False
-    return not part.path.is_dir() or (part.path / FOLDER_MANIFEST).is_file()
+    return not target.path.is_dir() or (target.path / FOLDER_MANIFEST).is_file()
 
 
-def sweep_leftovers(folder: Path) -> None:
-    """Remove what makers that were killed have left; for whoever holds the folder's lock."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what builds that were killed have left; for whoever holds the folder's lock."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
             remove_path(path)
 
 
-def in_child(part: Part, log: Path) -> None:
-    """Make a part in a process of its own, which a crash of native code ends instead of this one.
+def build_in_child(target: Target, log: Path) -> None:
+    """Make a target in a process of its own, which a crash of native code ends instead of this one.
 
     All that the process prints goes to `log`. Raises the GramliteError it met, or one that says how it ended.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_make, args=(part.build, part.path, log, sender), name=f"make {part.path.name}")
-    with deaf_children():
+    process = context.Process(
+        target=_build_and_report, args=(target.build, target.path, log, sender), name=f"make {target.path.name}"
+    )
+    with children_ignoring_interrupts():
         process.start()
     sender.close()
     try:
@@ -116,7 +118,7 @@ def in_child(part: Part, log: Path) -> None:
     except EOFError:
         process.join()
         error = GramliteError(
-            f"The process that made {part.path.name} ended with exit code {process.exitcode}. Its last words are in {log}."
+            f"The process that made {target.path.name} ended with exit code {process.exitcode}. Its last words are in {log}."
         )
     finally:
         if process.is_alive():
@@ -128,7 +130,7 @@ def in_child(part: Part, log: Path) -> None:
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def children_ignoring_interrupts() -> Iterator[None]:
     """Have processes that are started here not hear a terminal's Ctrl-C, which ends them through this one."""
     if hasattr(signal, "pthread_sigmask"):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -140,7 +142,7 @@ def deaf_children() -> Iterator[None]:
         yield
 
 
-def _make(build: Build, path: Path, log: Path, sender: Connection) -> None:
+def _build_and_report(build: Build, path: Path, log: Path, sender: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("a", encoding="utf-8") as words:
         for descriptor in (1, 2):
