@@ -301,7 +301,7 @@ def test_calibration_is_judged_in_the_mode_of_the_sweep(
     pairs = write_pairs(tmp_path / "calibration.jsonl", 5)
     asked: list[Source] = []
     monkeypatch.setattr(
-        variants,
+        sweep_module,
         "artifact_target",
         lambda v, source, folder: asked.append(source) or sweep_fakes.artifact_target(v, source, folder),
     )
