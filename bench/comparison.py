@@ -104,8 +104,7 @@ def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, go
     for identifier, (first, second) in zip(common, matched, strict=True):
         if first.get("label") != second.get("label") and None not in (first.get("label"), second.get("label")):
             raise InputError(
-                f"Row {identifier} is labelled {first['label']} in {base.name} and {second['label']} in "
-                f"{run.name}. "
+                f"Row {identifier} is labelled {first['label']} in {base.name} and {second['label']} in {run.name}. "
                 "These are runs of different data."
             )
     everything = Paired(matched, clusters_of(matched) if cluster else None, seed)
@@ -191,9 +190,8 @@ def notes_of(base: Run, run: Run, counts: Mapping[str, int], effect: float) -> l
     notes = []
     if counts["base_only"] or counts["run_only"]:
         notes.append(
-            f"{counts['base_only']} rows are only in {base.name} and {counts['run_only']} only in "
-            f"{run.name}; "
-            f"the comparison is on the {counts['common']} in both."
+            f"{counts['base_only']} rows are only in {base.name} and {counts['run_only']} only in {run.name}; the "
+            f"comparison is on the {counts['common']} in both."
         )
     if counts["base_no_verdict"] or counts["run_no_verdict"]:
         notes.append(
@@ -202,9 +200,8 @@ def notes_of(base: Run, run: Run, counts: Mapping[str, int], effect: float) -> l
         )
     if counts["prompts"] < counts["judged"]:
         notes.append(
-            f"{counts['judged']} rows share {counts['prompts']} prompts: intervals treat a prompt as the "
-            f"unit "
-            f"(design effect {effect:.2f}); McNemar's p takes rows as independent."
+            f"{counts['judged']} rows share {counts['prompts']} prompts: intervals treat a prompt as the unit (design "
+            f"effect {effect:.2f}); McNemar's p takes rows as independent."
         )
     for key in ("mode", "orders", "votes", "temperature", "budget", "template"):
         first, second = (_setting(side, key) for side in (base, run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,19 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
             if line.value is None:
                 raise InputError(f"{path}, {line.error} Is this the file that was published?")
             yield line.number, dict(line.value)
+
+
+def read_pairs(path: Path, read: Callable[[Record, int, str], Iterable[Pair]]) -> Iterator[Pair]:
+    """The pairs of a file: a record of gramlite's own schema is one, of another `read` makes them.
+
+    `read` is given the record, its number from 1 and where it stands, as errors name it.
+    """
+    for number, record in read_records(path):
+        where = f"{path.name}, record {number}"
+        if is_plain(record):
+            yield plain_pair(record, where)
+        else:
+            yield from read(record, number, where)
 
 
 def text(record: Mapping[str, Any], key: str, where: str) -> str:

@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 CHARACTERS_LIMIT = 3500
 RATIONALE_TOKENS = 256
+JUDGE_ONCE = """
+import sys, gramlite
+from gramlite import RuntimeOptions, Settings
+judge = gramlite.load(sys.argv[1], settings=Settings(mode="direct"), runtime=RuntimeOptions(context=4096))
+judge(prompt="Explain. " * 400, response_a="One. " * 400, response_b="Two. " * 400)
+status = open("/proc/self/status").read()
+print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+"""
 
 
 @dataclass(frozen=True)
@@ -252,16 +260,8 @@ def peak_memory(model: Path) -> float | None:
     """
     import subprocess
 
-    code = (
-        "import sys, gramlite\n"
-        "from gramlite import RuntimeOptions, Settings\n"
-        "judge = gramlite.load(sys.argv[1], settings=Settings(mode='direct'), runtime=RuntimeOptions(context=4096))\n"
-        "judge(prompt='Explain. ' * 400, response_a='One. ' * 400, response_b='Two. ' * 400)\n"
-        "status = open('/proc/self/status').read()\n"
-        "print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)\n"
-    )
     finished = subprocess.run(
-        [sys.executable, "-c", code, str(model)], capture_output=True, text=True, errors="replace"
+        [sys.executable, "-c", JUDGE_ONCE, str(model)], capture_output=True, text=True, errors="replace"
     )
     return None if finished.returncode else round(float(finished.stdout), 1)
 

@@ -9,7 +9,7 @@ label. A judge that never says "tie" cannot reach the tied pairs, so agreement w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from gramlite.bench import records, scoring
 from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
-    "Get data/test/testdata_pairwise.jsonl from github.com/GAIR-NLP/auto-j: JSON lines with scenario, "
-    "prompt, "
+    "Get data/test/testdata_pairwise.jsonl from github.com/GAIR-NLP/auto-j: JSON lines with scenario, prompt, "
     "'response 1', 'response 2' and a label of 0 (first), 1 (second) or 2 (tie)."
 )
 FILES = ("testdata_pairwise.jsonl", "autoj.jsonl")
@@ -29,48 +28,38 @@ GROUPS = {
     "Exam Questions": "math_reasoning solving_exam_question_with_math solving_exam_question_without_math",
     "Code": "code_simplification code_generation explaining_code code_correction_rewriting code_to_code_translation",
     "Rewriting": "text_simplification language_polishing instructional_rewriting text_correction paraphrasing",
-    "Creative Writing": "writing_song_lyrics writing_social_media_post writing_blog_post "
-    "writing_personal_essay "
-    "creative_writing writing_advertisement writing_marketing_materials writing_presentation_script "
-    "counterfactual",
-    "Functional Writing": "writing_product_description writing_job_application writing_news_article "
-    "writing_biography writing_email writing_legal_document writing_technical_document "
-    "writing_scientific_paper "
-    "functional_writing writing_cooking_recipe",
+    "Creative Writing": "writing_song_lyrics writing_social_media_post writing_blog_post writing_personal_essay "
+    "creative_writing writing_advertisement writing_marketing_materials writing_presentation_script counterfactual",
+    "Functional Writing": "writing_product_description writing_job_application writing_news_article writing_biography "
+    "writing_email writing_legal_document writing_technical_document writing_scientific_paper functional_writing "
+    "writing_cooking_recipe",
     "General Communication": "asking_how_to_question open_question analyzing_general explaining_general "
     "seeking_advice recommendation value_judgement verifying_fact chitchat roleplay planning brainstorming",
-    "NLP Tasks": "ranking text_to_text_translation data_analysis classification_identification "
-    "title_generation "
-    "question_generation reading_comprehension keywords_extraction information_extraction topic_modeling "
-    "others",
+    "NLP Tasks": "ranking text_to_text_translation data_analysis classification_identification title_generation "
+    "question_generation reading_comprehension keywords_extraction information_extraction topic_modeling others",
 }
 GROUP_OF = {scenario: group for group, scenarios in GROUPS.items() for scenario in scenarios.split()}
 OFFICIAL = {group: 24 * len(scenarios.split()) for group, scenarios in GROUPS.items()}
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs; the subset is the scenario's group, the scenario is in the meta."""
-    return islice(_pairs(path), limit)
-
-
-def _pairs(path: Path) -> Iterator[Pair]:
-    for number, record in records.read_records(path):
-        where = f"{path.name}, record {number}"
-        if records.is_plain(record):
-            scenario = str(record.get("subset", ""))
-            group = GROUP_OF.get(scenario, scenario or "all")
-            meta = {**(record.get("meta") or {}), "scenario": scenario}
-            yield records.plain_pair({**record, "subset": group, "meta": meta}, where)
-            continue
-        scenario = records.text(record, "scenario", where)
-        yield records.make_pair(
-            identifier=f"autoj:{number - 1:04d}",
-            prompt=records.text(record, "prompt", where),
-            response_a=records.text(record, "response 1", where),
-            response_b=records.text(record, "response 2", where),
-            label=records.label(record, "label", LABELS, where, SOURCE),
-            meta={"subset": GROUP_OF.get(scenario, scenario), "scenario": scenario},
+    for pair in records.read_pairs(path, _pairs):
+        scenario = (pair.meta or {})["subset"]
+        yield replace(
+            pair, meta={**(pair.meta or {}), "subset": GROUP_OF.get(scenario, scenario), "scenario": scenario}
         )
+
+
+def _pairs(record: records.Record, number: int, where: str) -> Iterator[Pair]:
+    yield records.make_pair(
+        identifier=f"autoj:{number - 1:04d}",
+        prompt=records.text(record, "prompt", where),
+        response_a=records.text(record, "response 1", where),
+        response_b=records.text(record, "response 2", where),
+        label=records.label(record, "label", LABELS, where, SOURCE),
+        meta={"subset": records.text(record, "scenario", where)},
+    )
 
 
 def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:

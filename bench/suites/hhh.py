@@ -7,8 +7,9 @@ each category; `micro` is over all pairs, `macro` the mean of the four categorie
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ from gramlite.rows.labels import shown
 
 SOURCE = (
     "Get hhh_alignment_eval.json from github.com/prometheus-eval/prometheus-eval (eval/benchmark/data), or "
-    "BIG-bench's "
-    "hhh_alignment folder: objects with chosen_instruction, rejected_instruction and source, or with input "
-    "and "
-    "target_scores (or targets) in a folder or file for each category."
+    "BIG-bench's hhh_alignment folder: objects with chosen_instruction, rejected_instruction and source, or with "
+    "input and target_scores (or targets) in a folder or file for each category."
 )
 FILES = ("hhh_alignment_eval.json", "hhh_alignment", "hhh.jsonl", records.WHOLE_FOLDER)
 OFFICIAL = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
@@ -32,17 +31,13 @@ HEADINGS = "Task Description", "The instruction to evaluate", "Response to evalu
 SECTION = re.compile(rf"^###({'|'.join(HEADINGS)}):", re.MULTILINE)
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs; a hash of the id decides which side is the better one, the subset is the category."""
-    return islice(_pairs(path), limit)
-
-
-def _pairs(path: Path) -> Iterator[Pair]:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*.json*") if category_of(f))
     if not files:
         raise InputError(f"The folder {path} holds no task of a category. {SOURCE}")
     for file in files:
-        yield from _file_pairs(file)
+        yield from records.read_pairs(file, partial(_pairs, category_of(file), Counter()))
 
 
 def category_of(file: Path) -> str | None:
@@ -50,23 +45,19 @@ def category_of(file: Path) -> str | None:
     return next((name for name in CATEGORIES if name in (file.stem.split(".")[0], file.parent.name)), None)
 
 
-def _file_pairs(file: Path) -> Iterator[Pair]:
-    counts: dict[str, int] = {}
-    for number, record in records.read_records(file):
-        where = f"{file.name}, record {number}"
-        if records.is_plain(record):
-            yield records.plain_pair(record, where)
-            continue
-        for example in record.get("examples", [record]):
-            category, prompt, chosen, rejected = _example(example, category_of(file), where)
-            counts[category] = counts.get(category, 0) + 1
-            yield records.chosen_pair(
-                identifier=f"hhh:{category}:{counts[category] - 1:04d}",
-                prompt=prompt,
-                chosen=chosen,
-                rejected=rejected,
-                meta={"subset": category},
-            )
+def _pairs(
+    category_of_file: str | None, counts: Counter[str], record: records.Record, number: int, where: str
+) -> Iterator[Pair]:
+    for example in record.get("examples", [record]):
+        category, prompt, chosen, rejected = _example(example, category_of_file, where)
+        yield records.chosen_pair(
+            identifier=f"hhh:{category}:{counts[category]:04d}",
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            meta={"subset": category},
+        )
+        counts[category] += 1
 
 
 def _example(example: Mapping[str, Any], category: str | None, where: str) -> tuple[str, str, str, str]:

@@ -10,7 +10,6 @@ share, `gram_macro` (GRAM) the mean of the groups with the verdict of both order
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from gramlite.bench import records, scoring
 from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
-    "Get data/dataset=judgebench,response_model=….jsonl from github.com/ScalerLab/JudgeBench: JSON lines "
-    "with "
+    "Get data/dataset=judgebench,response_model=….jsonl from github.com/ScalerLab/JudgeBench: JSON lines with "
     "pair_id, source, question, response_A, response_B and a label of A>B or B>A."
 )
 FILES = (
@@ -40,25 +38,20 @@ GROUPS = tuple(PREFIXES.values())
 OFFICIAL = [dict(zip(GROUPS, sizes, strict=True)) for sizes in ((154, 98, 56, 42), (154, 51, 34, 31))]  # GPT-4o, Claude
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs of an official file or of gramlite's own schema; the subset is the official source."""
-    return islice(_pairs(path), limit)
+    return records.read_pairs(path, _pairs)
 
 
-def _pairs(path: Path) -> Iterator[Pair]:
-    for number, record in records.read_records(path):
-        where = f"{path.name}, record {number}"
-        if records.is_plain(record):
-            yield records.plain_pair(record, where)
-            continue
-        yield records.make_pair(
-            identifier=records.text(record, "pair_id", where),
-            prompt=records.text(record, "question", where),
-            response_a=records.text(record, "response_A", where),
-            response_b=records.text(record, "response_B", where),
-            label=records.label(record, "label", LABELS, where, SOURCE),
-            meta={"subset": records.text(record, "source", where)},
-        )
+def _pairs(record: records.Record, number: int, where: str) -> Iterator[Pair]:
+    yield records.make_pair(
+        identifier=records.text(record, "pair_id", where),
+        prompt=records.text(record, "question", where),
+        response_a=records.text(record, "response_A", where),
+        response_b=records.text(record, "response_B", where),
+        label=records.label(record, "label", LABELS, where, SOURCE),
+        meta={"subset": records.text(record, "source", where)},
+    )
 
 
 def group_of(source: str) -> str:

@@ -9,7 +9,7 @@ subsets, the average the mean of all five; `both_orders_right` is the script's c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from gramlite.errors import InputError
 from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
-    "Get the folder Dataset/LLMBar (or Dataset/Processed) from github.com/princeton-nlp/LLMBar: a "
-    "dataset.json in each "
-    "subset's folder, a list of objects with input, output_1, output_2 and a label of 1 or 2."
+    "Get the folder Dataset/LLMBar (or Dataset/Processed) from github.com/princeton-nlp/LLMBar: a dataset.json in "
+    "each subset's folder, a list of objects with input, output_1, output_2 and a label of 1 or 2."
 )
 FILES = ("LLMBar", "Processed", "llmbar.jsonl", "llmbar_processed.jsonl", records.WHOLE_FOLDER)
 LABELS: dict[str, Winner] = {"1": "A", "2": "B", '"1"': "A", '"2"': "B"}
@@ -30,12 +29,8 @@ OFFICIAL = dict(zip(("Natural", *ADVERSARIAL), (100, 134, 92, 47, 46), strict=Tr
 PROCESSED = {"FairEval": 66, "LLMEval^2": 200, "MT-Bench": 200}
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs of one dataset.json or of every one under a folder; the subset is the folder's name."""
-    return islice(_pairs(path), limit)
-
-
-def _pairs(path: Path) -> Iterator[Pair]:
     if path.is_file():
         yield from file_pairs(path, path.parent.name)
         return
@@ -48,19 +43,18 @@ def _pairs(path: Path) -> Iterator[Pair]:
 
 def file_pairs(path: Path, subset: str) -> Iterator[Pair]:
     """The pairs of one file in LLMBar's format or in gramlite's own schema."""
-    for number, record in records.read_records(path):
-        where = f"{path.name}, record {number}"
-        if records.is_plain(record):
-            yield records.plain_pair(record, where)
-            continue
-        yield records.make_pair(
-            identifier=f"llmbar:{subset}:{number - 1:04d}",
-            prompt=records.text(record, "input", where),
-            response_a=records.text(record, "output_1", where),
-            response_b=records.text(record, "output_2", where),
-            label=records.label(record, "label", LABELS, where, SOURCE),
-            meta={"subset": subset},
-        )
+    return records.read_pairs(path, partial(_pairs, subset))
+
+
+def _pairs(subset: str, record: records.Record, number: int, where: str) -> Iterator[Pair]:
+    yield records.make_pair(
+        identifier=f"llmbar:{subset}:{number - 1:04d}",
+        prompt=records.text(record, "input", where),
+        response_a=records.text(record, "output_1", where),
+        response_b=records.text(record, "output_2", where),
+        label=records.label(record, "label", LABELS, where, SOURCE),
+        meta={"subset": subset},
+    )
 
 
 def both_orders_accuracy(items: Sequence[scoring.Judged]) -> float | None:

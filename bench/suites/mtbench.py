@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ from . import llmbar
 
 SOURCE = (
     "Get the split `human` of the Hub's lmsys/mt_bench_human_judgments and save it as JSON lines "
-    "(datasets.load_dataset(...)['human'].to_json('mtbench.jsonl')): objects with question_id, model_a, "
-    "model_b, "
-    "winner, judge, conversation_a, conversation_b and turn. LLMBar's Processed/MT-Bench/dataset.json "
-    "works too."
+    "(datasets.load_dataset(...)['human'].to_json('mtbench.jsonl')): objects with question_id, model_a, model_b, "
+    "winner, judge, conversation_a, conversation_b and turn. LLMBar's Processed/MT-Bench/dataset.json works too."
 )
 FILES = ("mtbench.jsonl", "human.jsonl", "MT-Bench/dataset.json", "llmbar_processed.jsonl")
 LABELS: dict[str, Winner] = {
@@ -35,12 +32,8 @@ LABELS: dict[str, Winner] = {
 REVERSED: dict[Winner, Winner] = {"A": "B", "B": "A", "tie": "tie"}
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """A pair for each question, turn and two models; its label is the majority of the expert votes."""
-    return islice(_pairs(path), limit)
-
-
-def _pairs(path: Path) -> Iterator[Pair]:
     first = next(iter(records.read_records(path)), None)
     if first and "conversation_a" in first[1]:
         yield from _grouped(path)

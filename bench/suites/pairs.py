@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,17 @@ SOURCE = f"Give a file of JSON lines as pairs:FILE. Accepted shapes: {SHAPES}; a
 FILES = ("pairs.jsonl",)
 
 
-def load(path: Path, *, limit: int | None = None, labels: Mapping[str, Winner | None] | None = None) -> Iterator[Pair]:
+def load(path: Path, *, labels: Mapping[str, Winner | None] | None = None) -> Iterator[Pair]:
     """The pairs, labelled or not; the subset is the row's `subset`, or that of its meta.
 
     `labels` says what labels mean that don't say it themselves (see `gramlite.rows.Labels`).
     """
-    return islice(_pairs(path, labels), limit)
-
-
-def _pairs(path: Path, said: Mapping[str, Winner | None] | None) -> Iterator[Pair]:
     seen: set[str] = set()
     rows = list(records.read_records(path))
-    labels = Labels((record for _, record in rows), said)
+    known = Labels((record for _, record in rows), labels)
     for number, record in rows:
         try:
-            pair = pair_from_json(record, default_id=str(number), read_label=labels.read)
+            pair = pair_from_json(record, default_id=str(number), read_label=known.read)
         except InputError as error:
             raise InputError(f"{path.name}, line {number}: {error}") from None
         if identifier_text(pair.id) in seen:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from gramlite.bench import records, scoring
 from gramlite.judging.pair import Pair, Winner
 
 SOURCE = (
-    "Get data/testset-v1.json from github.com/WeOpenML/PandaLM: a JSON list of objects with instruction, "
-    "input, "
+    "Get data/testset-v1.json from github.com/WeOpenML/PandaLM: a JSON list of objects with instruction, input, "
     "response1, response2, cmp_key and annotator1 to annotator3 (0 tie, 1, 2)."
 )
 FILES = ("testset-v1.json", "pandalm.jsonl")
@@ -28,30 +26,25 @@ LABELS: dict[str, Winner] = {"0": "tie", "1": "A", "2": "B"}
 CLASSES: tuple[Winner, ...] = ("tie", "A", "B")
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs; the prompt is the instruction with its input below, the subset the two compared models."""
-    return islice(_pairs(path), limit)
+    return records.read_pairs(path, _pairs)
 
 
-def _pairs(path: Path) -> Iterator[Pair]:
-    for number, record in records.read_records(path):
-        where = f"{path.name}, record {number}"
-        if records.is_plain(record):
-            yield records.plain_pair(record, where)
-            continue
-        votes = [records.label(record, f"annotator{i}", LABELS, where, SOURCE) for i in (1, 2, 3)]
-        instruction, extra = records.text(record, "instruction", where), str(record.get("input") or "")
-        yield records.make_pair(
-            identifier=f"pandalm:{record.get('idx', number - 1)}",
-            prompt=f"{instruction}\n\n{extra}" if extra.strip() else instruction,
-            response_a=records.text(record, "response1", where),
-            response_b=records.text(record, "response2", where),
-            label=Counter(votes).most_common(1)[0][0],
-            meta={
-                "subset": str(record.get("cmp_key", "all")),
-                "annotators": [record[f"annotator{i}"] for i in (1, 2, 3)],
-            },
-        )
+def _pairs(record: records.Record, number: int, where: str) -> Iterator[Pair]:
+    votes = [records.label(record, f"annotator{i}", LABELS, where, SOURCE) for i in (1, 2, 3)]
+    instruction, extra = records.text(record, "instruction", where), str(record.get("input") or "")
+    yield records.make_pair(
+        identifier=f"pandalm:{record.get('idx', number - 1)}",
+        prompt=f"{instruction}\n\n{extra}" if extra.strip() else instruction,
+        response_a=records.text(record, "response1", where),
+        response_b=records.text(record, "response2", where),
+        label=Counter(votes).most_common(1)[0][0],
+        meta={
+            "subset": str(record.get("cmp_key", "all")),
+            "annotators": [record[f"annotator{i}"] for i in (1, 2, 3)],
+        },
+    )
 
 
 def class_ratios(said: Sequence[str | None], labels: Sequence[str | None], name: str) -> tuple[float, float, float]:

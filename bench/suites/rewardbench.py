@@ -10,8 +10,9 @@ reading of the order that shows response_a first, which is the chosen one by a h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from gramlite.rows import conversation
 
 SOURCE = (
     "Get the split `filtered` of the Hub's allenai/reward-bench and save it as JSON lines "
-    "(datasets.load_dataset(...)['filtered'].to_json('rewardbench.jsonl')): objects with prompt, chosen, "
-    "rejected, "
+    "(datasets.load_dataset(...)['filtered'].to_json('rewardbench.jsonl')): objects with prompt, chosen, rejected, "
     "subset and id."
 )
 FILES = ("rewardbench.jsonl", "filtered.jsonl")
@@ -64,32 +64,24 @@ SECTIONS: dict[str, dict[str, int]] = {
 OFFICIAL = {name: count for weights in SECTIONS.values() for name, count in weights.items()} | {"math-prm": 447}
 
 
-def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
+def load(path: Path) -> Iterator[Pair]:
     """The pairs; which side shows the chosen response is decided by a hash of the id."""
-    return islice(_pairs(path), limit)
+    return records.read_pairs(path, partial(_pairs, Counter()))
 
 
-def _pairs(path: Path) -> Iterator[Pair]:
-    seen: dict[str, int] = {}
-    for number, record in records.read_records(path):
-        where = f"{path.name}, record {number}"
-        if records.is_plain(record):
-            yield records.plain_pair(record, where)
-            continue
-        if not {"prompt", "chosen", "rejected", "subset"} <= record.keys():
-            raise InputError(f"{where}: no RewardBench record. {SOURCE}")
-        subset = records.text(record, "subset", where)
-        identifier = f"rewardbench:{subset}:{record.get('id', number)}"
-        seen[identifier] = seen.get(identifier, 0) + 1
-        if seen[identifier] > 1:
-            identifier += f"#{seen[identifier]}"
-        yield records.chosen_pair(
-            identifier=identifier,
-            prompt=_content(record["prompt"], where),
-            chosen=_content(record["chosen"], where),
-            rejected=_content(record["rejected"], where),
-            meta={"subset": subset},
-        )
+def _pairs(seen: Counter[str], record: records.Record, number: int, where: str) -> Iterator[Pair]:
+    if not {"prompt", "chosen", "rejected", "subset"} <= record.keys():
+        raise InputError(f"{where}: no RewardBench record. {SOURCE}")
+    subset = records.text(record, "subset", where)
+    identifier = f"rewardbench:{subset}:{record.get('id', number)}"
+    seen[identifier] += 1
+    yield records.chosen_pair(
+        identifier=identifier if seen[identifier] == 1 else f"{identifier}#{seen[identifier]}",
+        prompt=_content(record["prompt"], where),
+        chosen=_content(record["chosen"], where),
+        rejected=_content(record["rejected"], where),
+        meta={"subset": subset},
+    )
 
 
 def _content(value: object, where: str) -> str:

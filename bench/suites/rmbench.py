@@ -20,8 +20,7 @@ from gramlite.errors import InputError
 from gramlite.judging.pair import Pair
 
 SOURCE = (
-    "Get data/total_dataset.json from github.com/THU-KEG/RM-Bench (or the Hub's THU-KEG/RM-Bench): a JSON "
-    "list of "
+    "Get data/total_dataset.json from github.com/THU-KEG/RM-Bench (or the Hub's THU-KEG/RM-Bench): a JSON list of "
     "objects with id, prompt, domain, and chosen and rejected, three strings each."
 )
 FILES = ("total_dataset.json", "rmbench.items.jsonl", "rmbench.jsonl")
