@@ -13,14 +13,14 @@ from gramlite.errors import InputError
 from gramlite.storage import check_note
 from gramlite.terminal import note, say, say_json
 
-from .comparison import Comparison, compare_runs
+from .comparison import RunComparison, compare_runs
 from .folder import Run, distinct_names, files_of, read_run
 from .gate import GATE, Gate, gate_options
 from .report import check_report, report_files, write_report
 from .summary import need_sentence, sentences, subset_table, summary_table
 
 
-def show(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> None:
+def show(base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison]) -> None:
     """Print the comparisons for people."""
     summary_table(base, runs, comparisons).show()
     for comparison in comparisons:

@@ -52,7 +52,7 @@ class SubsetChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Two runs compared. `counts` says which rows were used; `table` is the 2 by 2 table of right and wrong.
 
     `detectable` is the smallest true accuracy difference that this many pairs find four times in five, None
@@ -92,7 +92,7 @@ class Comparison:
         return None if needed is None else int(np.ceil(needed * self.design_effect))
 
 
-def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, gold: Run | None = None) -> Comparison:
+def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, gold: Run | None = None) -> RunComparison:
     """Compare a run with its base, and both with `gold`; with `cluster` false every row counts as independent.
 
     Raises InputError when the runs share no rows, with each other or with gold, or disagree about a label.
@@ -121,7 +121,7 @@ def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, go
     measures = measures_of(everything, judged, labelled)
     if gold:
         measures |= gold_measures(judged, gold.rows)
-    return Comparison(
+    return RunComparison(
         base=base.name,
         run=run.name,
         counts=counts,

@@ -22,7 +22,7 @@ from gramlite.errors import GateError, InputError
 from gramlite.storage import atomic_output
 from gramlite.terminal import note, visible
 
-from .comparison import Comparison
+from .comparison import RunComparison
 from .measures import GOLD_MEASURES, MEASURES
 from .statistics import pairs_to_settle, pairs_to_settle_rate
 
@@ -45,7 +45,7 @@ class Clause:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GateFinding:
     """What became of a clause on one run. `pairs_needed` is None where it is decided or cannot be told."""
 
     clause: Clause
@@ -75,22 +75,22 @@ def parse_gate(text: str) -> list[Clause]:
     return clauses
 
 
-def evaluate(comparison: Comparison, clauses: Iterable[Clause]) -> list[Finding]:
+def evaluate(comparison: RunComparison, clauses: Iterable[Clause]) -> list[GateFinding]:
     """Test each clause on a comparison."""
     return [_finding(comparison, clause) for clause in clauses]
 
 
-def _finding(comparison: Comparison, clause: Clause) -> Finding:
+def _finding(comparison: RunComparison, clause: Clause) -> GateFinding:
     measure = comparison.measures[clause.measure]
     change = measure.change
     limit = clause.limit / 100 if measure.unit == "rate" else clause.limit
     if change.n == 0 or not math.isfinite(change.value):
         sentence = f"{clause}: undecidable for {comparison.run}. No row has {measure.title}."
-        return Finding(clause, comparison.run, "undecidable", sentence)
+        return GateFinding(clause, comparison.run, "undecidable", sentence)
     outcome = outcome_of(change.low, change.high, clause.relation, limit)
     settle = pairs_to_settle if measure.base or measure.unit != "rate" else pairs_to_settle_rate
     needed = settle(change, limit) if outcome == "undecidable" else None
-    return Finding(clause, comparison.run, outcome, _sentence(comparison, clause, outcome, needed), needed)
+    return GateFinding(clause, comparison.run, outcome, _sentence(comparison, clause, outcome, needed), needed)
 
 
 def outcome_of(low: float, high: float, relation: str, limit: float) -> Outcome:
@@ -100,7 +100,7 @@ def outcome_of(low: float, high: float, relation: str, limit: float) -> Outcome:
     return "pass" if high <= limit else "fail" if low > limit else "undecidable"
 
 
-def _sentence(comparison: Comparison, clause: Clause, outcome: Outcome, needed: int | None) -> str:
+def _sentence(comparison: RunComparison, clause: Clause, outcome: Outcome, needed: int | None) -> str:
     measure = comparison.measures[clause.measure]
     change = measure.change
     found = (
@@ -115,19 +115,19 @@ def _sentence(comparison: Comparison, clause: Clause, outcome: Outcome, needed: 
     return f"{found} The interval contains the limit; about {needed:,} pairs would settle it."
 
 
-def fails(finding: Finding, undecided: str) -> bool:
+def fails(finding: GateFinding, undecided: str) -> bool:
     """Whether a finding fails the gate when undecidable clauses are to "pass" or to "fail"."""
     return finding.outcome == "fail" or (finding.outcome == "undecidable" and undecided == "fail")
 
 
-def enforce(findings: Sequence[Finding], *, undecided: str = "fail") -> None:
+def enforce(findings: Sequence[GateFinding], *, undecided: str = "fail") -> None:
     """Raise GateError with a sentence for each clause that does not hold."""
     failed = [finding.sentence for finding in findings if fails(finding, undecided)]
     if failed:
         raise GateError("\n".join(["The gate failed.", *map(visible, failed)]))
 
 
-def github_annotations(findings: Iterable[Finding], *, undecided: str = "fail") -> list[str]:
+def github_annotations(findings: Iterable[GateFinding], *, undecided: str = "fail") -> list[str]:
     """A workflow command for each finding, as GitHub Actions reads them from a log."""
     lines = []
     for finding in findings:
@@ -151,11 +151,11 @@ class Gate:
     junit: Path | None
     github: bool
 
-    def evaluate(self, comparison: Comparison) -> list[Finding]:
+    def evaluate(self, comparison: RunComparison) -> list[GateFinding]:
         """Test the clauses on a comparison."""
         return evaluate(comparison, self.clauses)
 
-    def tell(self, findings: Sequence[Finding]) -> None:
+    def tell(self, findings: Sequence[GateFinding]) -> None:
         """Write and print the outcome where it was asked for; raises GateError where a clause does not hold."""
         if self.junit:
             write_junit(self.junit, findings, undecided=self.undecided)
@@ -191,7 +191,7 @@ def gate_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_gate
 
 
-def write_junit(path: Path, findings: Sequence[Finding], *, undecided: str = "fail") -> None:
+def write_junit(path: Path, findings: Sequence[GateFinding], *, undecided: str = "fail") -> None:
     """Write the findings as a JUnit XML file, a test suite for each run and a test case for each clause."""
     from xml.etree import ElementTree as xml
 

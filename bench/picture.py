@@ -13,7 +13,7 @@ from gramlite.errors import GramliteError
 from gramlite.storage import atomic_output
 from gramlite.terminal import visible
 
-from .comparison import Comparison
+from .comparison import RunComparison
 from .folder import Run
 from .measures import Measure
 from .statistics import NOTHING, Estimate, pareto_front
@@ -69,7 +69,7 @@ class Panel:
         return f"{self.title}: {len(self.points)} models. On the Pareto front: {best}."
 
 
-def panels_of(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Panel]:
+def panels_of(base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison]) -> list[Panel]:
     """The panels for which there are at least two models with a cost and a quality."""
     found = []
     for quality, quality_label in (("accuracy", "accuracy %"), ("agreement", f"agreement with {shown(base.name)} %")):
@@ -81,7 +81,9 @@ def panels_of(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison])
     return found
 
 
-def _points(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison], quality: str, cost: str) -> list[Point]:
+def _points(
+    base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison], quality: str, cost: str
+) -> list[Point]:
     def cost_of(run: Run) -> float | None:
         return run.seconds_per_pair if cost == "seconds" else (run.size_bytes or 0) / 1e6 or None
 

@@ -15,21 +15,21 @@ from gramlite.storage import sha256_cached, write_json
 
 from .suites import takes_labels
 from .swept import Entry
-from .variants import Source, Variant, parse_types
-from .work import Work, load_work
+from .variants import SweepSource, Variant, parse_types
+from .work import SuiteWork, load_work
 
 RECORD = "sweep.json"
 LOCK = "sweep.lock"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep is to do: the types, the base first, and the suites by the names of their folders."""
 
     folder: Path
-    source: Source
+    source: SweepSource
     variants: Sequence[Variant]
-    works: Mapping[str, Work]
+    works: Mapping[str, SuiteWork]
     options: JudgeOptions
     force: bool = False
 
@@ -54,7 +54,7 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     return asked | {name: f"{path} {sha256_cached(path)}" for name, path in files.items()}
 
 
-def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Path, **options: Any) -> Plan:
+def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Path, **options: Any) -> SweepPlan:
     """The plan that a command line describes; raises InputError before anything is made."""
     variants = parse_types(types)
     if not (checkpoint / "config.json").is_file():
@@ -64,7 +64,7 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         raise InputError(f"{due} is calibrated on judging: add --calibration PAIRS.jsonl, pairs or transcripts.")
     if calibration and not calibration.is_file():
         raise InputError(f"There is no file {calibration}. Give --calibration a JSONL file of pairs or of transcripts.")
-    source = Source(
+    source = SweepSource(
         checkpoint=checkpoint.resolve(), calibration=calibration and calibration.resolve(),
         **{name: options[name] for name in "tokens seed mode template chat threads".split()},
     )  # fmt: skip
@@ -82,7 +82,7 @@ def read_plan(*, checkpoint: Path, types: str, suites: Sequence[str], output: Pa
         )
         for suite, count in zip(suites, samples, strict=True)
     ]  # fmt: skip
-    return Plan(output.resolve(), source, variants, name_works(works), judging, options["force"])
+    return SweepPlan(output.resolve(), source, variants, name_works(works), judging, options["force"])
 
 
 def read_samples(text: str | None, suites: int) -> list[int | None]:
@@ -95,7 +95,7 @@ def read_samples(text: str | None, suites: int) -> list[int | None]:
     return [*(counts * suites if len(counts) == 1 else counts)]
 
 
-def name_works(works: Sequence[Work]) -> dict[str, Work]:
+def name_works(works: Sequence[SuiteWork]) -> dict[str, SuiteWork]:
     """The suites by folder name: the suite's own, with the file's where a suite is there twice."""
     plain = [work.title.replace("/", "-") for work in works]
     named = {
@@ -107,7 +107,7 @@ def name_works(works: Sequence[Work]) -> dict[str, Work]:
     return named
 
 
-def check_folder(plan: Plan) -> None:
+def check_folder(plan: SweepPlan) -> None:
     """Raise IntegrityError where the folder holds a sweep of another checkpoint, other suites or settings."""
     path = plan.folder / RECORD
     if not path.is_file() or plan.force:
@@ -129,7 +129,7 @@ def check_folder(plan: Plan) -> None:
         )
 
 
-def write_record(plan: Plan, entries: Sequence[Entry]) -> None:
+def write_record(plan: SweepPlan, entries: Sequence[Entry]) -> None:
     """Write what was asked and what became of the types so far."""
     outcomes = [
         {

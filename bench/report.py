@@ -20,7 +20,7 @@ from gramlite.errors import GramliteError
 from gramlite.storage import Inputs, atomic_output, check_file, check_note
 from gramlite.terminal import visible
 
-from .comparison import Comparison
+from .comparison import RunComparison
 from .flips import embedded, flip_data, pair_texts
 from .folder import Run
 from .picture import Panel, inline_svg, panels_of, write_pictures
@@ -52,7 +52,7 @@ def check_report(path: Path, inputs: Inputs = ()) -> None:
         check_note(each, inputs, "" if report.exists() else None)
 
 
-def write_report(path: Path, base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Path]:
+def write_report(path: Path, base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison]) -> list[Path]:
     """Write `OUT.html` and beside it `OUT.md`, `OUT.csv`, `OUT.png` and `OUT.svg`; returns what was written."""
     check_report(path)
     report, *beside = report_files(path)
@@ -68,7 +68,7 @@ def write_report(path: Path, base: Run, runs: Sequence[Run], comparisons: Sequen
     return [*texts, *write_pictures(beside[2:], panels)]
 
 
-def render(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison], panels: Sequence[Panel]) -> str:
+def render(base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison], panels: Sequence[Panel]) -> str:
     """The page, below three million bytes: long texts are shortened, then the list of flips, and it says so."""
     pairs = pair_texts([base, *runs])
     contents = page_contents(base, runs, comparisons, panels)
@@ -98,7 +98,7 @@ def render_page(**contents: object) -> str:
 
 
 def page_contents(
-    base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison], panels: Sequence[Panel]
+    base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison], panels: Sequence[Panel]
 ) -> dict[str, Any]:
     """What the page shows beside the flips."""
     return {

@@ -10,8 +10,8 @@ from gramlite.errors import InputError
 from gramlite.storage import check_file, check_note
 from gramlite.terminal import note, say, say_json
 
-from .gate import GATE, Finding
-from .plan import LOCK, RECORD, Plan
+from .gate import GATE, GateFinding
+from .plan import LOCK, RECORD, SweepPlan
 from .report import write_report
 from .sweep_page import check_page, settings_sentence, write_page
 from .sweep_table import csv_results, json_rows, suite_table, tables_markdown, write_text
@@ -19,7 +19,7 @@ from .sweep_words import what_it_says
 from .swept import POOLED, Swept
 
 
-def check_outputs(plan: Plan, page: Path | None, junit: Path | None) -> None:
+def check_outputs(plan: SweepPlan, page: Path | None, junit: Path | None) -> None:
     """Raise InputError for a folder, a page or a file of outcomes that is not a sweep's, before any work is done."""
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
@@ -36,7 +36,7 @@ def check_outputs(plan: Plan, page: Path | None, junit: Path | None) -> None:
 
 
 def write_results(
-    plan: Plan, swept: Swept, findings: Sequence[Finding], *, report: bool, page: Path | None, as_json: bool
+    plan: SweepPlan, swept: Swept, findings: Sequence[GateFinding], *, report: bool, page: Path | None, as_json: bool
 ) -> None:
     """Write the table beside the runs, the reports and the page where asked for, and print the table."""
     lines = ["# Results", "", settings_sentence(plan), "", *tables_markdown(swept)]

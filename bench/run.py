@@ -30,7 +30,7 @@ from gramlite.terminal import say, say_json, visible
 from .environment import hardware, versions
 from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
 from .suites import Said, suite_names
-from .work import Work, load_work, pair_digest
+from .work import SuiteWork, load_work, pair_digest
 
 if TYPE_CHECKING:
     from gramlite.judging.judge import Judge
@@ -55,7 +55,7 @@ class RowDisplay(Protocol):
 
 
 def run_suite(
-    judge: Judge, work: Work, folder: Path, *, display: RowDisplay, resume: bool = False, force: bool = False,
+    judge: Judge, work: SuiteWork, folder: Path, *, display: RowDisplay, resume: bool = False, force: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge what is not judged yet and return the finished run.json.
@@ -95,7 +95,7 @@ def judged_rows(
         last = time.perf_counter()
 
 
-def finish(folder: Path, work: Work, record: Mapping[str, Any]) -> dict[str, Any]:
+def finish(folder: Path, work: SuiteWork, record: Mapping[str, Any]) -> dict[str, Any]:
     """Score the rows and write the finished run.json."""
     rows = [row for row in read_run(folder).rows.values() if row.get("input")]
     wanted = {pair_digest(pair) for pair in work.pairs}
@@ -111,7 +111,7 @@ def finish(folder: Path, work: Work, record: Mapping[str, Any]) -> dict[str, Any
     return complete
 
 
-def describe_run(judge: Judge, work: Work) -> dict[str, Any]:
+def describe_run(judge: Judge, work: SuiteWork) -> dict[str, Any]:
     """Suite, settings, model, versions and hardware."""
     return {
         "run_version": RUN_VERSION,

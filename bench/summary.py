@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .comparison import Comparison
+from .comparison import RunComparison
 from .folder import Run
 from .measures import GOLD_MEASURES, Measure
 from .statistics import Estimate
@@ -68,7 +68,7 @@ def table_of(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Value
     return Table(title, [COLUMNS[name] for name in names], [[row.get(name, "") for name in names] for row in rows])
 
 
-def figures(run: Run, comparison: Comparison, *, is_base: bool = False) -> dict[str, Value]:
+def figures(run: Run, comparison: RunComparison, *, is_base: bool = False) -> dict[str, Value]:
     """What there is to say of a run, or of the base, by column."""
     measured, counts, side = comparison.measures, comparison.counts, "base" if is_base else "run"
     found: dict[str, Value] = {"model": run.name, "size": run.size_bytes, "seconds": run.seconds_per_pair}
@@ -82,7 +82,7 @@ def figures(run: Run, comparison: Comparison, *, is_base: bool = False) -> dict[
     return found | {name: counts[name] for name in ("labelled", "judged")} | {"detectable": comparison.detectable}
 
 
-def summary_table(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Table:
+def summary_table(base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison]) -> Table:
     """The base and each run, a row each."""
     rows = [figures(run, comparison) for run, comparison in zip(runs, comparisons, strict=True)]
     rows = [figures(base, comparisons[0], is_base=True), *rows] if comparisons else []
@@ -90,13 +90,13 @@ def summary_table(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparis
     return table_of(f"Compared with {base.name}", names, rows)
 
 
-def subset_table(comparison: Comparison) -> Table:
+def subset_table(comparison: RunComparison) -> Table:
     """A row for each subset."""
     rows = [{**vars(subset), "subset": subset.name, "change": subset.accuracy} for subset in comparison.subsets]
     return table_of(f"{comparison.run} by subset", "subset rows change flips p p_holm".split(), rows)
 
 
-def figures_table(comparisons: Sequence[Comparison]) -> Table:
+def figures_table(comparisons: Sequence[RunComparison]) -> Table:
     """Every figure, a row for each run, subset and measure; rates as fractions."""
     rows: list[list[Value]] = []
     for comparison in comparisons:
@@ -122,7 +122,7 @@ def _bounds(estimate: Estimate) -> list[float | None]:
     return [*known, estimate.n]
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def sentences(comparison: RunComparison) -> list[str]:
     """What the figures say, without claiming more than the number of pairs allows."""
     accuracy, flips = comparison.measures["accuracy"], comparison.measures["flips"].change
     said = []
@@ -147,7 +147,7 @@ def _sides(measure: Measure, form: Callable[[float], str], unit: str) -> str:
     return " → ".join(f"{form(side.value)}{unit}" if side and side.n else NONE for side in (measure.base, measure.run))
 
 
-def _detectable_sentence(comparison: Comparison) -> str:
+def _detectable_sentence(comparison: RunComparison) -> str:
     if comparison.detectable is None:
         return "There are too few labelled pairs to find any difference."
     found = f"a true difference of {percent(comparison.detectable)} points"
@@ -156,7 +156,7 @@ def _detectable_sentence(comparison: Comparison) -> str:
     return f"No significant difference, which is no proof of none: only {found} would be found four times in five."
 
 
-def _gold_sentences(comparison: Comparison) -> list[str]:
+def _gold_sentences(comparison: RunComparison) -> list[str]:
     """How far both sides lie from gold, where it was given."""
     if not comparison.gold:
         return []
@@ -171,7 +171,7 @@ def _gold_sentences(comparison: Comparison) -> list[str]:
     ]
 
 
-def need_sentence(comparison: Comparison, need: float) -> str:
+def need_sentence(comparison: RunComparison, need: float) -> str:
     """How many pairs would settle a difference of `need` points."""
     needed = comparison.pairs_needed(need / 100)
     have = comparison.counts["labelled"]
@@ -184,7 +184,7 @@ def need_sentence(comparison: Comparison, need: float) -> str:
     )
 
 
-def markdown(base: Run, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+def markdown(base: Run, runs: Sequence[Run], comparisons: Sequence[RunComparison]) -> str:
     """The tables and sentences as one Markdown document."""
     lines = [f"# Compared with {escaped(base.name)}", "", *summary_table(base, runs, comparisons).markdown(), ""]
     for comparison in comparisons:

@@ -32,16 +32,16 @@ from gramlite.rows import identifier_text
 from .builder import Builder, build_in_child, remove_leftovers
 from .folder import ROWS, Run, read_record, read_run
 from .gate import Gate, gate_options
-from .plan import LOCK, Plan, check_folder, judge_settings, read_plan, write_record
+from .plan import LOCK, SweepPlan, check_folder, judge_settings, read_plan, write_record
 from .progress import SweepProgress
 from .results import check_outputs, write_results
 from .run import describe_artifact, run_suite
 from .swept import POOLED, Entry, Swept, compare_all
 from .variants import Variant, artifact_target
-from .work import Work
+from .work import SuiteWork
 
 
-def sweep(plan: Plan, builder: Builder, progress: SweepProgress, *, seed: int = 0) -> Swept:
+def sweep(plan: SweepPlan, builder: Builder, progress: SweepProgress, *, seed: int = 0) -> Swept:
     """Make, judge and compare every type of a plan; what is there is used.
 
     Raises whatever the base fails with, since nothing can be compared without it, and IntegrityError for a folder
@@ -57,7 +57,7 @@ def sweep(plan: Plan, builder: Builder, progress: SweepProgress, *, seed: int = 
     return compare_all(entries, seed=seed)
 
 
-def sweep_one(plan: Plan, variant: Variant, builder: Builder, progress: SweepProgress) -> Entry:
+def sweep_one(plan: SweepPlan, variant: Variant, builder: Builder, progress: SweepProgress) -> Entry:
     """Make one type and judge every suite with it."""
     entry = Entry(variant.name)
     runs: dict[str, Run] = {}
@@ -73,7 +73,7 @@ def sweep_one(plan: Plan, variant: Variant, builder: Builder, progress: SweepPro
     return entry
 
 
-def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run], progress: SweepProgress) -> None:
+def judge_suites(plan: SweepPlan, variant: Variant, path: Path, runs: dict[str, Run], progress: SweepProgress) -> None:
     """Judge the suites that are not yet judged with a model and add all runs to `runs`; the model is opened once."""
     with ExitStack() as stack:
         judge = None
@@ -99,7 +99,7 @@ def judge_suites(plan: Plan, variant: Variant, path: Path, runs: dict[str, Run],
             progress.judged(runs[key].seconds_per_pair)
 
 
-def is_judged(folder: Path, work: Work, model: Path, options: JudgeOptions) -> bool:
+def is_judged(folder: Path, work: SuiteWork, model: Path, options: JudgeOptions) -> bool:
     """Whether a run folder holds a verdict on every pair, by this model with these settings."""
     record = read_record(folder)
     wanted = work.to_json()["pairs_sha256"]
@@ -112,7 +112,7 @@ def is_judged(folder: Path, work: Work, model: Path, options: JudgeOptions) -> b
     )
 
 
-def read_wanted(folder: Path, work: Work) -> Run:
+def read_wanted(folder: Path, work: SuiteWork) -> Run:
     """A run without the rows that an earlier sweep of more pairs has left."""
     run = read_run(folder)
     wanted = {identifier_text(pair.id) for pair in work.pairs}
@@ -129,7 +129,7 @@ def bits_of(path: Path) -> float | None:
     return bits_per_weight(read_header(path))
 
 
-def run_sweep(plan: Plan, *, seed: int = 0) -> Swept:
+def run_sweep(plan: SweepPlan, *, seed: int = 0) -> Swept:
     """Sweep in the plan's folder, which one process may hold at a time."""
     artifacts = plan.folder / "artifacts"
     plan.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from gramlite.storage import Inputs, check_note
 from gramlite.terminal import visible
 
 from .picture import panels_of, write_pictures
-from .plan import Plan
+from .plan import SweepPlan
 from .sweep_table import tables_markdown, write_text
 from .sweep_words import what_it_says
 from .swept import Swept
@@ -26,7 +26,7 @@ def check_page(path: Path, inputs: Inputs) -> None:
     check_note(path.with_suffix(".svg"), inputs, "" if path.exists() else None)
 
 
-def write_page(path: Path, plan: Plan, swept: Swept) -> None:
+def write_page(path: Path, plan: SweepPlan, swept: Swept) -> None:
     """Write the results as a page in Markdown, with the trade-off picture beside it."""
     suite = next(iter(swept.comparisons))
     base, *runs = swept.runs_of(suite).values()
@@ -53,7 +53,7 @@ def write_page(path: Path, plan: Plan, swept: Swept) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def settings_sentence(plan: Plan) -> str:
+def settings_sentence(plan: SweepPlan) -> str:
     """How the pairs are judged, and what the types that are calibrated are calibrated on."""
     mode = {"direct": "Direct mode, one forward pass a verdict", "think": "Think mode, a rationale before each verdict"}
     orders = "both orders of each pair" if plan.options.orders == "both" else "each pair as given only"
@@ -64,7 +64,7 @@ def settings_sentence(plan: Plan) -> str:
     return f"{said} Calibrated on {f'judging in {how} mode' if how else 'transcripts as they were recorded'}."
 
 
-def made_with(plan: Plan, swept: Swept) -> list[str]:
+def made_with(plan: SweepPlan, swept: Swept) -> list[str]:
     """The machine, the versions, the suites, the calibration and the command, as a list."""
     record = next(iter(swept.base.runs.values())).record
     lines = [

@@ -8,8 +8,8 @@ from typing import Any
 
 from gramlite.storage import atomic_output
 
-from .comparison import Comparison
-from .gate import Finding
+from .comparison import RunComparison
+from .gate import GateFinding
 from .statistics import Estimate
 from .summary import table_of
 from .swept import Entry, Swept
@@ -37,7 +37,7 @@ def figures_of(swept: Swept, suite: str) -> list[dict[str, Any]]:
     return rows
 
 
-def estimates_of(swept: Swept, comparisons: Mapping[str, Comparison], entry: Entry) -> dict[str, Estimate | None]:
+def estimates_of(swept: Swept, comparisons: Mapping[str, RunComparison], entry: Entry) -> dict[str, Estimate | None]:
     """Accuracy, its change, margin error, flips and agreement, each with its interval and n; None where unknown."""
     found: list[Estimate | None] = [None] * len(ESTIMATES)
     if entry.name in comparisons:
@@ -72,7 +72,7 @@ def tables_markdown(swept: Swept) -> list[str]:
     return [line for table in tables for line in (f"## {escaped(table.title)}", "", *table.markdown(), "")]
 
 
-def json_rows(swept: Swept, findings: Sequence[Finding]) -> list[dict[str, Any]]:
+def json_rows(swept: Swept, findings: Sequence[GateFinding]) -> list[dict[str, Any]]:
     """An object for each suite and type, and one for each of the gate's clauses."""
     rows = [
         {name: value.to_json() if isinstance(value, Estimate) else value for name, value in row.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .comparison import Comparison
+from .comparison import RunComparison
 from .statistics import holm, pareto_front
 from .summary import SIGNIFICANT
 from .swept import Swept
@@ -27,7 +27,7 @@ def what_it_says(swept: Swept) -> list[str]:
     ]
 
 
-def margin_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> str:
+def margin_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> str:
     changes = {name: comparison.measures["margin"].change for name, comparison in comparisons.items()}
     order = sorted(changes, key=lambda name: changes[name].value)
     listed = " < ".join(f"{name} {changes[name].value:.3f}" for name in order)
@@ -40,7 +40,7 @@ def margin_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> str:
     return f"{text} Intervals of these neighbours overlap: {', '.join(close)}." if close else text
 
 
-def flips_sentence(comparisons: Mapping[str, Comparison]) -> str:
+def flips_sentence(comparisons: Mapping[str, RunComparison]) -> str:
     changes = {name: comparison.measures["flips"].change for name, comparison in comparisons.items()}
     least, most = (pick(changes, key=lambda name: changes[name].value) for pick in (min, max))
     table = comparisons[most].table
@@ -53,7 +53,7 @@ def flips_sentence(comparisons: Mapping[str, Comparison]) -> str:
     )
 
 
-def accuracy_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> str:
+def accuracy_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> str:
     adjusted = holm([comparison.p for comparison in comparisons.values()])
     found = [
         f"{name} ({with_interval(comparison.measures['accuracy'].change, points)} points, p {p_value(p)})"
@@ -74,7 +74,7 @@ def accuracy_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> st
     )
 
 
-def front_sentence(swept: Swept, comparisons: Mapping[str, Comparison]) -> list[str]:
+def front_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> list[str]:
     """Which types no smaller one matches in margin error."""
     known = [entry for entry in swept.entries if entry.name in comparisons and entry.size_bytes]
     errors = {entry.name: comparisons[entry.name].measures["margin"].change.value for entry in known}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .comparison import Comparison, compare_runs
+from .comparison import RunComparison, compare_runs
 from .folder import Run
 
 POOLED = "all suites"
@@ -27,7 +27,7 @@ class Swept:
     """A finished sweep: the base's entry first, and each type's comparison with it by suite and type."""
 
     entries: Sequence[Entry]
-    comparisons: Mapping[str, Mapping[str, Comparison]]
+    comparisons: Mapping[str, Mapping[str, RunComparison]]
 
     @property
     def base(self) -> Entry:
@@ -45,7 +45,7 @@ def compare_all(entries: Sequence[Entry], *, seed: int) -> Swept:
     """Compare every type with the first, by suite; with several suites, first over all of them pooled."""
     swept = Swept(entries, {})
     suites = list(swept.base.runs)
-    found: dict[str, dict[str, Comparison]] = {}
+    found: dict[str, dict[str, RunComparison]] = {}
     for suite in [POOLED, *suites] if len(suites) > 1 else suites:
         base, *others = swept.runs_of(suite).values()
         found[suite] = {run.name: compare_runs(base, run, seed=seed) for run in others}

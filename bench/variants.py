@@ -126,7 +126,7 @@ def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SweepSource:
     """What a sweep quantizes: a checkpoint, and the pairs, judged in `mode`, or the transcripts that calibrate."""
 
     checkpoint: Path
@@ -172,7 +172,7 @@ class Source:
         }
 
 
-def artifact_target(variant: Variant, source: Source, folder: Path) -> Target:
+def artifact_target(variant: Variant, source: SweepSource, folder: Path) -> Target:
     """The GGUF file of a type, with all that it needs, in the sweep's folder of artifacts."""
     path = folder / f"{variant.file_name}.gguf"
     if variant.gptq:
@@ -188,13 +188,13 @@ def artifact_target(variant: Variant, source: Source, folder: Path) -> Target:
     return Target(path, {"made": "quantize", "kind": variant.kind}, build, (exported,))
 
 
-def _calibrated_target(path: Path, kind: str, source: Source, folder: Path) -> Target:
+def _calibrated_target(path: Path, kind: str, source: SweepSource, folder: Path) -> Target:
     transcripts, matrix = _transcripts_target(source, folder), _matrix_target(source, folder)
     build = partial(build_calibrated, source=source, kind=kind, transcripts=transcripts.path, matrix=matrix.path)
     return Target(path, {"made": "quantize calibrated", "kind": kind}, build, (transcripts, matrix))
 
 
-def _exported_target(kind: str, source: Source, folder: Path) -> Target:
+def _exported_target(kind: str, source: SweepSource, folder: Path) -> Target:
     recipe = {
         "made": "export", "dtype": kind, "checkpoint": source.checkpoint_sha256, "template": source.template,
         "gramlite": version("gramlite"),
@@ -203,7 +203,7 @@ def _exported_target(kind: str, source: Source, folder: Path) -> Target:
     return Target(folder / f"{kind}.gguf", recipe, build)
 
 
-def _transcripts_target(source: Source, folder: Path) -> Target:
+def _transcripts_target(source: SweepSource, folder: Path) -> Target:
     if source.calibration is None:
         raise InputError(
             "Types with +imatrix, auto and gptq need --calibration PAIRS.jsonl, pairs or transcripts of the judge."
@@ -214,13 +214,13 @@ def _transcripts_target(source: Source, folder: Path) -> Target:
     return Target(folder / "transcripts.jsonl", recipe, build, (exported,))
 
 
-def _matrix_target(source: Source, folder: Path) -> Target:
+def _matrix_target(source: SweepSource, folder: Path) -> Target:
     transcripts = _transcripts_target(source, folder)
     build = partial(build_matrix, source=source, transcripts=transcripts.path)
     return Target(folder / "imatrix.gguf", {"made": "imatrix"}, build, (transcripts,))
 
 
-def _gptq_target(variant: Variant, source: Source, folder: Path) -> Target:
+def _gptq_target(variant: Variant, source: SweepSource, folder: Path) -> Target:
     from gramlite.quant.solve import GptqSettings
 
     transcripts = _transcripts_target(source, folder)
@@ -247,7 +247,7 @@ def build_quantized(path: Path, *, exported: Path, kind: str, threads: int | Non
         return quantize_source(opened, path, kind=kind, force=True, threads=threads)
 
 
-def build_calibrated(path: Path, *, source: Source, kind: str, transcripts: Path, matrix: Path) -> Manifest:
+def build_calibrated(path: Path, *, source: SweepSource, kind: str, transcripts: Path, matrix: Path) -> Manifest:
     from gramlite.quant.calibrated import quantize_calibrated
     from gramlite.quant.calibration import read_transcripts
     from gramlite.quant.imatrix import read_imatrix
@@ -269,7 +269,7 @@ def build_calibrated(path: Path, *, source: Source, kind: str, transcripts: Path
         )
 
 
-def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
+def build_transcripts(path: Path, *, source: SweepSource, judge: Path) -> None:
     from gramlite.quant.calibration import load_calibration, write_transcripts
 
     assert source.calibration is not None
@@ -286,7 +286,7 @@ def build_transcripts(path: Path, *, source: Source, judge: Path) -> None:
         write_transcripts(temporary, transcripts)
 
 
-def build_matrix(path: Path, *, source: Source, transcripts: Path) -> None:
+def build_matrix(path: Path, *, source: SweepSource, transcripts: Path) -> None:
     from gramlite.quant.calibration import read_transcripts
     from gramlite.quant.imatrix import collect_importance, write_imatrix
 
@@ -295,7 +295,7 @@ def build_matrix(path: Path, *, source: Source, transcripts: Path) -> None:
     write_imatrix(path, matrix, force=True)
 
 
-def build_gptq(path: Path, *, source: Source, transcripts: Path, settings: Mapping[str, Any]) -> None:
+def build_gptq(path: Path, *, source: SweepSource, transcripts: Path, settings: Mapping[str, Any]) -> None:
     from gramlite.quant.calibration import read_transcripts
     from gramlite.quant.gptq import quantize_gptq
     from gramlite.quant.memory import pick_device
@@ -314,7 +314,7 @@ def build_gptq(path: Path, *, source: Source, transcripts: Path, settings: Mappi
     )
 
 
-def _described(source: Source, chosen: Sequence[Transcript]) -> dict[str, Any]:
+def _described(source: SweepSource, chosen: Sequence[Transcript]) -> dict[str, Any]:
     from gramlite.quant.calibration import describe
 
     assert source.calibration is not None

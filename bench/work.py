@@ -19,7 +19,7 @@ from .suites import Said, Suite, load_pairs, open_suite
 
 
 @dataclass(frozen=True)
-class Work:
+class SuiteWork:
     """A suite that is to be judged: its name, module, file and pairs, how these were chosen and labels explained."""
 
     name: str
@@ -56,7 +56,7 @@ class Work:
 def load_work(
     specification: str, limit: int | None = None, *, sample: int | None = None, longest: int | None = None,
     labels: Said | None = None,
-) -> Work:  # fmt: skip
+) -> SuiteWork:  # fmt: skip
     """The pairs of `SUITE[/SUBSET][:FILE]`: all, the first `limit`, or `sample` drawn by a hash of their ids.
 
     Only pairs of at most `longest` characters count; `labels` says what labels of one's own pairs mean. The larger of
@@ -83,7 +83,7 @@ def load_work(
         raise InputError(f"{path} holds the id {doubled[0]!r} more than once. Make ids unique.")
     if subset or sample or longest:
         pairs = chosen_pairs(pairs, limit=limit, sample=sample)
-    return Work(name, module, path, pairs, limit, sample, longest, subset or None, labels)
+    return SuiteWork(name, module, path, pairs, limit, sample, longest, subset or None, labels)
 
 
 def item_of(pair: Pair) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gramlite.bench.builder import Target
-from gramlite.bench.variants import Source, Variant
+from gramlite.bench.variants import SweepSource, Variant
 
 from gramlite.errors import ModelError
 from gramlite.formats.artifact import Manifest, hash_files, write_manifest
@@ -18,7 +18,7 @@ CHAT = Path(__file__).resolve().parents[2] / "gramlite/data/reference/hf/chat_te
 FAILS, CRASHES = "Q2_K", "Q3_K_M"
 
 
-def artifact_target(variant: Variant, source: Source, folder: Path) -> Target:
+def artifact_target(variant: Variant, source: SweepSource, folder: Path) -> Target:
     """A scripted artifact in place of the real one; `seconds` files in the checkpoint say how slow it is."""
     slow = source.checkpoint / "seconds"
     seconds = float(slow.read_text()) if slow.is_file() else 0.0

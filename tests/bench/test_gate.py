@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from gramlite.bench.comparison import Comparison, compare_runs
+from gramlite.bench.comparison import RunComparison, compare_runs
 from gramlite.bench.folder import read_run
 from gramlite.bench.gate import Clause, enforce, evaluate, github_annotations, outcome_of, parse_gate, write_junit
 
@@ -16,7 +16,7 @@ from gramlite.errors import GateError, InputError
 from .conftest import MakeRun, judged_row
 
 
-def comparison(make_run: MakeRun, lost: int, gained: int, n: int) -> Comparison:
+def comparison(make_run: MakeRun, lost: int, gained: int, n: int) -> RunComparison:
     def rows(verdicts: list[bool]) -> list[dict[str, object]]:
         return [judged_row(str(i), [1.0 if right else -1.0] * 2, label="A") for i, right in enumerate(verdicts)]
 

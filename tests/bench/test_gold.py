@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from gramlite.bench.compare import command
-from gramlite.bench.comparison import Comparison, compare_runs
+from gramlite.bench.comparison import RunComparison, compare_runs
 from gramlite.bench.folder import read_run
 from gramlite.bench.measures import GOLD_MEASURES
 from gramlite.bench.summary import sentences, summary_table
@@ -37,7 +37,7 @@ def run_at(make_run: MakeRun, name: str, margins: Margins) -> Path:
     return make_run(name, [judged_row(identifier, both) for identifier, both in margins.items()])
 
 
-def compared(make_run: MakeRun, gold: Path) -> Comparison:
+def compared(make_run: MakeRun, gold: Path) -> RunComparison:
     base, mine = run_at(make_run, "base", BASE), run_at(make_run, "mine", MINE)
     return compare_runs(read_run(base), read_run(mine), gold=read_run(gold))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramlite.bench.comparison import Comparison, compare_runs
+from gramlite.bench.comparison import RunComparison, compare_runs
 from gramlite.bench.flips import embedded, shortened
 from gramlite.bench.folder import Run, read_run
 from gramlite.bench.report import LARGEST_PAGE, PAGE, write_report
@@ -71,7 +71,7 @@ def runs_of(folder: Path, count: int, *, text: str = EVIL, length: int = 300, ru
     return found
 
 
-def compared(runs: list[Run]) -> list[Comparison]:
+def compared(runs: list[Run]) -> list[RunComparison]:
     return [compare_runs(runs[0], run) for run in runs[1:]]
 
 

@@ -16,7 +16,7 @@ from gramlite.bench.sweep_page import write_page
 from gramlite.bench.sweep_table import csv_results, json_rows, suite_table, tables_markdown
 from gramlite.bench.sweep_words import what_it_says
 from gramlite.bench.swept import POOLED, Entry, Swept, compare_all
-from gramlite.bench.variants import Source, parse_variant
+from gramlite.bench.variants import SweepSource, parse_variant
 from gramlite.bench.work import load_work
 
 from .conftest import judged_row
@@ -137,7 +137,7 @@ def test_the_page(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "judge/config.json").write_text("{}")
     pairs = write_pairs(tmp_path / "pairs.jsonl", 30)
     plan: Any = SimpleNamespace(
-        source=Source(checkpoint=tmp_path / "judge", calibration=pairs),
+        source=SweepSource(checkpoint=tmp_path / "judge", calibration=pairs),
         variants=[parse_variant("F16"), parse_variant("gptq:4x64"), replace(parse_variant("Q4_0"), path=pairs)],
         options=SimpleNamespace(mode="direct", orders="both"),
         works={"autoj": load_work(f"pairs:{pairs}", sample=10, longest=90)},

@@ -20,7 +20,7 @@ from gramlite.bench.builder import Builder, Target, build_in_child, is_intact
 from gramlite.bench.folder import read_run
 from gramlite.bench.progress import SweepProgress
 from gramlite.bench.sweep import command
-from gramlite.bench.variants import Source, artifact_target, parse_types, parse_variant
+from gramlite.bench.variants import SweepSource, artifact_target, parse_types, parse_variant
 from gramlite.bench.work import load_work
 
 from gramlite.errors import GateError, GramliteError, InputError, IntegrityError, ModelError
@@ -86,9 +86,9 @@ def checkpoint_at(folder: Path) -> Path:
 
 def test_what_a_type_is_made_of(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 3)
-    source = Source(checkpoint=checkpoint_at(tmp_path / "ckpt"), calibration=pairs)
+    source = SweepSource(checkpoint=checkpoint_at(tmp_path / "ckpt"), calibration=pairs)
 
-    def part(text: str, of: Source = source) -> Target:
+    def part(text: str, of: SweepSource = source) -> Target:
         return artifact_target(parse_variant(text), of, tmp_path)
 
     assert [need.path.name for need in part("Q4_K_M").needs] == ["F16.gguf"]
@@ -96,7 +96,7 @@ def test_what_a_type_is_made_of(tmp_path: Path) -> None:
     (gptq,) = part("gptq:4x64:q8_0").needs
     assert gptq == part("gptq:4x64").needs[0] or gptq.path == part("gptq:4x64").needs[0].path
     assert part("gptq:4x64:q8_0").path != part("gptq:4x64").path
-    fewer = Source(checkpoint=source.checkpoint, calibration=pairs, tokens=1000)
+    fewer = SweepSource(checkpoint=source.checkpoint, calibration=pairs, tokens=1000)
     assert part("Q4_K_M", fewer).record == part("Q4_K_M").record  # the calibration is nothing to it
     for text in ("gptq:4x64", "auto:4.5bpw", "Q4_0+imatrix"):
         assert part(text, fewer).record != part(text).record
@@ -105,9 +105,9 @@ def test_what_a_type_is_made_of(tmp_path: Path) -> None:
     for text in ("gptq:4x64", "auto:4.5bpw", "Q4_0+imatrix"):
         assert part(text, thinking).record != part(text).record
     (source.checkpoint / "model.safetensors").write_bytes(b"other weights")
-    assert part("F16", Source(checkpoint=source.checkpoint)).record != {}
+    assert part("F16", SweepSource(checkpoint=source.checkpoint)).record != {}
     with pytest.raises(InputError, match="--calibration"):
-        part("gptq:4x64", Source(checkpoint=source.checkpoint))
+        part("gptq:4x64", SweepSource(checkpoint=source.checkpoint))
 
 
 # --- parts ---------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_crash_of_native_code_is_an_error_like_others(tmp_path: Path) -> None:
 
 def sweep_fakes_build(kind: str) -> Any:
     source = Path(sweep_fakes.__file__)
-    return sweep_fakes.artifact_target(parse_variant(kind), Source(checkpoint=source.parent), source.parent).build
+    return sweep_fakes.artifact_target(parse_variant(kind), SweepSource(checkpoint=source.parent), source.parent).build
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_calibration_is_judged_in_the_mode_of_the_sweep(
     mode: str, fakes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = write_pairs(tmp_path / "calibration.jsonl", 5)
-    asked: list[Source] = []
+    asked: list[SweepSource] = []
     monkeypatch.setattr(
         sweep_module,
         "artifact_target",
