@@ -6,6 +6,7 @@ guessed. Where several rows share a prompt, intervals treat the prompt as the un
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,9 @@ from .measures import (
 )
 from .statistics import Estimate
 
+# what became of a labelled pair, by whether the base and the run are right
+AGREEMENT = {"both": (True, True), "lost": (True, False), "gained": (False, True), "neither": (False, False)}
+
 
 @dataclass(frozen=True)
 class SubsetChange:
@@ -45,10 +49,7 @@ class SubsetChange:
     p_holm: float
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "rows": self.rows, "accuracy": self.accuracy.to_json(), "flips": self.flips.to_json(),
-            "p": self.p, "p_holm": self.p_holm,
-        }  # fmt: skip
+        return {**vars(self), "accuracy": self.accuracy.to_json(), "flips": self.flips.to_json()}
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,8 @@ def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, go
     everything = Paired(matched, clusters_of(matched) if cluster else None, seed)
     judged = everything.select(lambda a, b: a.get("verdict") is not None and b.get("verdict") is not None)
     labelled = judged.select(lambda a, b: label_of(a, b) in ("A", "B"))
-    table = statistics.agreement_table(
-        labelled.values(lambda a, b: is_right(a, a, b)), labelled.values(lambda a, b: is_right(b, a, b))
-    )
+    right = Counter((is_right(a, a, b), is_right(b, a, b)) for a, b in labelled.pairs)
+    table = {name: right[sides] for name, sides in AGREEMENT.items()}
     moves = labelled.values(right_change)
     effect = statistics.design_effect(moves, labelled.clusters)
     n = len(labelled.pairs)

@@ -54,12 +54,7 @@ def direction_of(base: Row, run: Row) -> str:
 
 
 def flip_data(
-    base: Run,
-    runs: Sequence[Run],
-    pairs: Mapping[str, Pair],
-    *,
-    text_limit: int,
-    flip_limit: int,
+    base: Run, runs: Sequence[Run], pairs: Mapping[str, Pair], *, text_limit: int, flip_limit: int
 ) -> dict[str, Any]:
     """What the flip browser shows: each run's changed verdicts, largest margin change first."""
     shown: dict[str, Any] = {}

@@ -55,10 +55,7 @@ class GateFinding:
     pairs_needed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "clause": str(self.clause), "run": self.run, "outcome": self.outcome, "sentence": self.sentence,
-            "pairs_needed": self.pairs_needed,
-        }  # fmt: skip
+        return vars(self) | {"clause": str(self.clause)}
 
 
 def parse_gate(text: str) -> list[Clause]:

@@ -63,19 +63,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def wilson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval for a rate (Wilson 1927)."""
-    from scipy.special import ndtri
-
-    if n <= 0:
-        return 0.0, 1.0
-    z = float(ndtri(0.5 + confidence / 2))
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def clopper_pearson(successes: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The exact interval for a rate (Clopper & Pearson 1934); `n` may be an effective, fractional size."""
     from scipy.special import betaincinv
@@ -316,15 +303,3 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
         return any(c <= cost and q >= quality and (c < cost or q > quality) for c, q in points)
 
     return [index for index, point in enumerate(points) if not beaten(*point)]
-
-
-def agreement_table(base_correct: ArrayLike, other_correct: ArrayLike) -> dict[str, int]:
-    """The 2 by 2 table of right and wrong: both, lost (base alone right), gained (other alone), neither."""
-    first = np.asarray(base_correct, dtype=bool)
-    second = np.asarray(other_correct, dtype=bool)
-    return {
-        "both": int((first & second).sum()),
-        "lost": int((first & ~second).sum()),
-        "gained": int((~first & second).sum()),
-        "neither": int((~first & ~second).sum()),
-    }

@@ -45,12 +45,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
     shutil.copytree(Path(gramlite.__file__).with_name("data") / "reference" / "hf", folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }
+    config |= {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     layer_bytes, rest = 2 * 61_000_000, 2 * 49152 * 2048
     config["num_hidden_layers"] = max(1, round((gigabytes * 1e9 - rest) / layer_bytes))
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

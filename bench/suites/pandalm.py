@@ -40,10 +40,7 @@ def _pairs(record: records.Record, number: int, where: str) -> Iterator[Pair]:
         response_a=records.text(record, "response1", where),
         response_b=records.text(record, "response2", where),
         label=Counter(votes).most_common(1)[0][0],
-        meta={
-            "subset": str(record.get("cmp_key", "all")),
-            "annotators": [record[f"annotator{i}"] for i in (1, 2, 3)],
-        },
+        meta={"subset": str(record.get("cmp_key", "all")), "annotators": [record[f"annotator{i}"] for i in (1, 2, 3)]},
     )
 
 

@@ -88,7 +88,7 @@ def report_of() -> SpeedReport:
 
 
 def test_one_table_has_the_ratios_and_their_spread() -> None:
-    ours, plain = speed_table(report_of())
+    ours, plain = speed_table(report_of()).texts()
     assert ours["times gramlite's"] == "1" and ours["over the floor"] == "+5.0%"
     assert plain["times gramlite's"] == "3.00 (3.00 to 3.00)" and plain["over the floor"] == ""
     assert plain["seconds a pair"] == "3.300" and plain["middle half"] == "3.000 to 3.600"

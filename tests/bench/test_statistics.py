@@ -35,10 +35,8 @@ def test_holm_equals_statsmodels() -> None:
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (1, 10), (10, 10), (37, 400), (3, 1069)])
 def test_rate_intervals_equal_scipy(k: int, n: int) -> None:
-    test = stats.binomtest(k, n)
-    exact, score = test.proportion_ci(method="exact"), test.proportion_ci(method="wilson")
+    exact = stats.binomtest(k, n).proportion_ci(method="exact")
     assert st.clopper_pearson(k, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
-    assert st.wilson(k, n) == pytest.approx((score.low, score.high), abs=1e-12)
     estimate = st.rate_interval([True] * k + [False] * (n - k))
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((k / n, exact.low, exact.high), abs=1e-12)
 
