@@ -16,22 +16,6 @@ from .statistics import Estimate
 
 Value = Callable[[Row], float | None]
 Gap = Callable[[float, float], float]
-GOLD_MEASURES = ("gold_margin", "gold_flips", "gold_order_flips")  # of each run against gold verdicts
-MEASURES = (
-    "accuracy",
-    "flips",
-    "lost",
-    "gained",
-    "agreement",
-    "margin",
-    "divergence",
-    "consistency",
-    "first_position",
-    "rationale",
-    "forced",
-    "no_verdict",
-    "seconds",
-)
 
 
 @dataclass(frozen=True)
@@ -162,7 +146,7 @@ def measures_of(everything: Paired, judged: Paired, labelled: Paired) -> dict[st
         everything.side_by_side("no_verdict", "no verdict", no_verdict, unit="rate", better=-1),
         judged.side_by_side("seconds", "seconds a pair", seconds, unit="seconds", better=-1),
     ]
-    return {name: measure for name, measure in zip(MEASURES, found, strict=True)}
+    return {measure.name: measure for measure in found}
 
 
 def between(judged: Paired, name: str, title: str, key: str, gap: Gap) -> Measure:
@@ -206,7 +190,7 @@ def gold_measures(judged: Paired, gold: Mapping[str, Row]) -> dict[str, Measure]
         judged.side_by_side("gold_flips", "verdicts other than gold's", other_verdict, unit="rate", better=-1),
         judged.side_by_side("gold_order_flips", "orders other than gold's", other_sides, unit="rate", better=-1),
     ]
-    return {name: measure for name, measure in zip(GOLD_MEASURES, found, strict=True)}
+    return {measure.name: measure for measure in found}
 
 
 def gold_line(rows: Iterable[Row], gold: Mapping[str, Row]) -> dict[str, float | None]:
@@ -267,3 +251,8 @@ def no_verdict(row: Row) -> float:
 
 def seconds(row: Row) -> float | None:
     return float(row["seconds"]) if is_number(row.get("seconds")) else None
+
+
+_NO_ROWS = Paired([], None, seed=0)
+MEASURES = tuple(measures_of(_NO_ROWS, _NO_ROWS, _NO_ROWS))
+GOLD_MEASURES = tuple(gold_measures(_NO_ROWS, {}))

@@ -14,7 +14,7 @@ from gramlite.rows.journal import differences
 from gramlite.storage import sha256_cached, write_json
 
 from .suites import takes_labels
-from .swept import Entry
+from .sweep_result import SweepEntry
 from .variants import SweepSource, Variant, parse_types
 from .work import SuiteWork, load_work
 
@@ -129,7 +129,7 @@ def check_folder(plan: SweepPlan) -> None:
         )
 
 
-def write_record(plan: SweepPlan, entries: Sequence[Entry]) -> None:
+def write_record(plan: SweepPlan, entries: Sequence[SweepEntry]) -> None:
     """Write what was asked and what became of the types so far."""
     outcomes = [
         {

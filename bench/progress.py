@@ -25,7 +25,7 @@ class SweepProgress:
         self._done_types = self._done_pairs = 0
         self._type = self._step = ""
         self._suite_pairs = self._suite_done = 0
-        self._began = self._making_since = time.monotonic()
+        self._began = time.monotonic()
         self._making = [0.0, 0.0]  # seconds spent making, and for how many types
         self._judging = [0.0, 0.0]  # seconds spent judging, and how many pairs
         self._last = 0.0
@@ -48,12 +48,12 @@ class SweepProgress:
         self._update("")
 
     def make(self, name: str) -> None:
-        """A part is being made, and nothing else until the next word."""
+        """A file of the type is being made."""
         note(f"{self._type}: making {name}")
         self._update(f"making {name}")
 
     def made(self) -> None:
-        """All parts of the type are there."""
+        """The type is there."""
         spent = time.monotonic() - self._began
         if spent > 1:
             self._making = [self._making[0] + spent, self._making[1] + 1]

@@ -14,9 +14,9 @@ from .gate import GATE, GateFinding
 from .plan import LOCK, RECORD, SweepPlan
 from .report import write_report
 from .sweep_page import check_page, settings_sentence, write_page
+from .sweep_result import POOLED, SweepResult
 from .sweep_table import csv_results, json_rows, suite_table, tables_markdown, write_text
 from .sweep_words import what_it_says
-from .swept import POOLED, Swept
 
 
 def check_outputs(plan: SweepPlan, page: Path | None, junit: Path | None) -> None:
@@ -36,7 +36,13 @@ def check_outputs(plan: SweepPlan, page: Path | None, junit: Path | None) -> Non
 
 
 def write_results(
-    plan: SweepPlan, swept: Swept, findings: Sequence[GateFinding], *, report: bool, page: Path | None, as_json: bool
+    plan: SweepPlan,
+    swept: SweepResult,
+    findings: Sequence[GateFinding],
+    *,
+    report: bool,
+    page: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the table beside the runs, the reports and the page where asked for, and print the table."""
     lines = ["# Results", "", settings_sentence(plan), "", *tables_markdown(swept)]

@@ -29,7 +29,7 @@ from gramlite.terminal import say, say_json, visible
 
 from .environment import hardware, versions
 from .folder import RECORD, ROWS, RUN_VERSION, check_run_folder, read_run
-from .suites import Said, suite_names
+from .suites import LabelMeanings, suite_names
 from .work import SuiteWork, load_work, pair_digest
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def command(
     limit: int | None,
     sample: int | None,
     longest: int | None,
-    labels: Said | None,
+    labels: LabelMeanings | None,
     resume: bool,
     force: bool,
     as_json: bool,

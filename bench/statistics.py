@@ -108,12 +108,12 @@ def rate_interval(
 
     Without clusters this is Clopper-Pearson; with them it is Korn & Graubard (1998).
     """
-    from scipy.special import stdtrit
-
     data = np.asarray(hits, dtype=np.float64)
     n = len(data)
     if n == 0:
         return NOTHING
+    from scipy.special import stdtrit
+
     rate = float(data.mean())
     effective = n / design_effect(data, clusters)
     count = n if clusters is None else len(set(clusters))

@@ -36,18 +36,18 @@ from .plan import LOCK, SweepPlan, check_folder, judge_settings, read_plan, writ
 from .progress import SweepProgress
 from .results import check_outputs, write_results
 from .run import describe_artifact, run_suite
-from .swept import POOLED, Entry, Swept, compare_all
+from .sweep_result import POOLED, SweepEntry, SweepResult, compare_all
 from .variants import Variant, artifact_target
 from .work import SuiteWork
 
 
-def sweep(plan: SweepPlan, builder: Builder, progress: SweepProgress, *, seed: int = 0) -> Swept:
+def sweep(plan: SweepPlan, builder: Builder, progress: SweepProgress, *, seed: int = 0) -> SweepResult:
     """Make, judge and compare every type of a plan; what is there is used.
 
     Raises whatever the base fails with, since nothing can be compared without it, and IntegrityError for a folder
     of another sweep.
     """
-    entries: list[Entry] = []
+    entries: list[SweepEntry] = []
     for variant in plan.variants:
         progress.start(variant.name)
         entry = sweep_one(plan, variant, builder, progress)
@@ -57,9 +57,9 @@ def sweep(plan: SweepPlan, builder: Builder, progress: SweepProgress, *, seed: i
     return compare_all(entries, seed=seed)
 
 
-def sweep_one(plan: SweepPlan, variant: Variant, builder: Builder, progress: SweepProgress) -> Entry:
+def sweep_one(plan: SweepPlan, variant: Variant, builder: Builder, progress: SweepProgress) -> SweepEntry:
     """Make one type and judge every suite with it."""
-    entry = Entry(variant.name)
+    entry = SweepEntry(variant.name)
     runs: dict[str, Run] = {}
     try:
         path = variant.path or builder.ensure(artifact_target(variant, plan.source, plan.folder / "artifacts"))
@@ -129,7 +129,7 @@ def bits_of(path: Path) -> float | None:
     return bits_per_weight(read_header(path))
 
 
-def run_sweep(plan: SweepPlan, *, seed: int = 0) -> Swept:
+def run_sweep(plan: SweepPlan, *, seed: int = 0) -> SweepResult:
     """Sweep in the plan's folder, which one process may hold at a time."""
     artifacts = plan.folder / "artifacts"
     plan.folder.mkdir(parents=True, exist_ok=True)

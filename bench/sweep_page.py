@@ -12,9 +12,9 @@ from gramlite.terminal import visible
 
 from .picture import panels_of, write_pictures
 from .plan import SweepPlan
+from .sweep_result import SweepResult
 from .sweep_table import tables_markdown, write_text
 from .sweep_words import what_it_says
-from .swept import Swept
 from .table import escaped
 
 MADE = "This page is written by the command"  # by which it is known again
@@ -26,7 +26,7 @@ def check_page(path: Path, inputs: Inputs) -> None:
     check_note(path.with_suffix(".svg"), inputs, "" if path.exists() else None)
 
 
-def write_page(path: Path, plan: SweepPlan, swept: Swept) -> None:
+def write_page(path: Path, plan: SweepPlan, swept: SweepResult) -> None:
     """Write the results as a page in Markdown, with the trade-off picture beside it."""
     suite = next(iter(swept.comparisons))
     base, *runs = swept.runs_of(suite).values()
@@ -64,7 +64,7 @@ def settings_sentence(plan: SweepPlan) -> str:
     return f"{said} Calibrated on {f'judging in {how} mode' if how else 'transcripts as they were recorded'}."
 
 
-def made_with(plan: SweepPlan, swept: Swept) -> list[str]:
+def made_with(plan: SweepPlan, swept: SweepResult) -> list[str]:
     """The machine, the versions, the suites, the calibration and the command, as a list."""
     record = next(iter(swept.base.runs.values())).record
     lines = [

@@ -12,7 +12,7 @@ from .comparison import RunComparison
 from .gate import GateFinding
 from .statistics import Estimate
 from .summary import table_of
-from .swept import Entry, Swept
+from .sweep_result import SweepEntry, SweepResult
 from .table import Column, Table, escaped
 
 SHOWN = {  # what a row of the table for people shows of a row of figures
@@ -23,7 +23,7 @@ SHOWN = {  # what a row of the table for people shows of a row of figures
 ESTIMATES = ("accuracy", "accuracy_change", "margin_error", "flips", "agreement")
 
 
-def figures_of(swept: Swept, suite: str) -> list[dict[str, Any]]:
+def figures_of(swept: SweepResult, suite: str) -> list[dict[str, Any]]:
     """What is known of each type on a suite, the base first: rates are fractions, and None is what is not known."""
     comparisons, runs = swept.comparisons[suite], swept.runs_of(suite)
     rows = []
@@ -37,7 +37,9 @@ def figures_of(swept: Swept, suite: str) -> list[dict[str, Any]]:
     return rows
 
 
-def estimates_of(swept: Swept, comparisons: Mapping[str, RunComparison], entry: Entry) -> dict[str, Estimate | None]:
+def estimates_of(
+    swept: SweepResult, comparisons: Mapping[str, RunComparison], entry: SweepEntry
+) -> dict[str, Estimate | None]:
     """Accuracy, its change, margin error, flips and agreement, each with its interval and n; None where unknown."""
     found: list[Estimate | None] = [None] * len(ESTIMATES)
     if entry.name in comparisons:
@@ -49,7 +51,7 @@ def estimates_of(swept: Swept, comparisons: Mapping[str, RunComparison], entry: 
     return dict(zip(ESTIMATES, found, strict=True))
 
 
-def suite_table(swept: Swept, suite: str) -> Table:
+def suite_table(swept: SweepResult, suite: str) -> Table:
     """A row for each type, the base first; a type that failed has its reason."""
     rows = [{SHOWN[name]: row[name] for name in SHOWN} for row in figures_of(swept, suite)]
     rows[0] |= {"change": "base"} | dict.fromkeys(["margin", "flips", "agreement"], "")
@@ -59,20 +61,20 @@ def suite_table(swept: Swept, suite: str) -> Table:
     return table_of(title_of(swept, suite), [name for name in SHOWN.values() if name != "failed" or any(failed)], rows)
 
 
-def title_of(swept: Swept, suite: str) -> str:
+def title_of(swept: SweepResult, suite: str) -> str:
     """A suite with the number of its pairs, and of those on which accuracy is measured."""
     run = next(iter(swept.runs_of(suite).values()))
     labelled = sum(row.get("label") in ("A", "B") for row in run.rows.values())
     return f"{suite}, {len(run.rows):,} pairs, {labelled:,} of them labelled A or B"
 
 
-def tables_markdown(swept: Swept) -> list[str]:
+def tables_markdown(swept: SweepResult) -> list[str]:
     """Every suite's table under a heading of its own."""
     tables = [suite_table(swept, suite) for suite in swept.comparisons]
     return [line for table in tables for line in (f"## {escaped(table.title)}", "", *table.markdown(), "")]
 
 
-def json_rows(swept: Swept, findings: Sequence[GateFinding]) -> list[dict[str, Any]]:
+def json_rows(swept: SweepResult, findings: Sequence[GateFinding]) -> list[dict[str, Any]]:
     """An object for each suite and type, and one for each of the gate's clauses."""
     rows = [
         {name: value.to_json() if isinstance(value, Estimate) else value for name, value in row.items()}
@@ -82,7 +84,7 @@ def json_rows(swept: Swept, findings: Sequence[GateFinding]) -> list[dict[str, A
     return [*rows, *({"gate": finding.to_json()} for finding in findings)]
 
 
-def csv_results(swept: Swept) -> str:
+def csv_results(swept: SweepResult) -> str:
     """The table with nothing rounded, a line for each suite and type."""
     names = ["suite", "type", "bytes", "bits_per_weight", "pairs", "seconds_per_pair", *ESTIMATES, "failure"]
     rows = [[row[name] for name in names] for suite in swept.comparisons for row in figures_of(swept, suite)]

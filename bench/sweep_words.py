@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from .comparison import RunComparison
 from .statistics import holm, pareto_front
 from .summary import SIGNIFICANT
-from .swept import Swept
+from .sweep_result import SweepResult
 from .table import megabytes, p_value, percent, points, rate, with_interval
 
 
-def what_it_says(swept: Swept) -> list[str]:
+def what_it_says(swept: SweepResult) -> list[str]:
     """Sentences on the first table: margin error in order, flips, accuracy with what could be seen at all, the front."""
     suite, comparisons = next(iter(swept.comparisons.items()))
     failed = [f"{entry.name} could not be measured: {entry.failure}" for entry in swept.entries if entry.failure]
@@ -27,7 +27,7 @@ def what_it_says(swept: Swept) -> list[str]:
     ]
 
 
-def margin_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> str:
+def margin_sentence(swept: SweepResult, comparisons: Mapping[str, RunComparison]) -> str:
     changes = {name: comparison.measures["margin"].change for name, comparison in comparisons.items()}
     order = sorted(changes, key=lambda name: changes[name].value)
     listed = " < ".join(f"{name} {changes[name].value:.3f}" for name in order)
@@ -53,7 +53,7 @@ def flips_sentence(comparisons: Mapping[str, RunComparison]) -> str:
     )
 
 
-def accuracy_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> str:
+def accuracy_sentence(swept: SweepResult, comparisons: Mapping[str, RunComparison]) -> str:
     adjusted = holm([comparison.p for comparison in comparisons.values()])
     found = [
         f"{name} ({with_interval(comparison.measures['accuracy'].change, points)} points, p {p_value(p)})"
@@ -74,7 +74,7 @@ def accuracy_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) ->
     )
 
 
-def front_sentence(swept: Swept, comparisons: Mapping[str, RunComparison]) -> list[str]:
+def front_sentence(swept: SweepResult, comparisons: Mapping[str, RunComparison]) -> list[str]:
     """Which types no smaller one matches in margin error."""
     known = [entry for entry in swept.entries if entry.name in comparisons and entry.size_bytes]
     errors = {entry.name: comparisons[entry.name].measures["margin"].change.value for entry in known}

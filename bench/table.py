@@ -18,6 +18,8 @@ from .statistics import Estimate
 NONE = "–"
 MARKDOWN = re.compile(r"[\\`*_|<>#]|\](?=[(\[:])")
 
+whole, two_digits, three_digits = "{:,.0f}".format, "{:,.2f}".format, "{:.3f}".format
+
 Value = str | float | Estimate | None  # text, a figure, one with its interval, or nothing that is known
 
 
@@ -28,18 +30,6 @@ def percent(rate: float) -> str:
 def points(rate: float) -> str:
     """A change in percentage points."""
     return f"{100 * rate:+.1f}"
-
-
-def three_digits(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def two_digits(value: float) -> str:
-    return f"{value:,.2f}"
 
 
 def megabytes(size: float) -> str:

@@ -15,7 +15,7 @@ from gramlite.judging.pair import Pair
 from gramlite.rows import identifier_text
 from gramlite.storage import sha256_cached
 
-from .suites import Said, Suite, load_pairs, open_suite
+from .suites import LabelMeanings, Suite, load_pairs, open_suite
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SuiteWork:
     sample: int | None = None
     longest: int | None = None
     subset: str | None = None
-    labels: Said | None = None
+    labels: LabelMeanings | None = None
 
     @property
     def title(self) -> str:
@@ -55,7 +55,7 @@ class SuiteWork:
 
 def load_work(
     specification: str, limit: int | None = None, *, sample: int | None = None, longest: int | None = None,
-    labels: Said | None = None,
+    labels: LabelMeanings | None = None,
 ) -> SuiteWork:  # fmt: skip
     """The pairs of `SUITE[/SUBSET][:FILE]`: all, the first `limit`, or `sample` drawn by a hash of their ids.
 

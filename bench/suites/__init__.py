@@ -21,7 +21,7 @@ from gramlite.bench.records import find_file
 from gramlite.errors import InputError
 from gramlite.judging.pair import Pair, Winner
 
-Said = Mapping[str, Winner | None]
+LabelMeanings = Mapping[str, Winner | None]
 
 
 class Suite(Protocol):
@@ -48,7 +48,7 @@ def _takes(module: Suite, option: str) -> bool:
 
 
 def load_pairs(
-    name: str, module: Suite, path: Path, *, limit: int | None = None, labels: Said | None = None
+    name: str, module: Suite, path: Path, *, limit: int | None = None, labels: LabelMeanings | None = None
 ) -> Iterator[Pair]:
     """A suite's first pairs; `labels` says what their labels mean. Raises InputError for a suite that knows its own."""
     load: Callable[..., Iterator[Pair]] = module.load

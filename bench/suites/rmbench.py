@@ -10,7 +10,6 @@ score is the mean of the four domains.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,11 @@ def load(path: Path, *, limit: int | None = None) -> Iterator[Pair]:
 
     Pairs of gramlite's own schema with a `cell` in their meta come through one by one.
     """
-    items = _items(path)
-    if limit is None:
-        return chain.from_iterable(items)
-    return _whole_items(items, limit)
-
-
-def _whole_items(items: Iterator[list[Pair]], limit: int) -> Iterator[Pair]:
     taken = 0
-    for pairs in items:
-        if taken + len(pairs) > max(limit, len(pairs)):
-            return
+    for pairs in _items(path):
         taken += len(pairs)
+        if limit is not None and taken > max(limit, len(pairs)):
+            return
         yield from pairs
 
 
@@ -129,12 +121,8 @@ def score(rows: Iterable[Any], pairs: Sequence[Pair]) -> dict[str, Any]:
         scores=scores,
         notes=_notes(matched, scores, pairs),
         one_order="The chosen response is always shown first here: judge both.",
-        matrices={part: matrix for part, matrix in matrices.items() if any(map(any_known, matrix))},
+        matrices={part: matrix for part, matrix in matrices.items() if set(sum(matrix, [])) != {None}},
     )
-
-
-def any_known(row: Sequence[float | None]) -> bool:
-    return any(value is not None for value in row)
 
 
 def _notes(matched: scoring.Match, scores: Mapping[str, float | None], pairs: Sequence[Pair]) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from gramlite.bench.folder import Run
 from gramlite.bench.sweep_page import write_page
+from gramlite.bench.sweep_result import POOLED, SweepEntry, SweepResult, compare_all
 from gramlite.bench.sweep_table import csv_results, json_rows, suite_table, tables_markdown
 from gramlite.bench.sweep_words import what_it_says
-from gramlite.bench.swept import POOLED, Entry, Swept, compare_all
 from gramlite.bench.variants import SweepSource, parse_variant
 from gramlite.bench.work import load_work
 
@@ -39,24 +39,24 @@ NOISE = {"F16": 0.0, "Q8_0": 0.1, "Q4_0": 0.9, "gptq:4x64": 0.5}
 SIZES = {"F16": 270_000_000, "Q8_0": 145_000_000, "Q4_0": 90_000_000, "gptq:4x64": 95_000_000}
 
 
-def swept_of(suites: dict[str, int], *, lift: float = 0.0) -> Swept:
+def swept_of(suites: dict[str, int], *, lift: float = 0.0) -> SweepResult:
     entries = [
-        Entry(
+        SweepEntry(
             name, SIZES[name], 16.0,
             {suite: run_of(name, noise, seed=seed, lift=lift * noise) for suite, seed in suites.items()},
         )
         for name, noise in NOISE.items()
     ]  # fmt: skip
-    broken = Entry("Q2_K", failure="rows are | too *short*")
+    broken = SweepEntry("Q2_K", failure="rows are | too *short*")
     return compare_all([*entries, broken], seed=0)
 
 
 @pytest.fixture(scope="module")
-def swept() -> Swept:
+def swept() -> SweepResult:
     return swept_of({"autoj": 1, "pandalm": 2})
 
 
-def test_margin_error_is_what_was_put_in(swept: Swept) -> None:
+def test_margin_error_is_what_was_put_in(swept: SweepResult) -> None:
     rows = {(row["suite"], row["type"]): row for row in json_rows(swept, [])}
     assert len(rows) == 3 * 5
     for suite, n in (("autoj", 200), ("pandalm", 200), (POOLED, 400)):
@@ -72,7 +72,7 @@ def test_margin_error_is_what_was_put_in(swept: Swept) -> None:
     assert lost == pytest.approx(rows["autoj", "Q4_0"]["flips"]["value"]) and lost > 0.1
 
 
-def test_pooling_keeps_the_suites_apart_as_subsets(swept: Swept) -> None:
+def test_pooling_keeps_the_suites_apart_as_subsets(swept: SweepResult) -> None:
     comparison = swept.comparisons[POOLED]["Q4_0"]
     assert [subset.name for subset in comparison.subsets] == ["autoj", "pandalm"]
     for subset in comparison.subsets:
@@ -80,7 +80,7 @@ def test_pooling_keeps_the_suites_apart_as_subsets(swept: Swept) -> None:
         assert subset.flips.value == alone.measures["flips"].change.value and subset.p == alone.p
 
 
-def test_a_type_without_every_suite_is_not_pooled(swept: Swept) -> None:
+def test_a_type_without_every_suite_is_not_pooled(swept: SweepResult) -> None:
     cut = [replace(e, runs={"autoj": e.runs["autoj"]}) if e.name == "Q4_0" else e for e in swept.entries]
     found = compare_all(cut, seed=0)
     assert set(found.comparisons[POOLED]) == {"Q8_0", "gptq:4x64"}
@@ -89,7 +89,7 @@ def test_a_type_without_every_suite_is_not_pooled(swept: Swept) -> None:
     assert row["flips %"] == "–" and row["s/pair"] == "–"
 
 
-def test_the_table_for_people(swept: Swept) -> None:
+def test_the_table_for_people(swept: SweepResult) -> None:
     rows = {row["type"]: row for row in suite_table(swept, "autoj").texts()}
     assert rows["F16"]["Δ accuracy"] == "base" and rows["F16"]["size MB"] == "270.0"
     assert rows["Q8_0"]["mean |Δ margin|"] == "0.100 [0.100, 0.100]"
@@ -103,7 +103,7 @@ def test_the_table_for_people(swept: Swept) -> None:
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1  # no cell breaks its row
 
 
-def test_nothing_is_rounded_in_csv(swept: Swept) -> None:
+def test_nothing_is_rounded_in_csv(swept: SweepResult) -> None:
     rows = list(csv.DictReader(io.StringIO(csv_results(swept))))
     row = next(row for row in rows if (row["suite"], row["type"]) == ("autoj", "Q4_0"))
     figures = swept.comparisons["autoj"]["Q4_0"].measures
@@ -112,7 +112,7 @@ def test_nothing_is_rounded_in_csv(swept: Swept) -> None:
     assert int(row["margin_error_n"]) == 200
 
 
-def test_what_it_says_is_what_was_measured(swept: Swept) -> None:
+def test_what_it_says_is_what_was_measured(swept: SweepResult) -> None:
     said = " ".join(what_it_says(swept))
     assert "from best to worst: Q8_0 0.100 < gptq:4x64 0.500 < Q4_0 0.900." in said
     assert "overlap" not in said
@@ -123,14 +123,14 @@ def test_what_it_says_is_what_was_measured(swept: Swept) -> None:
 
 
 def test_no_difference_is_claimed_where_none_was_found() -> None:
-    entries = [Entry("F16", 2, 16.0, {"autoj": run_of("F16", 0, seed=1)})]
-    entries += [Entry(name, 1, 8.0, {"autoj": run_of(name, 0.01, seed=1)}) for name in ("Q8_0", "Q6_K")]
+    entries = [SweepEntry("F16", 2, 16.0, {"autoj": run_of("F16", 0, seed=1)})]
+    entries += [SweepEntry(name, 1, 8.0, {"autoj": run_of(name, 0.01, seed=1)}) for name in ("Q8_0", "Q6_K")]
     said = " ".join(what_it_says(compare_all(entries, seed=0)))
     assert "No type's accuracy differs significantly" in said and "no proof of equality" in said
     assert "Intervals of these neighbours overlap: Q8_0 and Q6_K" in said
 
 
-def test_the_page(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page(swept: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["gramlite", "bench", "sweep", "my judge", "--types", "F16,Q8_0"])
     (tmp_path / "judge").mkdir()

@@ -12,7 +12,7 @@ POOLED = "all suites"
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepEntry:
     """What became of a type: its runs by suite, and, where it failed, why."""
 
     name: str
@@ -23,14 +23,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """A finished sweep: the base's entry first, and each type's comparison with it by suite and type."""
 
-    entries: Sequence[Entry]
+    entries: Sequence[SweepEntry]
     comparisons: Mapping[str, Mapping[str, RunComparison]]
 
     @property
-    def base(self) -> Entry:
+    def base(self) -> SweepEntry:
         return self.entries[0]
 
     def runs_of(self, suite: str) -> dict[str, Run]:
@@ -41,18 +41,18 @@ class Swept:
         return {entry.name: pooled(entry) for entry in whole}
 
 
-def compare_all(entries: Sequence[Entry], *, seed: int) -> Swept:
+def compare_all(entries: Sequence[SweepEntry], *, seed: int) -> SweepResult:
     """Compare every type with the first, by suite; with several suites, first over all of them pooled."""
-    swept = Swept(entries, {})
+    swept = SweepResult(entries, {})
     suites = list(swept.base.runs)
     found: dict[str, dict[str, RunComparison]] = {}
     for suite in [POOLED, *suites] if len(suites) > 1 else suites:
         base, *others = swept.runs_of(suite).values()
         found[suite] = {run.name: compare_runs(base, run, seed=seed) for run in others}
-    return Swept(entries, found)
+    return SweepResult(entries, found)
 
 
-def pooled(entry: Entry) -> Run:
+def pooled(entry: SweepEntry) -> Run:
     """A type's runs as one, its subsets the suites."""
     rows = {
         f"{suite}:{identifier}": {
