@@ -98,16 +98,7 @@ def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, go
 
     Raises InputError when the runs share no rows, with each other or with gold, or disagree about a label.
     """
-    common = [identifier for identifier in base.rows if identifier in run.rows]
-    if not common:
-        raise InputError(f"{base.name} and {run.name} have no row in common. Compare runs of the same suite.")
-    matched = [(base.rows[identifier], run.rows[identifier]) for identifier in common]
-    for identifier, (first, second) in zip(common, matched, strict=True):
-        if first.get("label") != second.get("label") and None not in (first.get("label"), second.get("label")):
-            raise InputError(
-                f"Row {identifier} is labelled {first['label']} in {base.name} and {second['label']} in {run.name}. "
-                "These are runs of different data."
-            )
+    matched = match_rows(base, run)
     everything = Paired(matched, clusters_of(matched) if cluster else None, seed)
     judged = everything.select(lambda a, b: a.get("verdict") is not None and b.get("verdict") is not None)
     labelled = judged.select(lambda a, b: label_of(a, b) in ("A", "B"))
@@ -137,6 +128,21 @@ def compare_runs(base: Run, run: Run, *, seed: int = 0, cluster: bool = True, go
         scores={side.name: side.record["score"] for side in (base, run) if side.record.get("score")},
         gold=gold_figures(judged, gold) if gold else None,
     )
+
+
+def match_rows(base: Run, run: Run) -> list[tuple[Row, Row]]:
+    """The rows that both runs have, side by side; raises InputError for none and for labels that differ."""
+    common = [identifier for identifier in base.rows if identifier in run.rows]
+    if not common:
+        raise InputError(f"{base.name} and {run.name} have no row in common. Compare runs of the same suite.")
+    matched = [(base.rows[identifier], run.rows[identifier]) for identifier in common]
+    for identifier, (first, second) in zip(common, matched, strict=True):
+        if first.get("label") != second.get("label") and None not in (first.get("label"), second.get("label")):
+            raise InputError(
+                f"Row {identifier} is labelled {first['label']} in {base.name} and {second['label']} in {run.name}. "
+                "These are runs of different data."
+            )
+    return matched
 
 
 def gold_figures(judged: Paired, gold: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from . import statistics
 from .folder import Row, is_number
 from .statistics import Estimate
 
-Value = Callable[[Row], float | None]
+RowValue = Callable[[Row], float | None]
 Gap = Callable[[float, float], float]
 
 
@@ -67,11 +67,11 @@ class Paired:
     def mean(self, value: Callable[[Row, Row], float], *, step: float | None = None) -> Estimate:
         return statistics.bootstrap_mean(self.values(value), clusters=self.clusters, step=step, seed=self.seed)
 
-    def both(self, value: Value) -> Paired:
+    def both(self, value: RowValue) -> Paired:
         """The rows of which both sides have the value."""
         return self.select(lambda base, run: value(base) is not None and value(run) is not None)
 
-    def side_by_side(self, name: str, title: str, value: Value, *, unit: str, better: int) -> Measure:
+    def side_by_side(self, name: str, title: str, value: RowValue, *, unit: str, better: int) -> Measure:
         """A measure of each side and its paired change; rates of single rows lie between 0 and 1."""
         rows = self.both(value)
         step = 1.0 if unit == "rate" else None

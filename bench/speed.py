@@ -74,8 +74,6 @@ def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int,
             began = time.perf_counter()
             backend._prefill(tokens[shared:], [sequence], shared)
             rates.append((len(tokens) - shared) / (time.perf_counter() - began))
-            if sequence == 1 and len(sequences) == 1:
-                break
         for step in range(8):
             llama.begin()
             for sequence in sequences:

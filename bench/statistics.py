@@ -202,15 +202,10 @@ def mcnemar_power(n: int, discordance: float, difference: float, *, alpha: float
 
 def critical_count(discordant: Floats, alpha: float) -> Floats:
     """The largest count on either side that the exact test rejects at each number of discordant pairs; -1 for none."""
-    from scipy.special import bdtr, ndtri
+    from scipy.special import bdtrik
 
-    guess = np.floor(discordant / 2 + float(ndtri(alpha / 2)) * np.sqrt(discordant) / 2) + 1
-    guess = np.clip(guess, 0, discordant)
-    draws = discordant.astype(np.int64)
-    for _ in range(4):  # the normal quantile is at most a few counts too high
-        too_likely = np.asarray(bdtr(np.maximum(guess, 0), draws, 0.5)) > alpha / 2
-        guess = np.where((guess >= 0) & too_likely, guess - 1, guess)
-    return np.asarray(guess, dtype=np.float64)
+    largest = np.floor(np.asarray(bdtrik(alpha / 2, discordant, 0.5), dtype=np.float64))
+    return np.where(0.5**discordant > alpha / 2, -1.0, largest)  # where even none is too likely, no count is rejected
 
 
 def minimum_detectable_effect(n: int, discordance: float, *, power: float = POWER) -> float | None:
