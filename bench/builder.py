@@ -29,7 +29,7 @@ Build = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Target:
-    """A file or folder that `build` makes from the parts it needs; `recipe` is all that its bytes depend on."""
+    """A file or folder that `build` makes from the targets it needs; `recipe` is all that its bytes depend on."""
 
     path: Path
     recipe: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass
 class Builder:
-    """Makes parts with `run`, tells `begin` their names, and makes no target twice that failed once."""
+    """Makes targets with `run`, tells `begin` their names, and makes no target twice that failed once."""
 
     run: Callable[[Target], None]
     begin: Callable[[str], None] = lambda name: None
@@ -161,7 +161,7 @@ def _build_and_report(build: Build, path: Path, log: Path, sender: Connection) -
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed leaves no maker behind that would write beside the next one."""
+    """A sweep that is killed leaves no build behind that would write beside the next one."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()

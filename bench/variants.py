@@ -1,4 +1,4 @@
-"""The types of a sweep: how each is spelled, and the parts that it is made of.
+"""The types of a sweep: how each is spelled, and the targets that it is made of.
 
 F16, BF16, F32              the checkpoint exported, with nothing lost beyond the dtype
 Q4_K_M, Q4_0, IQ4_XS, ...   the F16 file quantized by llama.cpp
@@ -66,7 +66,7 @@ class Variant:
 
 def parse_types(text: str) -> list[Variant]:
     """Types separated by commas, the base first; raises InputError for one that is unknown or there twice."""
-    found = [parse_variant(target.strip()) for target in text.split(",") if target.strip()]
+    found = [parse_variant(part.strip()) for part in text.split(",") if part.strip()]
     if not found:
         raise InputError("--types names no type. Write types such as F16,Q8_0,Q4_K_M,gptq:4x64.")
     names = [variant.name for variant in found]
@@ -78,7 +78,7 @@ def parse_types(text: str) -> list[Variant]:
 def parse_variant(text: str) -> Variant:
     """One type; raises InputError that says how types are spelled."""
     if matched := GPTQ.match(text):
-        return _gptq(text, int(matched[1]), int(matched[2]), [target for target in matched[3].split(":") if target])
+        return _gptq(text, int(matched[1]), int(matched[2]), [part for part in matched[3].split(":") if part])
     name, equals, path = text.partition("=")
     if equals:
         if not name or not Path(path).exists():
@@ -105,13 +105,13 @@ def _gptq(text: str, bits: int, group_size: int, options: list[str]) -> Variant:
     exceptions: list[tuple[str, int]] = []
     embedding = "f16"
     for option in options:
-        target, equals, own_bits = option.partition("=")
+        part, equals, own_bits = option.partition("=")
         if option.lower() in SWITCHES:
             settings |= SWITCHES[option.lower()]
         elif option.lower() in ("f16", "q8_0"):
             embedding = option.lower()
-        elif equals and target and own_bits.isdigit():
-            exceptions.append((target, int(own_bits)))
+        elif equals and part and own_bits.isdigit():
+            exceptions.append((part, int(own_bits)))
         else:
             raise InputError(
                 f"{text}: there is no option {option!r}. GPTQ's are {', '.join(SWITCHES)}, q8_0 (the embedding's type) "
@@ -225,12 +225,12 @@ def _gptq_target(variant: Variant, source: SweepSource, folder: Path) -> Target:
 
     transcripts = _transcripts_target(source, folder)
     settings = GptqSettings(**variant.gptq)
-    name = ":".join(target for target in variant.name.split(":") if target not in ("f16", "q8_0")).replace(":", "-")
+    name = ":".join(part for part in variant.name.split(":") if part not in ("f16", "q8_0")).replace(":", "-")
     build = partial(build_gptq, source=source, transcripts=transcripts.path, settings=dict(variant.gptq))
     return Target(folder / name, {"made": "gptq", "settings": asdict(settings)}, build, (transcripts,))
 
 
-# --- the makers, each in a process of its own ----------------------------------------------------------------
+# --- the builds, each in a process of its own ----------------------------------------------------------------
 
 
 def build_exported(path: Path, *, checkpoint: Path, dtype: str, template: str | None) -> Manifest:
