@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from gramlite.console import Advance
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.formats.carried import carry_files
 from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
 from gramlite.storage import remove_path
-
-from .report import Advance
 
 BUILDER = "onnxruntime_genai.models.builder"
 PACKAGES = ("onnxruntime_genai", "onnx", "onnx_ir", "torch", "transformers")

@@ -14,6 +14,7 @@ import click
 import numpy
 from numpy.typing import NDArray
 
+from gramlite.console import Advance, progress_bar
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import expected_tensors, read_architecture
 from gramlite.formats.artifact import Manifest, hash_files
@@ -36,7 +37,7 @@ from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha25
 
 from .peft import LowRank, match_modules, open_adapter, read_factor
 from .plan import match_tensors
-from .report import Advance, print_artifact, progress_bar
+from .report import print_artifact
 from .smoke import smoke_option
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from gramlite.console import progress_bar
 from gramlite.errors import InputError
 from gramlite.formats.architecture import read_architecture
 from gramlite.formats.artifact import Manifest, hash_files
@@ -24,7 +25,7 @@ from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha25
 
 from .genai import GRAPH, TARGETS, build, require_builder, weight_bytes
 from .plan import match_tensors
-from .report import judge_command, print_artifact, progress_bar
+from .report import judge_command, print_artifact
 from .smoke import smoke_judge, smoke_option
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight

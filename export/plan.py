@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
 from gramlite.formats.checkpoint import Checkpoint, StoredTensor
+from gramlite.formats.gguf_writer import ModelPlan
 from gramlite.formats.tensor_stream import NUMPY_TYPES, read_pieces
-from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
+from gramlite.formats.tokenizer import read_vocabulary
 
 BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config, saved by old versions of transformers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes into the file, in the order in which the source files hold it."""
+    """What goes into the file, in the order in which the source files hold it; `expected` is by the stored name."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
-    vocabulary: Vocabulary
-    dtype: str
-    tensors: tuple[tuple[StoredTensor, ExpectedTensor], ...]
+    model: ModelPlan
+    expected: dict[str, ExpectedTensor]
     notes: tuple[str, ...]
 
     def stored_as(self, tensor: ExpectedTensor) -> str:
-        return "F32" if len(tensor.shape) == 1 else self.dtype
-
-    def bytes_of(self, tensor: ExpectedTensor) -> int:
-        return math.prod(tensor.shape) * NUMPY_TYPES[self.stored_as(tensor)].itemsize
-
-    @property
-    def payload(self) -> int:
-        return sum(self.bytes_of(expected) for _, expected in self.tensors)
-
-    @property
-    def weights(self) -> int:
-        return sum(math.prod(expected.shape) for _, expected in self.tensors)
+        return "F32" if len(tensor.shape) == 1 else self.model.file_type
 
 
 def plan_export(checkpoint: Checkpoint, dtype: str) -> Plan:
     """Match a checkpoint's tensors and tokenizer to its architecture; raises ModelError for whatever does not fit."""
     architecture = read_architecture(checkpoint.config)
-    tensors, notes = match_tensors(checkpoint, architecture)
+    matched, notes = match_tensors(checkpoint, architecture)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, architecture.vocabulary)
-    return Plan(checkpoint, architecture, vocabulary, dtype.upper(), tensors, (*notes, *vocabulary.notes))
+    kind = dtype.upper()
+    tensors = tuple((tensor, "F32" if len(tensor.shape) == 1 else kind) for _, tensor in matched)
+    model = ModelPlan(architecture, vocabulary, kind, tensors)
+    return Plan(checkpoint, model, {stored.name: tensor for stored, tensor in matched}, (*notes, *vocabulary.notes))
 
 
 def match_tensors(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gramlite.errors import ModelError
+from gramlite.errors import CannotRunHere, ModelError
 from gramlite.formats.artifact import Manifest
 from gramlite.formats.checkpoint import INDEX
 from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
@@ -21,7 +21,7 @@ from gramlite.storage import lies_in
 from .adapter import export_adapter
 from .gguf import export_gguf
 from .merge import merge_adapter
-from .smoke import CannotRunHere, asked_with, judge_margins, smoke_judge
+from .smoke import asked_with, judge_margins, smoke_judge
 
 WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gramlite.export.genai import GRAPH, build, initializers, require_builder, weight_bytes
-from gramlite.export.report import progress_bar
 
+from gramlite.console import progress_bar
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import family_of
 from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError, ResourceError
-from gramlite.formats.artifact import Artifact, is_intact, manifest_path
+from gramlite.formats.artifact import Artifact, is_intact, manifest_path, read_manifest
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.storage import cache_folder, remove_path
 from gramlite.terminal import note
@@ -111,8 +111,9 @@ def packed(folder: Path) -> Path:
     """
     from filelock import FileLock
 
+    from gramlite.console import progress_bar
     from gramlite.formats.gptq_folder import open_gptq
-    from gramlite.quant.pack import pack_gguf
+    from gramlite.formats.pack_gguf import pack_gguf
 
     if not folder.is_dir():
         raise ModelError(f"{folder} is no GPTQ folder.")
@@ -129,7 +130,8 @@ def packed(folder: Path) -> Path:
                 remove_path(leftover)  # of a packing that was killed: while the lock is held nobody else packs
             remove_path(manifest_path(destination))
             note(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}")
-            pack_gguf(folder, destination, embedding=EMBEDDING, force=True)
+            template = recorded_template(folder)
+            pack_gguf(folder, destination, embedding=EMBEDDING, template=template, force=True, progress=progress_bar)
     except OSError as error:
         raise ResourceError(
             f"{folder} cannot be packed in {destination.parent} ({error.strerror}). "
@@ -137,6 +139,13 @@ def packed(folder: Path) -> Path:
             f"gramlite pack {folder} --to gguf -o judge.gguf"
         ) from error
     return destination
+
+
+def recorded_template(folder: Path) -> dict[str, Any] | None:
+    """The judge's template that goes into the twin; one that only the model card has is found beside the folder."""
+    manifest = read_manifest(folder)
+    template = (manifest.template if manifest else None) or {}
+    return template if {"name", "sha256", "text"} <= template.keys() else None
 
 
 def twin_path(folder: Path) -> Path:

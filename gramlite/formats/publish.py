@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,8 +96,6 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def add_template(writer: Any, template: dict[str, Any] | None) -> None:
-    """Put the judge's template into a GGUF's metadata."""
-    for key in ("name", "sha256", "text"):
-        if template:
-            writer.add_string(f"gramlite.template.{key}", str(template[key]))
+def template_record(template: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a manifest says of a judge's template that the file itself holds."""
+    return {key: template[key] for key in ("name", "sha256")} if template else None

@@ -39,7 +39,7 @@ def test_the_library_fails_as_the_system_does(tmp_path: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from gramlite.export.save_tensors import save_tensors
+from gramlite.formats.save_tensors import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

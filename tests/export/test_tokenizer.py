@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramlite.export.gguf import add_vocabulary
 
 from gramlite.errors import ModelError
+from gramlite.formats.gguf_writer import add_vocabulary
 from gramlite.formats.tokenization import compare_tokenizers, tokenize_with_llama
 from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
 
