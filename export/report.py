@@ -13,6 +13,7 @@ from gramlite.terminal import note, say_json
 
 from .smoke import figures_only, summary
 
+
 def source_bytes(manifest: Manifest) -> int | None:
     """The size of the weights that an artifact goes back to, over what was made in between; None where unknown."""
     source: dict[str, Any] = manifest.source

@@ -105,9 +105,7 @@ def write_gguf(
         describe(writer)
         for tensor in tensors:
             kind = gguf.GGMLQuantizationType[tensor.kind]
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, numpy.dtype(numpy.float32), tensor.bytes, raw_dtype=kind
-            )
+            writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype(numpy.float32), tensor.bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

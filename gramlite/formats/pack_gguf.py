@@ -107,9 +107,7 @@ def packed_type(folder: GptqFolder, module: str, expected: ExpectedTensor) -> st
     """The GGUF type of a quantized layer, of the shape that the architecture asks for."""
     linear = folder.read_linear(module)
     if linear.codes.shape != expected.shape:
-        raise ModelError(
-            f"{module} is {linear.codes.shape} in {folder.folder}; config.json asks for {expected.shape}."
-        )
+        raise ModelError(f"{module} is {linear.codes.shape} in {folder.folder}; config.json asks for {expected.shape}.")
     with cannot_run_here():
         return gguf_type(module, linear)
 
@@ -142,5 +140,7 @@ def packed_tensor(folder: GptqFolder, architecture: Architecture, tensor: Expect
 
 def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> QuantizedLinear:
     """A query or key projection with its rows in llama.cpp's order; codes, scales and zero points go together."""
-    codes, scales, zeros = (permute_heads(each, heads, head_size) for each in (linear.codes, linear.scales, linear.zeros))
+    codes, scales, zeros = (
+        permute_heads(each, heads, head_size) for each in (linear.codes, linear.scales, linear.zeros)
+    )
     return replace(linear, codes=codes, scales=scales, zeros=zeros)
