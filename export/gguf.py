@@ -8,6 +8,7 @@ embeddings take the dtype asked for, vectors (norms, biases) stay F32, as llama.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from gramlite.formats.checkpoint import StoredTensor, open_checkpoint
 from gramlite.formats.gguf_writer import HEADER_BYTES, Data, check_written, write_model
 from gramlite.formats.publish import describe_source, publish_file, template_record, tool_versions
 from gramlite.formats.tensor_stream import SourceHash, convert_checked, permute_heads, read_ahead, read_pieces
-from gramlite.generation.scaffold import ChatTemplate
 from gramlite.judging.template import judge_template
-from gramlite.options import chat_options
 from gramlite.storage import check_output
 from gramlite.terminal import note
 
+from .options import ArtifactOptions, artifact_options
 from .plan import Plan, plan_export
-from .report import judge_command, print_artifact, print_notes
-from .smoke import smoke_judge, smoke_option
+from .smoke import smoke_judge
 
 DTYPES = ("f16", "bf16", "f32")
 
@@ -105,7 +104,6 @@ def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, 
 
 @click.command("gguf", short_help="checkpoint -> GGUF in f16, bf16 or f32")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES, case_sensitive=False),
@@ -113,26 +111,10 @@ def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, 
     show_default=True,
     help="Type of the weights.",
 )
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    checkpoint: Path,
-    output: Path,
-    dtype: str,
-    template: str | None,
-    chat: ChatTemplate,
-    smoke: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+@artifact_options("The GGUF file to write.", kind="file")
+def command(checkpoint: Path, dtype: str, options: ArtifactOptions) -> None:
     """Write a Hugging Face CHECKPOINT folder (Llama, Mistral, Qwen2, Qwen3) as one GGUF file, lossless beyond the dtype."""
-    manifest = export_gguf(checkpoint, output, dtype=dtype, template=template, force=force)
-    print_notes(manifest)
+    manifest = export_gguf(checkpoint, options.output, dtype=dtype, **options.writing)
     if not manifest.template:
         note("note: no judge template was found; give --template when you judge")
-    if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
-    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
+    options.finish(manifest, partial(smoke_judge, source=checkpoint))

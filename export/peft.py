@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-from numpy.typing import NDArray
-
 from gramlite.errors import InputError, ModelError
 from gramlite.formats.architecture import ExpectedTensor
 from gramlite.formats.artifact import PICKLE_SUFFIXES
 from gramlite.formats.checkpoint import StoredTensor, read_safetensors_header
 from gramlite.formats.model_folder import read_json_object
-from gramlite.formats.tensor_stream import NUMPY_TYPES, convert_checked
+from gramlite.formats.tensor_stream import NUMPY_TYPES
 
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -227,10 +224,3 @@ def match_modules(adapter: Adapter, expected: Mapping[str, ExpectedTensor]) -> N
                 f"{adapter.folder} adapts {module.module} as {list(shape)} and the base has "
                 f"{list(expected[module.weight].shape)}. Name the base it was trained on."
             )
-
-
-def read_factor(tensor: StoredTensor) -> NDArray[numpy.float32]:
-    """A factor as float32, exactly, in its own shape."""
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        return convert_checked(file.read(tensor.bytes), tensor, "F32").reshape(tensor.shape)

@@ -18,9 +18,9 @@ from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.judging.template import judge_template
 from gramlite.storage import lies_in
 
-from .adapter import export_adapter
 from .gguf import export_gguf
-from .merge import merge_adapter
+from .lora_gguf import export_adapter
+from .lora_merge import merge_adapter
 from .smoke import asked_with, judge_margins, smoke_judge
 
 WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")

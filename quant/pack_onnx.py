@@ -19,14 +19,14 @@ from gramlite.export.genai import GRAPH, build, initializers, require_builder, w
 from gramlite.console import progress_bar
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import family_of
-from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files
+from gramlite.formats.artifact import Manifest, read_manifest, verify_files
 from gramlite.formats.gguf_blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from gramlite.formats.gptq_folder import GptqFolder, open_gptq
 from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
-from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.formats.quantized_linear import QuantizedLinear
 from gramlite.judging.template import judge_template
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
+from gramlite.storage import check_output, sha256_cached
 
 from .onnx_embedding import shrink_embedding
 
@@ -76,13 +76,15 @@ def pack_onnx(
         options = {"matmul_mixed_precision": "last_matmul:int8", "shared_embeddings": "false"}
     need_bytes = 3 * sum(tensor.bytes for tensor in folder.tensors.values()) + (64 << 20)
     layer_bytes = need_bytes // max(1, int(folder.config["num_hidden_layers"]))
-    with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as output:
-        build(source, output, "int4", "cpu", options, advance, layer_bytes)
+
+    def write(output: Path) -> Manifest:
+        with progress_bar(need_bytes) as advance:
+            build(source, output, "int4", "cpu", options, advance, layer_bytes)
         if embedding == "q8_0":
             shrink_embedding(output / GRAPH, EMBEDDING_GROUP)
         put_weights(folder, output / GRAPH)
         read_graph(output / GRAPH)
-        manifest = Manifest(
+        return Manifest(
             format="onnx",
             name=destination.name,
             quantization=f"INT{max(set(bits.values()), key=list(bits.values()).count)}",
@@ -94,10 +96,9 @@ def pack_onnx(
             tools=tool_versions(*TOOLS),
             template=judge,
             bits_per_weight=round(8 * weight_bytes(output / GRAPH) / count_weights(folder), 4),
-            files=hash_files(output),
         )
-        write_durably(output / FOLDER_MANIFEST, manifest_text(manifest))
-    return manifest
+
+    return publish_folder(destination, write, force=force, need_bytes=need_bytes)
 
 
 def check(folder: GptqFolder, name: str) -> int:

@@ -48,6 +48,14 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
 
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and the headers of every safetensors file of a checkpoint.

@@ -29,11 +29,11 @@ import numpy.typing as npt
 from gramlite.errors import ModelError
 
 from .carried import carry_files
-from .checkpoint import INDEX, StoredTensor, damaged, read_safetensors_header, weight_files
+from .checkpoint import INDEX, StoredTensor, read_safetensors_header, weight_files
 from .model_folder import read_json_object
 from .quantized_linear import QuantizedLinear, natural_groups
 from .save_tensors import save_tensors
-from .tensor_stream import convert
+from .tensor_stream import convert, read_bytes
 
 SHARD_BYTES = 1 << 30
 PARTS = ("qweight", "qzeros", "scales")
@@ -205,7 +205,7 @@ class GptqFolder:
         stored = self._stored(name)
         if stored.dtype not in ("F16", "F32", "BF16"):
             raise ModelError(f"{name!r} in {self.folder} is stored as {stored.dtype}; F16, BF16 or F32 is needed.")
-        values: npt.NDArray[np.float32] = convert(self._bytes(stored), stored.dtype, "F32")
+        values: npt.NDArray[np.float32] = convert(read_bytes(stored), stored.dtype, "F32")
         return values.reshape(stored.shape)
 
     def _group_index(self, name: str, columns: int, group_size: int) -> npt.NDArray[np.int32]:
@@ -224,20 +224,12 @@ class GptqFolder:
         stored = self._stored(name)
         if stored.dtype != "I32":
             raise ModelError(f"{name!r} in {self.folder} is stored as {stored.dtype}; only I32 words are known.")
-        return np.frombuffer(self._bytes(stored), np.dtype("<i4")).reshape(stored.shape)
+        return np.frombuffer(read_bytes(stored), np.dtype("<i4")).reshape(stored.shape)
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise ModelError(f"{self.folder} lacks the tensor {name!r}. Download it again.")
         return self.tensors[name]
-
-    def _bytes(self, stored: StoredTensor) -> bytes:
-        with stored.file.open("rb") as file:
-            file.seek(stored.start)
-            data = file.read(stored.bytes)
-        if len(data) != stored.bytes:
-            raise damaged(stored.file, f"it ended while the tensor {stored.name!r} was read")
-        return data
 
 
 def open_gptq(folder: Path) -> GptqFolder:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from gramlite.console import Advance
 from gramlite.errors import CannotRunHere, ModelError
@@ -21,7 +21,7 @@ from .gguf_writer import HEADER_BYTES, Data, ModelPlan, check_written, write_mod
 from .gptq_folder import GptqFolder, open_gptq
 from .publish import describe_source, publish_file, template_record, tool_versions
 from .quantized_linear import QuantizedLinear
-from .tensor_stream import permute_heads
+from .tensor_stream import encode, permute_heads
 from .tokenizer import read_vocabulary
 
 
@@ -118,24 +118,18 @@ def packed_tensors(folder: GptqFolder, plan: ModelPlan) -> Data:
         yield tensor.target, [packed_tensor(folder, plan.architecture, tensor, kind)]
 
 
-def packed_tensor(folder: GptqFolder, architecture: Architecture, tensor: ExpectedTensor, kind: str) -> bytes:
+def packed_tensor(folder: GptqFolder, architecture: Architecture, tensor: ExpectedTensor, kind: str) -> NDArray[Any]:
     """A tensor as the file holds it, its rows in llama.cpp's rope order where that differs."""
     module = tensor.name.removesuffix(".weight")
     if module in folder.linears:
         linear = folder.read_linear(module)
         if tensor.heads:
             linear = permute_rows(linear, tensor.heads, architecture.head_size)
-        return gguf_blocks(linear, kind).tobytes()
-    values: Any = folder.read_float(tensor.name)
+        return gguf_blocks(linear, kind)
+    values = folder.read_float(tensor.name)
     if tensor.heads:
         values = permute_heads(values, tensor.heads, architecture.head_size)
-    if kind == "Q8_0":
-        import gguf
-
-        values = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-    elif kind == "F16":
-        values = values.astype(np.float16)
-    return bytes(values.tobytes())
+    return encode(values, kind)
 
 
 def permute_rows(linear: QuantizedLinear, heads: int, head_size: int) -> QuantizedLinear:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.interrupt import uninterrupted
-from gramlite.storage import atomic_output, fsync_path, json_bytes, sha256_file
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, fsync_path, json_bytes, sha256_file
 
-from .artifact import Manifest, manifest_path
+from .artifact import Manifest, hash_files, manifest_path
 from .carried import notices_beside
 
 MANIFEST_BYTES = 1 << 20
@@ -38,6 +38,18 @@ def publish_file(
         fsync_path(temporary)  # which may take long, and the renames do not
         with uninterrupted():
             stack.close()
+    return manifest
+
+
+def publish_folder(destination: Path, build: Callable[[Path], Manifest], *, force: bool, need_bytes: int) -> Manifest:
+    """Let `build` make a folder at the path it is given and describe it, then put the folder, its manifest inside, in place.
+
+    Where the manifest lists no files, all that are there are hashed.
+    """
+    with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
+        manifest = build(folder)
+        manifest = manifest if manifest.files else replace(manifest, files=hash_files(folder))
+        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
     return manifest
 
 

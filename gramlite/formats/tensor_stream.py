@@ -92,6 +92,21 @@ class SourceHash:
         return self._known
 
 
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """All of a tensor's bytes; raises ModelError where its file ends before."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        data = file.read(tensor.bytes)
+    if len(data) != tensor.bytes:
+        raise damaged(tensor.file, f"it ended while the tensor {tensor.name!r} was read")
+    return data
+
+
+def read_float(tensor: StoredTensor) -> NDArray[numpy.float32]:
+    """A tensor as float32, exactly, in its own shape; raises ModelError for a value that is no number."""
+    return convert_checked(read_bytes(tensor), tensor, "F32").reshape(tensor.shape)
+
+
 def read_pieces(file: BinaryIO, tensor: StoredTensor, *, heads: int = 0) -> Iterator[bytes]:
     """A tensor's bytes from its file in order, each piece a whole number of rows (of whole heads where permuted)."""
     file.seek(tensor.start)
@@ -126,12 +141,21 @@ def convert(data: bytes, source: str, target: str) -> NDArray[Any]:
         return values
     if (source, target) == ("BF16", "F16"):
         return bfloat16_to_half(values)
-    wide = widen(values) if source == "BF16" else values.astype(numpy.float32, copy=False)
-    if target == "F32":
-        return wide
-    if target == "BF16":
-        return narrow(wide)
-    return to_half(wide)
+    return encode(widen(values) if source == "BF16" else values.astype(numpy.float32, copy=False), target)
+
+
+def encode(values: NDArray[numpy.float32], kind: str) -> NDArray[Any]:
+    """Float32 values in the ggml type named `kind`: F32, F16, BF16 as its 16 bits, or a type of blocks."""
+    if kind == "F32":
+        return values
+    if kind == "BF16":
+        return narrow(values)
+    if kind == "F16":
+        return to_half(values)
+    import gguf
+
+    blocks: NDArray[Any] = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+    return blocks
 
 
 def to_half(values: NDArray[numpy.float32]) -> NDArray[Any]:
