@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.interrupt import uninterrupted
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, fsync_path, json_bytes, sha256_file
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, fsync_path, json_bytes, remove_path, sha256_file
+from gramlite.terminal import note
 
-from .artifact import Manifest, hash_files, manifest_path
+from .artifact import Manifest, hash_files, is_intact, manifest_path
 from .carried import notices_beside
 
 MANIFEST_BYTES = 1 << 20
@@ -51,6 +52,26 @@ def publish_folder(destination: Path, build: Callable[[Path], Manifest], *, forc
         manifest = manifest if manifest.files else replace(manifest, files=hash_files(folder))
         write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
     return manifest
+
+
+def build_once(destination: Path, said: str, build: Callable[[], object]) -> Path:
+    """An artifact of one file that the cache keeps, which `build` makes where it is not there or not intact.
+
+    Processes that ask at the same time wait for the one that builds, which says `said`.
+    """
+    from filelock import FileLock
+
+    if is_intact(destination):
+        return destination
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(destination.with_name(destination.name + ".lock")):
+        if not is_intact(destination):
+            for leftover in destination.parent.glob(f".{destination.name}.*"):
+                remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
+            remove_path(manifest_path(destination))
+            note(said)
+            build()
+    return destination
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -216,6 +216,12 @@ def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[A
     return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
 
 
+def unpermute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[Any]:
+    """Undo `permute_heads`."""
+    grouped = values.reshape(heads, head_size // 2, 2, -1)
+    return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
+
+
 def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[Any]:
     """Convert a piece of a tensor; ModelError where it holds what is no number, or what the target cannot hold."""
     source = numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype])
