@@ -19,9 +19,9 @@ from .architecture import Architecture, ExpectedTensor, rope_factors
 from .ggml_types import tensor_bytes
 from .gguf_data import GgufData
 from .gguf_header import read_header
+from .gguf_vocabulary import GgufVocabulary
 from .publish import unicode_name
 from .tokenization import compare_tokenizers
-from .tokenizer import Vocabulary
 
 ALIGNMENT = 32
 HEADER_BYTES = 32 << 20  # more than a header takes, for who asks for room on the disk
@@ -48,7 +48,7 @@ class ModelPlan:
     """A model's file: its sizes, its tokenizer, and its tensors in order; `file_type` is llama.cpp's name for it."""
 
     architecture: Architecture
-    vocabulary: Vocabulary
+    vocabulary: GgufVocabulary
     file_type: str
     tensors: tuple[tuple[ExpectedTensor, str], ...]
 
@@ -165,7 +165,7 @@ def add_architecture(writer: Any, architecture: Architecture) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(architecture.rope.settings["original_max_position_embeddings"]))
 
 
-def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     """The tokenizer under llama.cpp's keys."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
