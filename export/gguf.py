@@ -26,7 +26,7 @@ from gramlite.storage import check_output
 from gramlite.terminal import note
 
 from .options import ArtifactOptions, artifact_options
-from .plan import Plan, plan_export
+from .plan import ExportPlan, plan_export
 from .smoke import smoke_judge
 
 DTYPES = ("f16", "bf16", "f32")
@@ -74,7 +74,7 @@ def export_gguf(
     return publish_file(destination, build, folder, force=force, need_bytes=model.payload + HEADER_BYTES)
 
 
-def stored_tensors(plan: Plan, hashes: dict[str, str]) -> Data:
+def stored_tensors(plan: ExportPlan, hashes: dict[str, str]) -> Data:
     """The model's tensors as they stream from the source's files, whose sha256 are put into `hashes` by name."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader:
         for file in plan.checkpoint.files:
@@ -93,7 +93,7 @@ def stored_tensors(plan: Plan, hashes: dict[str, str]) -> Data:
                 hashes[file.name] = source_hash.hexdigest()
 
 
-def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, plan: Plan) -> Any:
+def convert_piece(piece: bytes, tensor: StoredTensor, expected: ExpectedTensor, plan: ExportPlan) -> Any:
     """One piece as the file holds it: converted, checked to be finite, its heads' rows in llama.cpp's order."""
     values = convert_checked(piece, tensor, plan.stored_as(expected))
     if expected.heads:

@@ -15,7 +15,7 @@ BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config, saved by old ver
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What goes into the file, in the order in which the source files hold it; `expected` is by the stored name."""
 
     checkpoint: Checkpoint
@@ -27,7 +27,7 @@ class Plan:
         return "F32" if len(tensor.shape) == 1 else self.model.file_type
 
 
-def plan_export(checkpoint: Checkpoint, dtype: str) -> Plan:
+def plan_export(checkpoint: Checkpoint, dtype: str) -> ExportPlan:
     """Match a checkpoint's tensors and tokenizer to its architecture; raises ModelError for whatever does not fit."""
     architecture = read_architecture(checkpoint.config)
     matched, notes = match_tensors(checkpoint, architecture)
@@ -35,7 +35,9 @@ def plan_export(checkpoint: Checkpoint, dtype: str) -> Plan:
     kind = dtype.upper()
     tensors = tuple((tensor, "F32" if len(tensor.shape) == 1 else kind) for _, tensor in matched)
     model = ModelPlan(architecture, vocabulary, kind, tensors)
-    return Plan(checkpoint, model, {stored.name: tensor for stored, tensor in matched}, (*notes, *vocabulary.notes))
+    return ExportPlan(
+        checkpoint, model, {stored.name: tensor for stored, tensor in matched}, (*notes, *vocabulary.notes)
+    )
 
 
 def match_tensors(
