@@ -134,8 +134,7 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
         match = FACTOR.fullmatch(name)
         if not match:
             raise ModelError(
-                f"{path} has the tensor {name!r}, which is no LoRA factor of a linear layer. Merge it with "
-                "PEFT instead."
+                f"{path} has the tensor {name!r}, which is no LoRA factor of a linear layer. Merge it with PEFT instead."
             )
         if tensor.dtype not in NUMPY_TYPES or len(tensor.shape) != 2:
             raise ModelError(
@@ -155,16 +154,14 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
             )
         if pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
             raise ModelError(
-                f"{path} has factors of {module} that do not belong together: A is {list(pair['A'].shape)} "
-                "and "
+                f"{path} has factors of {module} that do not belong together: A is {list(pair['A'].shape)} and "
                 f"B {list(pair['B'].shape)}. Save the adapter again."
             )
         rank = pair["A"].shape[0]
         stated = ranks.get(module, config.get("r"))
         if stated != rank:
             raise ModelError(
-                f"adapter_config.json says rank {_shown(stated)} for {module} and its factors have {rank}. Save the "
-                "adapter again."
+                f"adapter_config.json says rank {_shown(stated)} for {module} and its factors have {rank}. Save the adapter again."
             )
         alpha = checked_alpha(alphas.get(module, config.get("lora_alpha")))
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -215,8 +212,7 @@ def match_modules(adapter: Adapter, expected: Mapping[str, ExpectedTensor]) -> N
     for module in adapter.modules:
         if module.weight not in expected:
             raise ModelError(
-                f"{adapter.folder} adapts {module.module}, which the base does not have. Name the base it "
-                "was trained on."
+                f"{adapter.folder} adapts {module.module}, which the base does not have. Name the base it was trained on."
             )
         shape = (module.b.shape[0], module.a.shape[1])
         if shape != expected[module.weight].shape:

@@ -55,13 +55,11 @@ def match_tensors(
             continue
         if name not in expected:
             raise ModelError(
-                f"{stored.file} has the unexpected tensor {name!r}, which {architecture.family} does not "
-                "have. Export another checkpoint."
+                f"{stored.file} has the unexpected tensor {name!r}, which {architecture.family} does not have. Export another checkpoint."
             )
         if stored.shape != expected[name].shape:
             raise ModelError(
-                f"The tensor {name!r} of {stored.file} has the shape {list(stored.shape)}; config.json asks "
-                "for "
+                f"The tensor {name!r} of {stored.file} has the shape {list(stored.shape)}; config.json asks for "
                 f"{list(expected[name].shape)}. Download the checkpoint again."
             )
         if stored.dtype not in NUMPY_TYPES:
@@ -73,8 +71,7 @@ def match_tensors(
     if missing:
         name = next(name for name in expected if name in missing)
         raise ModelError(
-            f"The tensor {name!r} is missing from {checkpoint.folder} ({len(missing)} in all). Download the "
-            "checkpoint again."
+            f"The tensor {name!r} is missing from {checkpoint.folder} ({len(missing)} in all). Download the checkpoint again."
         )
     return tuple(matched), notes
 
@@ -90,6 +87,5 @@ def check_tied_head(checkpoint: Checkpoint, head: StoredTensor) -> None:
             ):
                 return
     raise ModelError(
-        "config.json ties lm_head.weight to the embedding, but the two differ. Set tie_word_embeddings to "
-        "false if the head is its own."
+        "config.json ties lm_head.weight to the embedding, but the two differ. Set tie_word_embeddings to false if the head is its own."
     )

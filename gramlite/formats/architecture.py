@@ -120,8 +120,7 @@ def _refuse_what_differs(config: dict[str, Any], architecture: Architecture) -> 
     for key, wrong in faults.items():
         if wrong:
             raise ModelError(
-                f"config.json's {key} = {config.get(key)!r} cannot be expressed for {family} in GGUF. Export "
-                "another checkpoint."
+                f"config.json's {key} = {config.get(key)!r} cannot be expressed for {family} in GGUF. Export another checkpoint."
             )
 
 
@@ -141,8 +140,7 @@ def _read_rope(config: dict[str, Any], family: str) -> Rope:
     extras = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(kind, str) or kind not in needed or (kind == "llama3" and family != "llama"):
         raise ModelError(
-            f"The rope scaling {kind!r} is not supported for {family}. Supported are linear, yarn, and "
-            "llama3 for Llama."
+            f"The rope scaling {kind!r} is not supported for {family}. Supported are linear, yarn, and llama3 for Llama."
         )
     unknown = {key for key, value in scaling.items() if value is not None} - set(needed[kind]) - extras
     if kind != "default" and unknown:

@@ -126,8 +126,7 @@ def check_adapter_fits(adapter: Header, model: Header) -> None:
         adapted = (b.shape[1], a.shape[1]) if name == "token_embd.weight" else (a.shape[0], b.shape[1])
         if adapted != shapes[name]:
             raise ModelError(
-                f"{adapter.path} adapts {shown(name)} with the shape {list(adapted)}; "
-                f"the model's is {list(shapes[name])}. {advice}."
+                f"{adapter.path} adapts {shown(name)} with the shape {list(adapted)}; the model's is {list(shapes[name])}. {advice}."
             )
 
 

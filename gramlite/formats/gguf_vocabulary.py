@@ -86,7 +86,6 @@ def template_ends(post_processor: Any, known: dict[str, int]) -> tuple[bool, boo
     before, after = names[:text], names[text + 1 :]
     if len(before) > 1 or len(after) > 1:
         raise ModelError(
-            f"The tokenizer puts {before + after} around a text; GGUF can say one token on each side. Export "
-            "another checkpoint."
+            f"The tokenizer puts {before + after} around a text; GGUF can say one token on each side. Export another checkpoint."
         )
     return bool(before), bool(after), known.get(str(before[0])) if before else None

@@ -109,8 +109,7 @@ def space_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
         ):
             return False
     raise ModelError(
-        f"{path} has a SentencePiece pre-tokenizer that llama.cpp does otherwise: normalizer {normalizer!r}, "
-        f"pre_tokenizer {metaspace!r}. "
+        f"{path} has a SentencePiece pre-tokenizer that llama.cpp does otherwise: normalizer {normalizer!r}, pre_tokenizer {metaspace!r}. "
         "Save the tokenizer with legacy=True, or export another checkpoint."
     )
 
@@ -161,8 +160,7 @@ def read_model_file(path: Path) -> tuple[list[tuple[str, float, int]], bool]:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
     except Exception as error:  # ImportError, or protobuf's own where the two packages' releases do not fit
         raise InputError(
-            f"{path} is read with the packages sentencepiece and protobuf ({error}). "
-            "Type: pip install --upgrade 'gramlite[gguf]'"
+            f"{path} is read with the packages sentencepiece and protobuf ({error}). Type: pip install --upgrade 'gramlite[gguf]'"
         ) from error
     try:
         if path.stat().st_size > MAX_JSON_BYTES:

@@ -232,8 +232,7 @@ def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[A
         return values
     if not is_finite(source, tensor.dtype):
         raise ModelError(
-            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. "
-            "Download it again."
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. Download it again."
         )
     wider = "--dtype bf16 or --dtype f32" if target == "F16" else "--dtype f32"
     raise ModelError(f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with {wider}.")

@@ -71,8 +71,7 @@ def read_byte_level(path: Path, tokenizer: dict[str, Any]) -> GgufVocabulary:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ModelError(
-                f"{path} has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does not do. Export "
-                "another checkpoint."
+                f"{path} has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does not do. Export another checkpoint."
             )
     pre = pre_tokenizer_name(path, tokenizer, ignore_merges=bool(model.get("ignore_merges")))
     normalizer = normalizer_name(path, tokenizer.get("normalizer"))
@@ -101,8 +100,7 @@ def pre_tokenizer_name(path: Path, tokenizer: dict[str, Any], *, ignore_merges: 
     if name is None:
         shown = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
         raise ModelError(
-            f"{path} has a pre-tokenizer that is unknown here (ignore_merges {str(ignore_merges).lower()}): "
-            f"{shown[:600]}. "
+            f"{path} has a pre-tokenizer that is unknown here (ignore_merges {str(ignore_merges).lower()}): {shown[:600]}. "
             f"Known are those of {', '.join(PRE_TOKENIZERS.values())}. Export a checkpoint with one of them."
         )
     return name
@@ -205,8 +203,7 @@ def pad_vocabulary(path: Path, vocabulary: GgufVocabulary, size: int) -> GgufVoc
     tokens, types = list(vocabulary.tokens), list(vocabulary.types)
     if len(tokens) > size:
         raise ModelError(
-            f"{path} has {len(tokens):,} tokens and the model {size:,} embeddings. Put the tokenizer that "
-            "belongs to the weights there."
+            f"{path} has {len(tokens):,} tokens and the model {size:,} embeddings. Put the tokenizer that belongs to the weights there."
         )
     tokens += [""] * (size - len(tokens))
     types += [UNUSED] * (size - len(types))
