@@ -6,9 +6,10 @@ transformers 5 saved with another rope_theta, without a word, and its graphs dec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 
@@ -52,9 +53,6 @@ def export_onnx(
         precision=dtype,
         target="cpu" if dtype == "fp32" else "cuda",
         quantization={"fp32": "F32", "fp16": "F16"}[dtype],
-        method=None,
-        options={},
-        settings={},
         template=template,
         force=force,
     )
@@ -67,11 +65,11 @@ def publish(
     precision: str,
     target: str,
     quantization: str,
-    method: str | None,
-    options: dict[str, str],
-    settings: dict[str, object],
     template: str | None,
     force: bool,
+    method: str | None = None,
+    options: Mapping[str, str] = MappingProxyType({}),
+    settings: Mapping[str, object] = MappingProxyType({}),
     finish: Callable[[Path], dict[str, object]] = lambda graph: {},
 ) -> Manifest:
     """Build the graph and put the whole folder in place, its manifest inside; see `export_onnx` for what is raised.

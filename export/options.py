@@ -17,6 +17,8 @@ from gramlite.options import chat_options
 from .report import judge_command, print_artifact, print_notes
 from .smoke import smoke_option
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactOptions:
@@ -47,7 +49,7 @@ class ArtifactOptions:
         )
 
 
-def artifact_options(output: str, *, kind: str = "folder", template: str = "that of the model card") -> Any:
+def artifact_options(output: str, *, kind: str = "folder", template: str = "that of the model card") -> Decorator:
     """Add the options to a click command; they arrive as one `options: ArtifactOptions` argument.
 
     `output` is the help of -o, `kind` what --force replaces, `template` which judge's template is taken by default.

@@ -106,6 +106,13 @@ def command(
     checkpoint: Path, kind: str, group_size: int, method: str | None, target: str, options: ArtifactOptions
 ) -> None:
     """Write a CHECKPOINT as an ONNX folder whose weights take 8 or 4 bits and whose activations are not rounded."""
-    same = {"group_size": group_size, "method": method, "target": target}
-    manifest = quantize_onnx(checkpoint, options.output, type=kind.lower(), **same, **options.writing)
+    manifest = quantize_onnx(
+        checkpoint,
+        options.output,
+        type=kind.lower(),
+        group_size=group_size,
+        method=method,
+        target=target,
+        **options.writing,
+    )
     options.finish(manifest, partial(smoke_judge, source=checkpoint))

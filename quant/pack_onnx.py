@@ -22,7 +22,7 @@ from gramlite.formats.architecture import family_of
 from gramlite.formats.artifact import Manifest, read_manifest, verify_files
 from gramlite.formats.gguf_blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from gramlite.formats.gptq_folder import GptqFolder, open_gptq
-from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
+from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph, read_values
 from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.formats.quantized_linear import QuantizedLinear
 from gramlite.judging.template import judge_template
@@ -119,7 +119,7 @@ def put_weights(folder: GptqFolder, path: Path) -> None:
             put(path, tensors[name], np.concatenate([part[key].reshape(-1) for part in parts]))
     for entry in packed:
         wanted = np.concatenate([folder.read_linear(name).dequantize() for name in entry.modules])
-        found = dequantize(entry, lambda name: read(path, tensors[name]))
+        found = dequantize(entry, lambda name: read_values(path, tensors[name]))
         if not np.array_equal(found, wanted):
             raise ModelError(f"{entry.node.name} did not come back from the disk as it was written. Check the disk.")
 
@@ -193,14 +193,6 @@ def put(path: Path, tensor: Any, values: npt.NDArray[Any]) -> None:
     with file.open("r+b") as stream:
         stream.seek(external_offset(tensor))
         stream.write(data)
-
-
-def read(path: Path, tensor: Any) -> npt.NDArray[Any]:
-    from onnx import numpy_helper
-
-    external_extent(path, tensor)
-    values: npt.NDArray[Any] = numpy_helper.to_array(tensor, base_dir=str(path.parent))
-    return values
 
 
 def count_weights(folder: GptqFolder) -> int:

@@ -20,6 +20,9 @@ CARRIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "README.md",
 )  # fmt: skip
+DESCRIBED_FILES = (  # which, beside the weights, say what a checkpoint or adapter is
+    "config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 NOTICE = re.compile(r"(licen[cs]es?|notices?|copying|copyright|use_policy)([-._ ].*)?", re.IGNORECASE)
 
 

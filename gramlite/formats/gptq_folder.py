@@ -18,7 +18,6 @@ the all-ones that "gptq" makes of 0, which its readers make 2**bits of, and whic
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import ModelError
+from gramlite.storage import json_bytes
 
 from .carried import carry_files
 from .checkpoint import INDEX, StoredTensor, read_safetensors_header, weight_files
@@ -96,8 +96,8 @@ class GptqWriter:
             self._flush()
         self._name_shards()
         types = {"dtype": "float16", "torch_dtype": "float16"}
-        _write_json(self.folder / "config.json", config | types | {"quantization_config": quantization})
-        _write_json(self.folder / "quantize_config.json", quantization)
+        (self.folder / "config.json").write_bytes(json_bytes(config | types | {"quantization_config": quantization}))
+        (self.folder / "quantize_config.json").write_bytes(json_bytes(quantization))
         carry_files(source, self.folder)
 
     def _flush(self) -> None:
@@ -118,7 +118,8 @@ class GptqWriter:
             file = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        _write_json(self.folder / INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_bytes(json_bytes(index))
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,9 @@ def open_gptq(folder: Path) -> GptqFolder:
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         tensors |= read_safetensors_header(file)
-    linears = tuple(name.removesuffix(".qweight") for name in sorted(tensors, key=_layer_order) if _is_code(name))
+    linears = tuple(
+        name.removesuffix(".qweight") for name in sorted(tensors, key=_layer_order) if name.endswith(".qweight")
+    )
     if not linears:
         raise ModelError(f"{folder} holds no quantized layer.")
     labelled = 1 if layout == "gptq" else 0
@@ -259,13 +262,5 @@ def open_gptq(folder: Path) -> GptqFolder:
     return replace(found, stored_zero_offset=found.symmetric_offset(declared=bool(quantization.get("sym"))))
 
 
-def _is_code(name: str) -> bool:
-    return name.endswith(".qweight")
-
-
 def _layer_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from gramlite.storage import FOLDER_MANIFEST, atomic_output, fsync_path, json_by
 from gramlite.terminal import note
 
 from .artifact import Manifest, hash_files, is_intact, manifest_path
-from .carried import notices_beside
+from .carried import DESCRIBED_FILES, notices_beside
 
 MANIFEST_BYTES = 1 << 20
 
@@ -110,14 +110,7 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """
     files = dict(hashes)
     weights = sum((folder / name).stat().st_size for name in hashes)
-    for name in (
-        "config.json",
-        "adapter_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    for name in DESCRIBED_FILES:
         if name not in files and (folder / name).is_file():
             files[name] = sha256_file(folder / name)
     listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
