@@ -7,8 +7,8 @@ runtime that merges. Tensors that are not adapted, the configuration and the tok
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy
 
@@ -18,12 +18,14 @@ from gramlite.formats.architecture import expected_tensors, read_architecture
 from gramlite.formats.artifact import Manifest, hash_files
 from gramlite.formats.carried import notices_of
 from gramlite.formats.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from gramlite.formats.hashed_output import HashedOutput
 from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.formats.tensor_stream import (
-    BackgroundHash,
+    SourceHash,
     convert_checked,
     encode,
     is_finite,
+    read_ahead,
     read_float,
     read_pieces,
 )
@@ -93,28 +95,20 @@ def merge_file(
 ) -> tuple[str, str]:
     """Write one safetensors file with its adapted tensors merged; return the sha256 of the old and the new one."""
     tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
-    with BackgroundHash() as before, BackgroundHash() as after, file.open("rb", buffering=0) as source:
-        with destination.open("wb") as output:
-            header = source.read(tensors[0].start if tensors else file.stat().st_size)
-            before.update(header)
-            write(output, after, header)
+    source_hash = SourceHash(file)
+    with ThreadPoolExecutor(max_workers=1) as reader, file.open("rb", buffering=0) as source:
+        header = source.read(tensors[0].start if tensors else file.stat().st_size)
+        source_hash.update(header)
+        destination.write_bytes(header)
+        with HashedOutput(destination) as output:
             for tensor in tensors:
+                pieces = read_ahead(source_hash.over(read_pieces(source, tensor)), reader)
                 if tensor.name in modules:
-                    data = b"".join(read_pieces(source, tensor))
-                    before.update(data)
-                    write(output, after, merged(data, tensor, modules[tensor.name]))
-                    advance(tensor.name, tensor.bytes)
-                    continue
-                for piece in read_pieces(source, tensor):
-                    before.update(piece)
-                    write(output, after, piece)
+                    pieces = iter([merged(b"".join(pieces), tensor, modules[tensor.name])])
+                for piece in pieces:
+                    output.put(piece)
                     advance(tensor.name, len(piece))
-        return before.hexdigest(), after.hexdigest()
-
-
-def write(output: BinaryIO, digest: BackgroundHash, data: bytes) -> None:
-    output.write(data)
-    digest.update(data)
+            return source_hash.hexdigest(), output.finish()
 
 
 def merged(data: bytes, tensor: StoredTensor, module: LowRank) -> bytes:

@@ -17,9 +17,9 @@ from gramlite.console import Advance
 
 from .architecture import Architecture, ExpectedTensor, rope_factors
 from .ggml_types import tensor_bytes
-from .gguf_data import GgufData
 from .gguf_header import read_header
 from .gguf_vocabulary import GgufVocabulary
+from .hashed_output import HashedOutput
 from .publish import unicode_name
 from .tokenization import compare_tokenizers
 
@@ -111,7 +111,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    with GgufData(path) as output:
+    with HashedOutput(path) as output:
         output.pad(ALIGNMENT)
         for name, pieces in data:
             for piece in pieces:

@@ -10,9 +10,8 @@ import functools
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy
@@ -35,33 +34,6 @@ INFINITE: dict[str, tuple[tuple[numpy.dtype[Any], int], tuple[numpy.dtype[Any], 
     "F16": ((numpy.dtype("<i2"), 0x7C00), (numpy.dtype("<u2"), 0xFC00)),
     "BF16": ((numpy.dtype("<i2"), 0x7F80), (numpy.dtype("<u2"), 0xFF80)),
 }
-
-
-class BackgroundHash:
-    """A sha256 computed in a thread of its own; hashlib lets go of the interpreter, so copying goes on meanwhile."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-        self._pending: deque[Future[None]] = deque()
-
-    def update(self, piece: Any) -> None:
-        while len(self._pending) >= 8:
-            self._pending.popleft().result()
-        self._pending.append(self._executor.submit(self._digest.update, piece))
-
-    def hexdigest(self) -> str:
-        while self._pending:
-            self._pending.popleft().result()
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> BackgroundHash:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 class SourceHash:
