@@ -113,8 +113,9 @@ def put_weights(folder: GptqFolder, path: Path) -> None:
     tensors = initializers(path)
     packed = list(packed_nodes(folder, parse(path)))
     for entry in packed:
-        parts = [operands(name, folder.read_linear(name)) for name in entry.modules]
-        check_attributes(entry, [folder.read_linear(name) for name in entry.modules])
+        linears = [folder.read_linear(name) for name in entry.modules]
+        check_attributes(entry, linears)
+        parts = [operands(name, linear) for name, linear in zip(entry.modules, linears, strict=True)]
         for key, name in entry.tensor_names().items():
             put(path, tensors[name], np.concatenate([part[key].reshape(-1) for part in parts]))
     for entry in packed:

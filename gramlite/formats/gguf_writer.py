@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def write_model(
     factors = rope_factors(plan.architecture)
     if factors is not None:
         tensors.insert(0, PlannedTensor("rope_freqs.weight", factors.shape, "F32"))
-        data = _with_first(("rope_freqs.weight", [factors]), data)
+        data = chain([("rope_freqs.weight", [factors])], data)
     return write_gguf(path, plan.architecture.family, describe, tensors, data, advance=advance)
 
 
@@ -128,11 +129,6 @@ def check_written(path: Path, folder: Path) -> int | None:
     """
     read_header(path)
     return compare_tokenizers(path, folder)
-
-
-def _with_first(first: tuple[str, Iterable[Any]], others: Data) -> Data:
-    yield first
-    yield from others
 
 
 def add_template(writer: Any, template: dict[str, Any] | None) -> None:
