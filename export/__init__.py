@@ -1,1 +1,1 @@
-"""Export: from a full-precision checkpoint to artifacts, with no loss beyond the dtype."""
+"""Export: from a full-precision checkpoint to artifacts, with no loss beyond the dtype. May import all of gramlite but the commands."""

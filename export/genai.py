@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from gramlite.console import Advance
 from gramlite.errors import InputError, ModelError, ResourceError
 from gramlite.formats.carried import carry_files
-from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
+from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph, read_values
 from gramlite.storage import remove_path
-
-from .report import Advance
 
 BUILDER = "onnxruntime_genai.models.builder"
 PACKAGES = ("onnxruntime_genai", "onnx", "onnx_ir", "torch", "transformers")
@@ -121,25 +120,12 @@ def rotary_angles(source: Path, length: int) -> tuple[Any, float]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    rope = _rotary_embedding(config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    rope = type(model.model.rotary_emb)(config)
     positions = torch.arange(length, dtype=torch.int64).float()
     frequencies = rope.inv_freq.float()
     return torch.outer(positions, frequencies).numpy(), float(rope.attention_scaling)
-
-
-def _rotary_embedding(config: Any) -> Any:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-    kinds = {
-        "llama": LlamaRotaryEmbedding,
-        "mistral": MistralRotaryEmbedding,
-        "qwen2": Qwen2RotaryEmbedding,
-        "qwen3": Qwen3RotaryEmbedding,
-    }
-    return kinds[config.model_type](config)
 
 
 def initializers(path: Path) -> dict[str, Any]:
@@ -149,15 +135,10 @@ def initializers(path: Path) -> dict[str, Any]:
 
 def read_initializer(path: Path, name: str) -> Any:
     """One weight as a numpy array."""
-    from onnx import numpy_helper
-
     tensor = initializers(path).get(name)
     if tensor is None:
         raise ModelError(f"The model builder's graph has no {name}. Is this version of onnxruntime-genai supported?")
-    if tensor.data_location == tensor.EXTERNAL:
-        external_extent(path, tensor)
-        return numpy_helper.to_array(tensor, base_dir=str(path.parent)).astype(np.float32)
-    return numpy_helper.to_array(tensor).astype(np.float32)
+    return read_values(path, tensor).astype(np.float32)
 
 
 def weight_bytes(path: Path) -> int:

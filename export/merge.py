@@ -1,173 +1,24 @@
-"""Merges a LoRA adapter into a checkpoint: the same folder with W + scale * B @ A in place of each adapted W.
-
-The sum is computed in float32 and rounded once to the checkpoint's own dtype, so the result does not depend on the
-runtime that merges. Tensors that are not adapted, the configuration and the tokenizer are copied as they are.
-"""
+"""The command `export merge`: a checkpoint with a LoRA merged into it, judged with before it is relied on."""
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import click
-import numpy
-from numpy.typing import NDArray
 
-from gramlite.errors import ModelError
-from gramlite.formats.architecture import expected_tensors, read_architecture
-from gramlite.formats.artifact import Manifest, hash_files
-from gramlite.formats.carried import notices_of
-from gramlite.formats.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
-from gramlite.formats.tensor_stream import (
-    NUMPY_TYPES,
-    BackgroundHash,
-    convert_checked,
-    is_finite,
-    narrow,
-    read_pieces,
-    to_half,
-)
-from gramlite.generation.scaffold import ChatTemplate
-from gramlite.judging.template import judge_template
-from gramlite.options import chat_options
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_file
-
-from .peft import LowRank, match_modules, open_adapter, read_factor
-from .plan import match_tensors
-from .report import Advance, print_artifact, progress_bar
-from .smoke import smoke_option
-
-COPIED = (".json", ".txt", ".model", ".jinja", ".md")
-SPARE_BYTES = 64 << 20
-
-
-def merge_adapter(
-    folder: Path, peft_folder: Path, destination: Path, *, template: str | None = None, force: bool = False
-) -> Manifest:
-    """Write a checkpoint folder with a LoRA merged in, and return its manifest.
-
-    Raises ModelError, which names it, for a checkpoint or adapter that is refused, InputError when `destination`
-    exists and `force` is not set or lies in the checkpoint, ResourceError when the disk is full.
-    """
-    folder, peft_folder, destination = Path(folder), Path(peft_folder), Path(destination)
-    destination = check_output(destination, [folder, peft_folder], force=force, inputs=[template])
-    checkpoint, adapter = open_checkpoint(folder), open_adapter(peft_folder)
-    architecture = read_architecture(checkpoint.config)
-    match_tensors(checkpoint, architecture)
-    match_modules(adapter, expected_tensors(architecture))
-    judge = judge_template(folder, template) or judge_template(peft_folder, None)
-    total = sum(file.stat().st_size for file in checkpoint.files)
-    with progress_bar(total) as advance, atomic_output(destination, force=force, need_bytes=total + SPARE_BYTES) as out:
-        out.mkdir()
-        files = copy_small_files(folder, peft_folder, out)
-        hashes = {}
-        modules = {module.weight: module for module in adapter.modules}
-        for file in checkpoint.files:
-            hashes[file.name], files[file.name] = merge_file(checkpoint, file, out / file.name, modules, advance)
-        manifest = Manifest(
-            format="hf",
-            name=destination.name,
-            quantization=next(iter(checkpoint.tensors.values())).dtype,
-            method="merge of a LoRA",
-            source=describe_source(folder, hashes)
-            | {"adapter": describe_source(adapter.folder, {adapter.file.name: sha256_file(adapter.file)})},
-            settings={"modules": len(modules), "notes": []},
-            tools=tool_versions("numpy"),
-            template=judge,
-            bits_per_weight=round(bits_per_weight(checkpoint), 4),
-            files=files,
-        )
-        write_durably(out / FOLDER_MANIFEST, manifest_text(manifest))
-    return manifest
-
-
-def copy_small_files(folder: Path, peft_folder: Path, out: Path) -> dict[str, str]:
-    """Copy configuration, tokenizer, model card, and the notices of both folders; return their sha256 by name."""
-    small = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in COPIED}
-    small.pop(FOLDER_MANIFEST, None)
-    for name, path in (small | notices_of(folder, peft_folder)).items():
-        shutil.copyfile(path, out / name)
-    return hash_files(out)
-
-
-def merge_file(
-    checkpoint: Checkpoint, file: Path, destination: Path, modules: dict[str, LowRank], advance: Advance
-) -> tuple[str, str]:
-    """Write one safetensors file with its adapted tensors merged; return the sha256 of the old and the new one."""
-    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
-    with BackgroundHash() as before, BackgroundHash() as after, file.open("rb", buffering=0) as source:
-        with destination.open("wb") as output:
-            header = source.read(tensors[0].start if tensors else file.stat().st_size)
-            before.update(header)
-            write(output, after, header)
-            for tensor in tensors:
-                if tensor.name in modules:
-                    data = b"".join(read_pieces(source, tensor))
-                    before.update(data)
-                    write(output, after, merged(data, tensor, modules[tensor.name]))
-                    advance(tensor.name, tensor.bytes)
-                    continue
-                for piece in read_pieces(source, tensor):
-                    before.update(piece)
-                    write(output, after, piece)
-                    advance(tensor.name, len(piece))
-        return before.hexdigest(), after.hexdigest()
-
-
-def write(output: BinaryIO, digest: BackgroundHash, data: bytes) -> None:
-    output.write(data)
-    digest.update(data)
-
-
-def merged(data: bytes, tensor: StoredTensor, module: LowRank) -> bytes:
-    """The bytes of W + scale * B @ A, summed in float32 and rounded once to the dtype of W."""
-    change = read_factor(module.b) @ read_factor(module.a)
-    if module.scale != 1:
-        change *= numpy.float32(module.scale)
-    change += convert_checked(data, tensor, "F32").reshape(tensor.shape)
-    result = encode(change, tensor.dtype)
-    if not is_finite(change, "F32") or not is_finite(result, tensor.dtype):
-        raise ModelError(f"Merging {module.module} gives values that {tensor.dtype} cannot hold. Check the adapter.")
-    return result.tobytes()
-
-
-def encode(values: NDArray[numpy.float32], dtype: str) -> NDArray[numpy.generic]:
-    if dtype == "F32":
-        return values.astype(NUMPY_TYPES["F32"], copy=False)
-    return narrow(values) if dtype == "BF16" else to_half(values)
-
-
-def bits_per_weight(checkpoint: Checkpoint) -> float:
-    weights = sum(int(numpy.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
-    return 8 * sum(tensor.bytes for tensor in checkpoint.tensors.values()) / weights
+from .lora_merge import merge_adapter
+from .options import ArtifactOptions, artifact_options
+from .smoke_lora import smoke_merged
 
 
 @click.command("merge", short_help="checkpoint + PEFT LoRA -> checkpoint")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("peft_folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing checkpoint folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    checkpoint: Path,
-    peft_folder: Path,
-    output: Path,
-    template: str | None,
-    chat: ChatTemplate,
-    smoke: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+@artifact_options("The folder to write.", kind="checkpoint folder")
+def command(checkpoint: Path, peft_folder: Path, options: ArtifactOptions) -> None:
     """Merge the LoRA adapter in PEFT_FOLDER into CHECKPOINT and write the result as a checkpoint folder."""
-    from .smoke_lora import smoke_merged
-
-    manifest = merge_adapter(checkpoint, peft_folder, output, template=template, force=force)
-    if smoke:
-        manifest = smoke_merged(output, manifest, checkpoint, peft_folder, template=template, chat=chat, force=force)
-    next_command = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
-    print_artifact(output, manifest, command=next_command, as_json=as_json)
+    output = options.output
+    manifest = merge_adapter(checkpoint, peft_folder, output, **options.writing)
+    typed = f"gramlite export gguf {output} -o {output.with_suffix('.gguf').name}"
+    options.finish(manifest, partial(smoke_merged, base=checkpoint, folder=peft_folder), command=typed)

@@ -6,26 +6,26 @@ transformers 5 saved with another rope_theta, without a word, and its graphs dec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import click
-import numpy as np
 
+from gramlite.console import progress_bar
 from gramlite.errors import InputError
 from gramlite.formats.architecture import read_architecture
-from gramlite.formats.artifact import Manifest, hash_files
-from gramlite.formats.checkpoint import Checkpoint, open_checkpoint
-from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
-from gramlite.generation.scaffold import ChatTemplate
+from gramlite.formats.artifact import Manifest
+from gramlite.formats.checkpoint import open_checkpoint
+from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.judging.template import judge_template
-from gramlite.options import chat_options
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
+from gramlite.storage import check_output, sha256_cached
 
 from .genai import GRAPH, TARGETS, build, require_builder, weight_bytes
+from .options import ArtifactOptions, artifact_options
 from .plan import match_tensors
-from .report import judge_command, print_artifact, progress_bar
-from .smoke import smoke_judge, smoke_option
+from .smoke import smoke_judge
 
 DTYPES = {"fp32": 4.0, "fp16": 2.0}  # bytes a weight
 QUANTIZED = 2.5  # bytes a weight for two copies of 8 bits and scales, since the graph's data are written anew
@@ -53,9 +53,6 @@ def export_onnx(
         precision=dtype,
         target="cpu" if dtype == "fp32" else "cuda",
         quantization={"fp32": "F32", "fp16": "F16"}[dtype],
-        method=None,
-        options={},
-        settings={},
         template=template,
         force=force,
     )
@@ -68,11 +65,11 @@ def publish(
     precision: str,
     target: str,
     quantization: str,
-    method: str | None,
-    options: dict[str, str],
-    settings: dict[str, object],
     template: str | None,
     force: bool,
+    method: str | None = None,
+    options: Mapping[str, str] = MappingProxyType({}),
+    settings: Mapping[str, object] = MappingProxyType({}),
     finish: Callable[[Path], dict[str, object]] = lambda graph: {},
 ) -> Manifest:
     """Build the graph and put the whole folder in place, its manifest inside; see `export_onnx` for what is raised.
@@ -85,15 +82,16 @@ def publish(
     require_builder()
     assert target in TARGETS
     judge = judge_template(source, template)
-    weights = count_weights(checkpoint)
-    need_bytes = int(weights * DTYPES.get(precision, QUANTIZED)) + (64 << 20)
+    need_bytes = int(checkpoint.weights * DTYPES.get(precision, QUANTIZED)) + (64 << 20)
     if precision not in DTYPES:  # the first copy has the embedding in float32
         need_bytes += 4 * int(checkpoint.config["vocab_size"]) * int(checkpoint.config["hidden_size"])
     layer_bytes = need_bytes // max(1, int(checkpoint.config["num_hidden_layers"]))
-    with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
-        build(source, folder, precision, target, options, advance, layer_bytes)
+
+    def write(folder: Path) -> Manifest:
+        with progress_bar(need_bytes) as advance:
+            build(source, folder, precision, target, options, advance, layer_bytes)
         added = finish(folder / GRAPH)
-        manifest = Manifest(
+        return Manifest(
             format="onnx",
             name=destination.name,
             quantization=quantization,
@@ -102,20 +100,14 @@ def publish(
             settings={"precision": precision, "target": target, **settings, **added},
             tools=tool_versions(*TOOLS),
             template=judge,
-            bits_per_weight=round(8 * weight_bytes(folder / GRAPH) / weights, 4),
-            files=hash_files(folder),
+            bits_per_weight=round(8 * weight_bytes(folder / GRAPH) / checkpoint.weights, 4),
         )
-        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
-    return manifest
 
-
-def count_weights(checkpoint: Checkpoint) -> int:
-    return sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    return publish_folder(destination, write, force=force, need_bytes=need_bytes)
 
 
 @click.command("onnx", short_help="checkpoint -> ONNX, full or half precision")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
     "--dtype",
     metavar="[fp32|fp16]",
@@ -124,23 +116,8 @@ def count_weights(checkpoint: Checkpoint) -> int:
     show_default=True,
     help="fp32 runs on the CPU, fp16 is for CUDA.",
 )
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    checkpoint: Path,
-    output: Path,
-    dtype: str,
-    template: str | None,
-    chat: ChatTemplate,
-    smoke: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+@artifact_options("The folder to write.")
+def command(checkpoint: Path, dtype: str, options: ArtifactOptions) -> None:
     """Write a CHECKPOINT as an ONNX folder that onnxruntime runs."""
-    manifest = export_onnx(checkpoint, output, dtype=dtype.lower(), template=template, force=force)
-    if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
-    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
+    manifest = export_onnx(checkpoint, options.output, dtype=dtype.lower(), **options.writing)
+    options.finish(manifest, partial(smoke_judge, source=checkpoint))

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-from numpy.typing import NDArray
-
 from gramlite.errors import InputError, ModelError
 from gramlite.formats.architecture import ExpectedTensor
 from gramlite.formats.artifact import PICKLE_SUFFIXES
 from gramlite.formats.checkpoint import StoredTensor, read_safetensors_header
 from gramlite.formats.model_folder import read_json_object
-from gramlite.formats.tensor_stream import NUMPY_TYPES, convert_checked
+from gramlite.formats.tensor_stream import NUMPY_TYPES
 
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -137,8 +134,7 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
         match = FACTOR.fullmatch(name)
         if not match:
             raise ModelError(
-                f"{path} has the tensor {name!r}, which is no LoRA factor of a linear layer. Merge it with "
-                "PEFT instead."
+                f"{path} has the tensor {name!r}, which is no LoRA factor of a linear layer. Merge it with PEFT instead."
             )
         if tensor.dtype not in NUMPY_TYPES or len(tensor.shape) != 2:
             raise ModelError(
@@ -158,16 +154,14 @@ def pair_factors(path: Path, config: dict[str, Any]) -> tuple[LowRank, ...]:
             )
         if pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
             raise ModelError(
-                f"{path} has factors of {module} that do not belong together: A is {list(pair['A'].shape)} "
-                "and "
+                f"{path} has factors of {module} that do not belong together: A is {list(pair['A'].shape)} and "
                 f"B {list(pair['B'].shape)}. Save the adapter again."
             )
         rank = pair["A"].shape[0]
         stated = ranks.get(module, config.get("r"))
         if stated != rank:
             raise ModelError(
-                f"adapter_config.json says rank {_shown(stated)} for {module} and its factors have {rank}. Save the "
-                "adapter again."
+                f"adapter_config.json says rank {_shown(stated)} for {module} and its factors have {rank}. Save the adapter again."
             )
         alpha = checked_alpha(alphas.get(module, config.get("lora_alpha")))
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -218,8 +212,7 @@ def match_modules(adapter: Adapter, expected: Mapping[str, ExpectedTensor]) -> N
     for module in adapter.modules:
         if module.weight not in expected:
             raise ModelError(
-                f"{adapter.folder} adapts {module.module}, which the base does not have. Name the base it "
-                "was trained on."
+                f"{adapter.folder} adapts {module.module}, which the base does not have. Name the base it was trained on."
             )
         shape = (module.b.shape[0], module.a.shape[1])
         if shape != expected[module.weight].shape:
@@ -227,10 +220,3 @@ def match_modules(adapter: Adapter, expected: Mapping[str, ExpectedTensor]) -> N
                 f"{adapter.folder} adapts {module.module} as {list(shape)} and the base has "
                 f"{list(expected[module.weight].shape)}. Name the base it was trained on."
             )
-
-
-def read_factor(tensor: StoredTensor) -> NDArray[numpy.float32]:
-    """A factor as float32, exactly, in its own shape."""
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        return convert_checked(file.read(tensor.bytes), tensor, "F32").reshape(tensor.shape)

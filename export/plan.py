@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import Architecture, ExpectedTensor, expected_tensors, read_architecture
 from gramlite.formats.checkpoint import Checkpoint, StoredTensor
+from gramlite.formats.gguf_writer import ModelPlan
 from gramlite.formats.tensor_stream import NUMPY_TYPES, read_pieces
-from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
+from gramlite.formats.tokenizer import read_vocabulary
 
 BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config, saved by old versions of transformers
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What goes into the file, in the order in which the source files hold it."""
+class ExportPlan:
+    """What goes into the file, in the order in which the source files hold it; `expected` is by the stored name."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
-    vocabulary: Vocabulary
-    dtype: str
-    tensors: tuple[tuple[StoredTensor, ExpectedTensor], ...]
+    model: ModelPlan
+    expected: dict[str, ExpectedTensor]
     notes: tuple[str, ...]
 
     def stored_as(self, tensor: ExpectedTensor) -> str:
-        return "F32" if len(tensor.shape) == 1 else self.dtype
-
-    def bytes_of(self, tensor: ExpectedTensor) -> int:
-        return math.prod(tensor.shape) * NUMPY_TYPES[self.stored_as(tensor)].itemsize
-
-    @property
-    def payload(self) -> int:
-        return sum(self.bytes_of(expected) for _, expected in self.tensors)
-
-    @property
-    def weights(self) -> int:
-        return sum(math.prod(expected.shape) for _, expected in self.tensors)
+        return "F32" if len(tensor.shape) == 1 else self.model.file_type
 
 
-def plan_export(checkpoint: Checkpoint, dtype: str) -> Plan:
+def plan_export(checkpoint: Checkpoint, dtype: str) -> ExportPlan:
     """Match a checkpoint's tensors and tokenizer to its architecture; raises ModelError for whatever does not fit."""
     architecture = read_architecture(checkpoint.config)
-    tensors, notes = match_tensors(checkpoint, architecture)
+    matched, notes = match_tensors(checkpoint, architecture)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, architecture.vocabulary)
-    return Plan(checkpoint, architecture, vocabulary, dtype.upper(), tensors, (*notes, *vocabulary.notes))
+    kind = dtype.upper()
+    tensors = tuple((tensor, "F32" if len(tensor.shape) == 1 else kind) for _, tensor in matched)
+    model = ModelPlan(architecture, vocabulary, kind, tensors)
+    return ExportPlan(
+        checkpoint, model, {stored.name: tensor for stored, tensor in matched}, (*notes, *vocabulary.notes)
+    )
 
 
 def match_tensors(
@@ -63,13 +55,11 @@ def match_tensors(
             continue
         if name not in expected:
             raise ModelError(
-                f"{stored.file} has the unexpected tensor {name!r}, which {architecture.family} does not "
-                "have. Export another checkpoint."
+                f"{stored.file} has the unexpected tensor {name!r}, which {architecture.family} does not have. Export another checkpoint."
             )
         if stored.shape != expected[name].shape:
             raise ModelError(
-                f"The tensor {name!r} of {stored.file} has the shape {list(stored.shape)}; config.json asks "
-                "for "
+                f"The tensor {name!r} of {stored.file} has the shape {list(stored.shape)}; config.json asks for "
                 f"{list(expected[name].shape)}. Download the checkpoint again."
             )
         if stored.dtype not in NUMPY_TYPES:
@@ -81,8 +71,7 @@ def match_tensors(
     if missing:
         name = next(name for name in expected if name in missing)
         raise ModelError(
-            f"The tensor {name!r} is missing from {checkpoint.folder} ({len(missing)} in all). Download the "
-            "checkpoint again."
+            f"The tensor {name!r} is missing from {checkpoint.folder} ({len(missing)} in all). Download the checkpoint again."
         )
     return tuple(matched), notes
 
@@ -98,6 +87,5 @@ def check_tied_head(checkpoint: Checkpoint, head: StoredTensor) -> None:
             ):
                 return
     raise ModelError(
-        "config.json ties lm_head.weight to the embedding, but the two differ. Set tie_word_embeddings to "
-        "false if the head is its own."
+        "config.json ties lm_head.weight to the embedding, but the two differ. Set tie_word_embeddings to false if the head is its own."
     )

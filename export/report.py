@@ -1,43 +1,17 @@
-"""What an export shows: a progress bar while it works, and the artifact when it is done."""
+"""What an export shows when it is done: the artifact, how small it is, and what to type next."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gramlite.console import Words, progress, show_facts
+from gramlite.console import show_facts
 from gramlite.formats.artifact import Manifest, artifact_bytes
 from gramlite.terminal import note, say_json
 
 from .smoke import figures_only, summary
-
-Advance = Callable[[str, int], None]
-
-
-@contextmanager
-def progress_bar(total_bytes: int) -> Iterator[Advance]:
-    """A bar on stderr, on a terminal only; the yielded function takes a tensor's name and the bytes done of it."""
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.table import Column
-
-    columns = (
-        Words("{task.description:28.28}"),
-        BarColumn(bar_width=16),
-        DownloadColumn(table_column=Column(no_wrap=True)),
-        TransferSpeedColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True),
-    )
-    with progress(*columns) as bar:
-        task = bar.add_task("", total=total_bytes)
-
-        def advance(name: str, done: int) -> None:
-            bar.update(task, advance=done, description=name)
-
-        yield advance
 
 
 def source_bytes(manifest: Manifest) -> int | None:

@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 import gramlite
-from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
+from gramlite.errors import CannotRunHere, GramliteError, InputError, ModelError, ResourceError
 from gramlite.formats.artifact import Manifest, manifest_path, write_manifest
 from gramlite.formats.carried import remove_notices
 from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
@@ -34,10 +34,6 @@ Margins = Callable[[], Sequence[float]]
 smoke_option = click.option(
     "--smoke/--no-smoke", default=True, show_default=True, help="Judge a dozen pairs with it and with its source."
 )
-
-
-class CannotRunHere(ModelError):
-    """A sound artifact that this machine has no way to run, which is no fault of it."""
 
 
 @dataclass(frozen=True)

@@ -6,78 +6,83 @@ common. The files that this takes, up to twice the size of the base, are made ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from gramlite.errors import ModelError
+from gramlite.errors import CannotRunHere, ModelError
 from gramlite.formats.artifact import Manifest
 from gramlite.formats.checkpoint import INDEX
 from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
 from gramlite.judging.template import judge_template
 from gramlite.storage import lies_in
 
-from .adapter import export_adapter
 from .gguf import export_gguf
-from .merge import merge_adapter
-from .smoke import CannotRunHere, asked_with, judge_margins, smoke_judge
+from .lora_gguf import export_adapter
+from .lora_merge import merge_adapter
+from .smoke import asked_with, judge_margins, smoke_judge
 
 WEIGHTS = (INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 
 def smoke_adapter(
-    output: Path,
-    manifest: Manifest,
-    folder: Path,
-    base: Path,
-    *,
-    template: str | None = None,
-    chat: ChatTemplate = OWN_TEMPLATE,
-    force: bool = False,
+    output: Path, manifest: Manifest, folder: Path, base: Path, *, template: str | None = None, **asked: Any
 ) -> Manifest:
     """Judge with the GGUF adapter at `output` over its base, and with `folder` merged into it; return the manifest.
 
     Where `base` holds no weights, for writing the adapter takes none, the manifest says that nothing was compared.
+    `asked` is the `chat` template and the `force` of `smoke_judge`.
     """
-    with template_file(output, folder, base, template) as choice:
 
-        def merged() -> list[float]:
-            need_weights(base)
-            with scratch_folder(output, folder, base) as scratch:
-                merge_adapter(base, folder, scratch / "merged")
-                return gguf_margins(scratch / "merged", scratch, choice, chat)
+    def merged(scratch: Path) -> tuple[Path, None]:
+        if not any(any(base.glob(name)) for name in WEIGHTS):
+            raise CannotRunHere(f"{base} holds no weights to lay it over")
+        merge_adapter(base, folder, scratch / "merged")
+        return scratch / "merged", None
 
-        def over_base() -> list[float]:
-            with scratch_folder(output) as scratch:
-                return gguf_margins(base, scratch, choice, chat, adapter=output)
-
-        return smoke_judge(output, manifest, merged, found=over_base, template=choice, force=force)
+    return _compare(output, manifest, merged, lambda scratch: (base, output), (folder, base), template, **asked)
 
 
 def smoke_merged(
+    output: Path, manifest: Manifest, base: Path, folder: Path, *, template: str | None = None, **asked: Any
+) -> Manifest:
+    """Judge with the merged checkpoint at `output`, and with the adapter in `folder` over its base; return the manifest."""
+
+    def over_base(scratch: Path) -> tuple[Path, Path]:
+        export_adapter(folder, base, scratch / "adapter.gguf", dtype="f32")
+        return base, scratch / "adapter.gguf"
+
+    return _compare(output, manifest, over_base, lambda scratch: (output, None), (base, folder), template, **asked)
+
+
+Judged = Callable[
+    [Path], tuple[Path, Path | None]
+]  # makes in a folder what is judged: a checkpoint, an adapter over it
+
+
+def _compare(
     output: Path,
     manifest: Manifest,
-    base: Path,
-    folder: Path,
+    expected: Judged,
+    found: Judged,
+    sources: tuple[Path, Path],
+    template: str | None,
     *,
-    template: str | None = None,
     chat: ChatTemplate = OWN_TEMPLATE,
     force: bool = False,
 ) -> Manifest:
-    """Judge with the merged checkpoint at `output`, and with the adapter in `folder` over its base; return the manifest."""
-    with template_file(output, base, folder, template) as choice:
+    with template_file(output, *sources, template) as choice:
 
-        def over_base() -> list[float]:
-            with scratch_folder(output) as scratch:
-                export_adapter(folder, base, scratch / "adapter.gguf", dtype="f32")
-                return gguf_margins(base, scratch, choice, chat, adapter=scratch / "adapter.gguf")
+        def margins(make: Judged) -> list[float]:
+            with scratch_folder(output, *sources) as scratch:
+                checkpoint, adapter = make(scratch)
+                return gguf_margins(checkpoint, scratch, choice, chat, adapter=adapter)
 
-        def merged() -> list[float]:
-            with scratch_folder(output) as scratch:
-                return gguf_margins(output, scratch, choice, chat)
-
-        return smoke_judge(output, manifest, over_base, found=merged, template=choice, force=force)
+        judged, own = partial(margins, expected), partial(margins, found)
+        return smoke_judge(output, manifest, judged, found=own, template=choice, force=force)
 
 
 def gguf_margins(
@@ -90,11 +95,6 @@ def gguf_margins(
     except ModelError:
         export_gguf(checkpoint, path, dtype="bf16")
     return judge_margins(path, template, adapter=adapter, **asked_with(chat))
-
-
-def need_weights(base: Path) -> None:
-    if not any(any(base.glob(name)) for name in WEIGHTS):
-        raise CannotRunHere(f"{base} holds no weights to lay it over")
 
 
 @contextmanager

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Column, Table
 from rich.text import Text
 
 from .terminal import bars, visible
+
+Advance = Callable[[str, int], None]  # is told what is worked on and how many bytes of it were done
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -103,3 +107,22 @@ def progress(*columns: ProgressColumn, on: Console | None = None) -> Iterator[Pr
             yield bar
         finally:
             bars.remove(on)
+
+
+@contextmanager
+def progress_bar(total_bytes: int) -> Iterator[Advance]:
+    """A bar of bytes on stderr, on a terminal only; the yielded function takes a tensor's name and the bytes done of it."""
+    columns = (
+        Words("{task.description:28.28}"),
+        BarColumn(bar_width=16),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True),
+    )
+    with progress(*columns) as bar:
+        task = bar.add_task("", total=total_bytes)
+
+        def advance(name: str, done: int) -> None:
+            bar.update(task, advance=done, description=name)
+
+        yield advance

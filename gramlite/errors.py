@@ -3,6 +3,7 @@
     GramliteError            1  failure
     ├── InputError           2  usage, or an input that cannot be judged
     ├── ModelError           3  a model, artifact or template that is refused
+    │   └── CannotRunHere    3  a sound one that this machine has no way to run; caught where it need not run
     ├── ResourceError        4  memory, disk space or a device that is not there
     │   └── OutOfMemory      4  a GPU's memory ran out; caught where there is another place to run
     ├── IntegrityError       6  a run that cannot be resumed, or a lock somebody else holds
@@ -33,6 +34,10 @@ class ModelError(GramliteError):
     """A model file, manifest, tokenizer or template that is refused."""
 
     exit_code = 3
+
+
+class CannotRunHere(ModelError):
+    """A sound artifact that this machine has no way to run, which is no fault of it."""
 
 
 class ResourceError(GramliteError):

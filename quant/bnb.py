@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from gramlite.export.options import ArtifactOptions, artifact_options
 from gramlite.export.plan import match_tensors
-from gramlite.export.report import judge_command, print_artifact
-from gramlite.export.smoke import smoke_judge, smoke_option
+from gramlite.export.smoke import smoke_judge
 
 from gramlite.errors import InputError, ModelError
 from gramlite.formats.architecture import read_architecture
-from gramlite.formats.artifact import Artifact, Manifest, hash_files
+from gramlite.formats.artifact import Artifact, Manifest
 from gramlite.formats.carried import carry_files
 from gramlite.formats.checkpoint import Checkpoint, open_checkpoint, read_safetensors_header, weight_files
-from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.formats.save_tensors import open_to_readers, operating_system_errors
-from gramlite.generation.scaffold import ChatTemplate
 from gramlite.judging.template import judge_template
-from gramlite.options import chat_options
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
+from gramlite.storage import check_output, sha256_cached
 
 from .packages import need_packages
 
@@ -56,7 +55,8 @@ def quantize_bnb(
     checkpoint = open_checkpoint(source)
     match_tensors(checkpoint, read_architecture(checkpoint.config))  # transformers fills what is missing at random
     need_bytes = sum(file.stat().st_size for file in checkpoint.files)
-    with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
+
+    def write(folder: Path) -> Manifest:
         folder.mkdir()
         model = load_quantized(source, type)
         with quiet(), operating_system_errors():
@@ -70,7 +70,7 @@ def quantize_bnb(
                 f"The {type} folder of {source} reloads with logits that differ by {difference:.3g} nats. Nothing was "
                 "written; try another version of bitsandbytes."
             )
-        manifest = Manifest(
+        return Manifest(
             format="hf",
             name=destination.name,
             quantization=type.upper(),
@@ -80,10 +80,9 @@ def quantize_bnb(
             tools=tool_versions("bitsandbytes", "torch", "transformers"),
             template=judge_template(source, template),
             bits_per_weight=round(bits_per_weight(folder, checkpoint), 4),
-            files=hash_files(folder),
         )
-        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
-    return manifest
+
+    return publish_folder(destination, write, force=force, need_bytes=need_bytes)
 
 
 def load_quantized(source: Path, type: str) -> Any:
@@ -157,32 +156,15 @@ def probe(vocabulary: int) -> list[int]:
 
 
 def bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
-    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
     stored = sum(tensor.bytes for file in weight_files(folder) for tensor in read_safetensors_header(file).values())
-    return 8 * stored / weights
+    return 8 * stored / checkpoint.weights
 
 
 @click.command("bnb", short_help="checkpoint -> bitsandbytes NF4 or int8")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--type", "kind", type=click.Choice(list(TYPES), case_sensitive=False), default="nf4", show_default=True)
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    checkpoint: Path,
-    output: Path,
-    kind: str,
-    template: str | None,
-    chat: ChatTemplate,
-    smoke: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+@artifact_options("The folder to write.")
+def command(checkpoint: Path, kind: str, options: ArtifactOptions) -> None:
     """Write a CHECKPOINT as a bitsandbytes folder, and check that it reloads as it was."""
-    manifest = quantize_bnb(checkpoint, output, type=kind.lower(), template=template, force=force)
-    if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
-    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
+    manifest = quantize_bnb(checkpoint, options.output, type=kind.lower(), **options.writing)
+    options.finish(manifest, partial(smoke_judge, source=checkpoint))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gramlite.export.gguf import HEADER_BYTES
 from gramlite.export.report import judge_command, print_artifact, print_notes
 from gramlite.export.smoke import smoke_judge, smoke_option
 
@@ -24,6 +23,7 @@ from gramlite.formats.artifact import Manifest
 from gramlite.formats.carried import plan_notices
 from gramlite.formats.ggml_types import GGML_TYPES
 from gramlite.formats.gguf_header import Header, read_header
+from gramlite.formats.gguf_writer import HEADER_BYTES
 from gramlite.formats.publish import publish_file, tool_versions
 from gramlite.formats.quantization import bits_per_weight
 from gramlite.options import chat_options

@@ -12,16 +12,14 @@ from pathlib import Path
 import click
 from gramlite.export.genai import TARGETS
 from gramlite.export.onnx import publish
-from gramlite.export.report import judge_command, print_artifact
-from gramlite.export.smoke import smoke_judge, smoke_option
+from gramlite.export.options import ArtifactOptions, artifact_options
+from gramlite.export.smoke import smoke_judge
 
 from gramlite.errors import InputError
 from gramlite.formats.architecture import read_architecture
 from gramlite.formats.artifact import Manifest
 from gramlite.formats.checkpoint import read_config
 from gramlite.formats.onnx_graph import read_graph
-from gramlite.generation.scaffold import ChatTemplate
-from gramlite.options import chat_options
 
 from .onnx_embedding import shrink_embedding
 
@@ -97,42 +95,24 @@ def choose_method(source: Path, type: str, group_size: int, method: str | None) 
 
 @click.command("onnx", short_help="checkpoint -> ONNX, weights in 8 or 4 bits")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--type", "kind", type=click.Choice(list(TYPES), case_sensitive=False), default="int8", show_default=True)
 @click.option("--group-size", type=int, default=32, show_default=True, help="Weights that share a scale.")
 @click.option(
     "--method", type=click.Choice(METHODS), help="How scales are found; by default k_quant for 4 bits, default for 8."
 )
 @click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Where it is to run.")
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@artifact_options("The folder to write.")
 def command(
-    checkpoint: Path,
-    output: Path,
-    kind: str,
-    group_size: int,
-    method: str | None,
-    target: str,
-    template: str | None,
-    chat: ChatTemplate,
-    smoke: bool,
-    force: bool,
-    as_json: bool,
+    checkpoint: Path, kind: str, group_size: int, method: str | None, target: str, options: ArtifactOptions
 ) -> None:
     """Write a CHECKPOINT as an ONNX folder whose weights take 8 or 4 bits and whose activations are not rounded."""
     manifest = quantize_onnx(
         checkpoint,
-        output,
+        options.output,
         type=kind.lower(),
         group_size=group_size,
         method=method,
         target=target,
-        template=template,
-        force=force,
+        **options.writing,
     )
-    if smoke:
-        manifest = smoke_judge(output, manifest, checkpoint, template=template, chat=chat, force=force)
-    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
+    options.finish(manifest, partial(smoke_judge, source=checkpoint))

@@ -26,6 +26,7 @@ from gramlite.formats.onnx_graph import (
     external_location,
     external_offset,
     parse,
+    read_values,
     tensors_in,
 )
 
@@ -194,10 +195,8 @@ def pieces(table: Any) -> Iterator[tuple[int, int]]:
 
 def read_rows(path: Path, tensor: Any, rows: int, start: int, stop: int) -> Array:
     """Rows of a weight that has as many values in each of `rows`, whatever its shape."""
-    from onnx import numpy_helper
-
     if tensor.data_location != tensor.EXTERNAL:
-        whole: Array = numpy_helper.to_array(tensor).reshape(rows, -1)
+        whole: Array = read_values(path, tensor).reshape(rows, -1)
         return whole[start:stop]
     file, size = external_extent(path, tensor)
     with file.open("rb") as source:

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gramlite.export.genai import GRAPH, build, initializers, require_builder, weight_bytes
-from gramlite.export.report import progress_bar
 
+from gramlite.console import progress_bar
 from gramlite.errors import ModelError
 from gramlite.formats.architecture import family_of
-from gramlite.formats.artifact import Manifest, hash_files, read_manifest, verify_files
+from gramlite.formats.artifact import Manifest, read_manifest, verify_files
 from gramlite.formats.gguf_blocks import check_matmul_nbits, matmul_nbits, pack_bytes
 from gramlite.formats.gptq_folder import GptqFolder, open_gptq
-from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph
-from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
+from gramlite.formats.onnx_graph import external_extent, external_offset, parse, read_graph, read_values
+from gramlite.formats.publish import describe_source, publish_folder, tool_versions
 from gramlite.formats.quantized_linear import QuantizedLinear
 from gramlite.judging.template import judge_template
-from gramlite.storage import FOLDER_MANIFEST, atomic_output, check_output, sha256_cached
+from gramlite.storage import check_output, sha256_cached
 
 from .onnx_embedding import shrink_embedding
 
@@ -76,13 +76,15 @@ def pack_onnx(
         options = {"matmul_mixed_precision": "last_matmul:int8", "shared_embeddings": "false"}
     need_bytes = 3 * sum(tensor.bytes for tensor in folder.tensors.values()) + (64 << 20)
     layer_bytes = need_bytes // max(1, int(folder.config["num_hidden_layers"]))
-    with progress_bar(need_bytes) as advance, atomic_output(destination, force=force, need_bytes=need_bytes) as output:
-        build(source, output, "int4", "cpu", options, advance, layer_bytes)
+
+    def write(output: Path) -> Manifest:
+        with progress_bar(need_bytes) as advance:
+            build(source, output, "int4", "cpu", options, advance, layer_bytes)
         if embedding == "q8_0":
             shrink_embedding(output / GRAPH, EMBEDDING_GROUP)
         put_weights(folder, output / GRAPH)
         read_graph(output / GRAPH)
-        manifest = Manifest(
+        return Manifest(
             format="onnx",
             name=destination.name,
             quantization=f"INT{max(set(bits.values()), key=list(bits.values()).count)}",
@@ -94,10 +96,9 @@ def pack_onnx(
             tools=tool_versions(*TOOLS),
             template=judge,
             bits_per_weight=round(8 * weight_bytes(output / GRAPH) / count_weights(folder), 4),
-            files=hash_files(output),
         )
-        write_durably(output / FOLDER_MANIFEST, manifest_text(manifest))
-    return manifest
+
+    return publish_folder(destination, write, force=force, need_bytes=need_bytes)
 
 
 def check(folder: GptqFolder, name: str) -> int:
@@ -112,13 +113,14 @@ def put_weights(folder: GptqFolder, path: Path) -> None:
     tensors = initializers(path)
     packed = list(packed_nodes(folder, parse(path)))
     for entry in packed:
-        parts = [operands(name, folder.read_linear(name)) for name in entry.modules]
-        check_attributes(entry, [folder.read_linear(name) for name in entry.modules])
+        linears = [folder.read_linear(name) for name in entry.modules]
+        check_attributes(entry, linears)
+        parts = [operands(name, linear) for name, linear in zip(entry.modules, linears, strict=True)]
         for key, name in entry.tensor_names().items():
             put(path, tensors[name], np.concatenate([part[key].reshape(-1) for part in parts]))
     for entry in packed:
         wanted = np.concatenate([folder.read_linear(name).dequantize() for name in entry.modules])
-        found = dequantize(entry, lambda name: read(path, tensors[name]))
+        found = dequantize(entry, lambda name: read_values(path, tensors[name]))
         if not np.array_equal(found, wanted):
             raise ModelError(f"{entry.node.name} did not come back from the disk as it was written. Check the disk.")
 
@@ -192,14 +194,6 @@ def put(path: Path, tensor: Any, values: npt.NDArray[Any]) -> None:
     with file.open("r+b") as stream:
         stream.seek(external_offset(tensor))
         stream.write(data)
-
-
-def read(path: Path, tensor: Any) -> npt.NDArray[Any]:
-    from onnx import numpy_helper
-
-    external_extent(path, tensor)
-    values: npt.NDArray[Any] = numpy_helper.to_array(tensor, base_dir=str(path.parent))
-    return values
 
 
 def count_weights(folder: GptqFolder) -> int:

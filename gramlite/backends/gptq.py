@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError, ResourceError
-from gramlite.formats.artifact import Artifact, is_intact, manifest_path
+from gramlite.formats.artifact import Artifact, read_manifest
 from gramlite.runtime.options import RuntimeOptions
-from gramlite.storage import cache_folder, remove_path
-from gramlite.terminal import note
+from gramlite.storage import cache_folder
 
 from .gguf import backend as gguf
 from .protocol import Backend
@@ -109,34 +108,35 @@ def packed(folder: Path) -> Path:
     Processes that ask at the same time wait for the one that packs. A file that lost its sha256 is packed again.
     Raises ModelError for a folder that GGUF cannot hold, ResourceError where the cache cannot be written.
     """
-    from filelock import FileLock
-
+    from gramlite.console import progress_bar
     from gramlite.formats.gptq_folder import open_gptq
-    from gramlite.quant.pack import pack_gguf
+    from gramlite.formats.pack_gguf import pack_gguf
+    from gramlite.formats.publish import build_once
 
     if not folder.is_dir():
         raise ModelError(f"{folder} is no GPTQ folder.")
     open_gptq(folder)  # which refuses it before anything is hashed or said
     destination = twin_path(folder)
+
+    def pack() -> None:
+        template = recorded_template(folder)
+        pack_gguf(folder, destination, embedding=EMBEDDING, template=template, force=True, progress=progress_bar)
+
     try:
-        if is_intact(destination):
-            return destination
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(destination.with_name(destination.name + ".lock")):
-            if is_intact(destination):
-                return destination
-            for leftover in destination.parent.glob(f".{destination.name}.*"):
-                remove_path(leftover)  # of a packing that was killed: while the lock is held nobody else packs
-            remove_path(manifest_path(destination))
-            note(f"gramlite: packing {folder} for llama.cpp, this once, as {destination}")
-            pack_gguf(folder, destination, embedding=EMBEDDING, force=True)
+        return build_once(destination, f"gramlite: packing {folder} for llama.cpp, this once, as {destination}", pack)
     except OSError as error:
         raise ResourceError(
             f"{folder} cannot be packed in {destination.parent} ({error.strerror}). "
             "Point GRAMLITE_CACHE to a folder that can be written, or type: "
             f"gramlite pack {folder} --to gguf -o judge.gguf"
         ) from error
-    return destination
+
+
+def recorded_template(folder: Path) -> dict[str, Any] | None:
+    """The judge's template that goes into the twin; one that only the model card has is found beside the folder."""
+    manifest = read_manifest(folder)
+    template = (manifest.template if manifest else None) or {}
+    return template if {"name", "sha256", "text"} <= template.keys() else None
 
 
 def twin_path(folder: Path) -> Path:

@@ -7,7 +7,7 @@ missing, unexpected or misshapen tensor is refused by name before anything is wr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .model_folder import attention_window
 FAMILIES = {  # a Mistral is a Llama without biases whose attention may have a window
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
 }  # fmt: skip
-MAX_LAYERS = 512  # what llama.cpp allows
+MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 MAX_SIZE = 1 << 31
 MAX_NUMBER = 1e38  # what GGUF's float32 holds
 
@@ -120,8 +120,7 @@ def _refuse_what_differs(config: dict[str, Any], architecture: Architecture) -> 
     for key, wrong in faults.items():
         if wrong:
             raise ModelError(
-                f"config.json's {key} = {config.get(key)!r} cannot be expressed for {family} in GGUF. Export "
-                "another checkpoint."
+                f"config.json's {key} = {config.get(key)!r} cannot be expressed for {family} in GGUF. Export another checkpoint."
             )
 
 
@@ -141,8 +140,7 @@ def _read_rope(config: dict[str, Any], family: str) -> Rope:
     extras = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(kind, str) or kind not in needed or (kind == "llama3" and family != "llama"):
         raise ModelError(
-            f"The rope scaling {kind!r} is not supported for {family}. Supported are linear, yarn, and "
-            "llama3 for Llama."
+            f"The rope scaling {kind!r} is not supported for {family}. Supported are linear, yarn, and llama3 for Llama."
         )
     unknown = {key for key, value in scaling.items() if value is not None} - set(needed[kind]) - extras
     if kind != "default" and unknown:
@@ -181,42 +179,55 @@ def rope_factors(architecture: Architecture) -> NDArray[numpy.float32] | None:
     return numpy.array(factors, dtype=numpy.float32)
 
 
+def layer_tensors(
+    family: str, hidden: int, feed_forward: int, queries: int, keys: int, head_size: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a layer of every family has beside biases, by the module's name: its name in GGUF, and its weight's shape."""
+    norms = {"input_layernorm": ("attn_norm", (hidden,)), "post_attention_layernorm": ("ffn_norm", (hidden,))}
+    if family == "qwen3":
+        norms |= {f"self_attn.{name}_norm": (f"attn_{name}_norm", (head_size,)) for name in "qk"}
+    return {
+        "self_attn.q_proj": ("attn_q", (queries, hidden)),
+        "self_attn.k_proj": ("attn_k", (keys, hidden)),
+        "self_attn.v_proj": ("attn_v", (keys, hidden)),
+        "self_attn.o_proj": ("attn_output", (hidden, queries)),
+        "mlp.gate_proj": ("ffn_gate", (feed_forward, hidden)),
+        "mlp.up_proj": ("ffn_up", (feed_forward, hidden)),
+        "mlp.down_proj": ("ffn_down", (hidden, feed_forward)),
+        **norms,
+    }
+
+
 def expected_tensors(architecture: Architecture) -> dict[str, ExpectedTensor]:
     """Every tensor a checkpoint of this architecture has, by its Hugging Face name."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocabulary, architecture.hidden)}
-    for layer in range(architecture.layers):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(architecture).items()}
-    found["model.norm.weight"] = (architecture.hidden,)
+    hidden, head_size = architecture.hidden, architecture.head_size
+    queries, keys = architecture.heads * head_size, architecture.kv_heads * head_size
+    layer = layer_tensors(architecture.family, hidden, architecture.feed_forward, queries, keys, head_size)
+    parts = {f"{name}.weight": (f"{target}.weight", shape) for name, (target, shape) in layer.items() if shape[1:]}
+    for name, (target, shape) in layer.items():
+        if _has_bias(architecture, name):
+            parts[f"{name}.bias"] = (f"{target}.bias", shape[:1])
+    parts |= {f"{name}.weight": (f"{target}.weight", shape) for name, (target, shape) in layer.items()}
+    table = (architecture.vocabulary, hidden)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": ("token_embd.weight", table)}
+    for index in range(architecture.layers):
+        found |= {
+            f"model.layers.{index}.{name}": (f"blk.{index}.{part}", shape) for name, (part, shape) in parts.items()
+        }
+    found["model.norm.weight"] = ("output_norm.weight", (hidden,))
     if not architecture.tied:
-        found["lm_head.weight"] = (architecture.vocabulary, architecture.hidden)
-    names = gguf_names(architecture)
+        found["lm_head.weight"] = ("output.weight", table)
     return {
-        name: ExpectedTensor(name, names(name), shape, permuted_heads(architecture, name))
-        for name, shape in found.items()
+        name: ExpectedTensor(name, target, shape, permuted_heads(architecture, name))
+        for name, (target, shape) in found.items()
     }
 
 
-def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    hidden, wide = architecture.hidden, architecture.feed_forward
-    queries, keys = architecture.heads * architecture.head_size, architecture.kv_heads * architecture.head_size
-    linear = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
-    for name, shape in linear.items():
-        attention = name.startswith("self_attn") and not (architecture.family == "qwen2" and name.endswith("o_proj"))
-        if (attention and architecture.attention_bias) or (name.startswith("mlp") and architecture.mlp_bias):
-            shapes[f"{name}.bias"] = shape[:1]
-    shapes |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    if architecture.family == "qwen3":
-        shapes |= {f"self_attn.{name}_norm.weight": (architecture.head_size,) for name in "qk"}
-    return shapes
+def _has_bias(architecture: Architecture, name: str) -> bool:
+    if name.startswith("mlp."):
+        return architecture.mlp_bias
+    without = name == "self_attn.o_proj" and architecture.family == "qwen2"
+    return architecture.attention_bias and name.endswith("_proj") and not without
 
 
 def permuted_heads(architecture: Architecture, name: str) -> int:
@@ -226,20 +237,16 @@ def permuted_heads(architecture: Architecture, name: str) -> int:
     return architecture.heads if ".q_proj." in name else architecture.kv_heads if ".k_proj." in name else 0
 
 
-def gguf_names(architecture: Architecture) -> Any:
-    """A function from a tensor's Hugging Face name to its GGUF name, by the `gguf` package's own map."""
-    import gguf
-
-    families = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    mapping = gguf.get_tensor_name_map(families[architecture.family], architecture.layers)
+def gguf_names(architecture: Architecture) -> Callable[[str], str]:
+    """A function from a tensor's Hugging Face name to its GGUF name; it raises ModelError for a name without one."""
+    names = {name: tensor.target for name, tensor in expected_tensors(architecture).items()}
 
     def target(name: str) -> str:
-        found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        if name not in names:
             raise ModelError(
                 f"The tensor {name!r} has no GGUF name in {architecture.family}. Export another checkpoint."
             )
-        return str(found)
+        return names[name]
 
     return target
 

@@ -120,19 +120,19 @@ def hash_files(artifact_path: Path) -> dict[str, str]:
     """sha256 of every file of an artifact, by its path relative to the artifact (a file maps its own name)."""
     if artifact_path.is_file():
         return {artifact_path.name: sha256_file(artifact_path)}
-    return {
-        str(path.relative_to(artifact_path)): sha256_file(path)
-        for path in sorted(artifact_path.rglob("*"))
-        if path.is_file() and path.name != FOLDER_MANIFEST
-    }
+    return {str(path.relative_to(artifact_path)): sha256_file(path) for path in _files(artifact_path)}
 
 
 def artifact_bytes(artifact_path: Path) -> int:
     """The size of an artifact, its manifest not included."""
+    return sum(path.stat().st_size for path in _files(artifact_path))
+
+
+def _files(artifact_path: Path) -> list[Path]:
+    """The file itself, or a folder's files in order, its manifest not included."""
     if artifact_path.is_file():
-        return artifact_path.stat().st_size
-    files = [path for path in artifact_path.rglob("*") if path.is_file() and path.name != FOLDER_MANIFEST]
-    return sum(path.stat().st_size for path in files)
+        return [artifact_path]
+    return [path for path in sorted(artifact_path.rglob("*")) if path.is_file() and path.name != FOLDER_MANIFEST]
 
 
 def verify_files(artifact_path: Path, manifest: Manifest) -> None:

@@ -16,10 +16,12 @@ from gramlite.storage import atomic_output, remove_path, sha256_file
 
 from .artifact import manifest_path, read_manifest
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 CARRIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json", "README.md",
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+    "README.md",
 )  # fmt: skip
+DESCRIBED_FILES = ("config.json", "adapter_config.json", *TOKENIZER_FILES)  # say what a model is, beside its weights
 NOTICE = re.compile(r"(licen[cs]es?|notices?|copying|copyright|use_policy)([-._ ].*)?", re.IGNORECASE)
 
 

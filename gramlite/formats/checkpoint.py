@@ -48,6 +48,14 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
 
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and the headers of every safetensors file of a checkpoint.
@@ -104,8 +112,7 @@ def weight_files(folder: Path) -> Iterable[Path]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ModelError(
-            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when it is read and is "
-            "refused. "
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when it is read and is refused. "
             "Save the checkpoint as safetensors (save_pretrained does) and name that folder."
         )
     raise ModelError(f"{folder} has no model.safetensors and no {INDEX}. Download the weights as safetensors.")

@@ -6,6 +6,8 @@ out are types that were removed; Q8_1 and Q8_K hold activations, and integers an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -56,3 +58,9 @@ GGML_TYPES = {
     41: GgmlType("Q1_0", 128, 18),
     42: GgmlType("Q2_0", 64, 18),
 }
+BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
+
+
+def tensor_bytes(shape: Sequence[int], kind: str) -> int:
+    """The bytes of a tensor of the type named `kind`, whose rows are whole blocks."""
+    return math.prod(shape) // BY_NAME[kind].block * BY_NAME[kind].block_bytes

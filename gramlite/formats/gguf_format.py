@@ -372,8 +372,7 @@ def _check_extents(reader: _Reader, tensors: tuple[Tensor, ...], data_offset: in
             raise reader.refusal(f"{what} is {tensor.offset:,}, no multiple of the alignment {alignment}")
         if data_offset + tensor.offset + tensor.bytes > reader.file_bytes:
             raise reader.refusal(
-                f"{what} is {tensor.offset:,} and its {tensor.bytes:,} bytes run past the end of the file "
-                f"({reader.file_bytes:,} bytes)"
+                f"{what} is {tensor.offset:,} and its {tensor.bytes:,} bytes run past the end of the file ({reader.file_bytes:,} bytes)"
             )
         if tensor.offset != expected:
             fault = "overlaps" if tensor.offset < expected else "leaves a gap after"

@@ -18,13 +18,14 @@ import numpy
 
 from gramlite.errors import ModelError
 
+from .architecture import FAMILIES, MAX_LAYERS, layer_tensors
 from .artifact import companion_refusal
 from .ggml_types import GGML_TYPES
 from .gguf_format import Header, Tensor, Value, parse_header, shown
 
 __all__ = ["Header", "Hyperparameters", "Tensor", "check_adapter_fits", "hyperparameters", "read_header"]
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(dict.fromkeys(FAMILIES.values()))
 TOKENIZERS = ("gpt2", "llama")
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 UNSUPPORTED = (
@@ -39,7 +40,6 @@ TEXTS = (  # what is read as text further on, where it is there
     "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "gramlite.template.name", "gramlite.template.sha256",
     "gramlite.template.text",
 )  # fmt: skip
-MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS; above it, it aborts
 WEIGHT_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.weight)
 SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -91,7 +91,7 @@ def hyperparameters(header: Header) -> Hyperparameters:
             raise header.refusal(f"'{key}' is {value}; it must be from 1 to {limit:,}")
         return value
 
-    blocks = whole("block_count", MAX_BLOCKS)
+    blocks = whole("block_count", MAX_LAYERS)
     embedding = whole("embedding_length", 1 << 17)
     feed_forward = whole("feed_forward_length", 1 << 20)
     context = whole("context_length", 1 << 27)
@@ -126,8 +126,7 @@ def check_adapter_fits(adapter: Header, model: Header) -> None:
         adapted = (b.shape[1], a.shape[1]) if name == "token_embd.weight" else (a.shape[0], b.shape[1])
         if adapted != shapes[name]:
             raise ModelError(
-                f"{adapter.path} adapts {shown(name)} with the shape {list(adapted)}; "
-                f"the model's is {list(shapes[name])}. {advice}."
+                f"{adapter.path} adapts {shown(name)} with the shape {list(adapted)}; the model's is {list(shapes[name])}. {advice}."
             )
 
 
@@ -263,28 +262,16 @@ def _check_tensors(header: Header, sizes: Hyperparameters) -> None:
 
 def _expected_shapes(architecture: str, sizes: Hyperparameters) -> dict[str, tuple[int, ...]]:
     """The tensors of a model and their shapes, row length first."""
-    width, inner = sizes.embedding, sizes.feed_forward
     queries, keys = sizes.heads * sizes.head, sizes.key_value_heads * sizes.head
-    block: dict[str, tuple[int, ...]] = {
-        "attn_norm": (width,),
-        "attn_q": (width, queries),
-        "attn_k": (width, keys),
-        "attn_v": (width, keys),
-        "attn_output": (queries, width),
-        "ffn_norm": (width,),
-        "ffn_gate": (width, inner),
-        "ffn_up": (width, inner),
-        "ffn_down": (inner, width),
-    }
-    if architecture == "qwen3":
-        block |= {"attn_q_norm": (sizes.head,), "attn_k_norm": (sizes.head,)}
+    layer = layer_tensors(architecture, sizes.embedding, sizes.feed_forward, queries, keys, sizes.head)
+    table = (sizes.embedding, sizes.vocabulary)
     shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (width, sizes.vocabulary),
-        "output_norm.weight": (width,),
-        "output.weight": (width, sizes.vocabulary),
+        "token_embd.weight": table,
+        "output_norm.weight": table[:1],
+        "output.weight": table,
     }
     for index in range(sizes.blocks):
-        shapes |= {f"blk.{index}.{name}.weight": shape for name, shape in block.items()}
+        shapes |= {f"blk.{index}.{name}.weight": shape[::-1] for name, shape in layer.values()}
     return shapes
 
 

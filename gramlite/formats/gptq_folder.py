@@ -18,7 +18,6 @@ the all-ones that "gptq" makes of 0, which its readers make 2**bits of, and whic
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gramlite.errors import ModelError
+from gramlite.storage import json_bytes
 
 from .carried import carry_files
-from .checkpoint import INDEX, StoredTensor, damaged, read_safetensors_header, weight_files
+from .checkpoint import INDEX, StoredTensor, read_safetensors_header, weight_files
 from .model_folder import read_json_object
 from .quantized_linear import QuantizedLinear, natural_groups
 from .save_tensors import save_tensors
-from .tensor_stream import convert
+from .tensor_stream import convert, read_bytes
 
 SHARD_BYTES = 1 << 30
 PARTS = ("qweight", "qzeros", "scales")
@@ -96,8 +96,8 @@ class GptqWriter:
             self._flush()
         self._name_shards()
         types = {"dtype": "float16", "torch_dtype": "float16"}
-        _write_json(self.folder / "config.json", config | types | {"quantization_config": quantization})
-        _write_json(self.folder / "quantize_config.json", quantization)
+        (self.folder / "config.json").write_bytes(json_bytes(config | types | {"quantization_config": quantization}))
+        (self.folder / "quantize_config.json").write_bytes(json_bytes(quantization))
         carry_files(source, self.folder)
 
     def _flush(self) -> None:
@@ -118,7 +118,8 @@ class GptqWriter:
             file = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        _write_json(self.folder / INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_bytes(json_bytes(index))
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class GptqFolder:
         stored = self._stored(name)
         if stored.dtype not in ("F16", "F32", "BF16"):
             raise ModelError(f"{name!r} in {self.folder} is stored as {stored.dtype}; F16, BF16 or F32 is needed.")
-        values: npt.NDArray[np.float32] = convert(self._bytes(stored), stored.dtype, "F32")
+        values: npt.NDArray[np.float32] = convert(read_bytes(stored), stored.dtype, "F32")
         return values.reshape(stored.shape)
 
     def _group_index(self, name: str, columns: int, group_size: int) -> npt.NDArray[np.int32]:
@@ -224,20 +225,12 @@ class GptqFolder:
         stored = self._stored(name)
         if stored.dtype != "I32":
             raise ModelError(f"{name!r} in {self.folder} is stored as {stored.dtype}; only I32 words are known.")
-        return np.frombuffer(self._bytes(stored), np.dtype("<i4")).reshape(stored.shape)
+        return np.frombuffer(read_bytes(stored), np.dtype("<i4")).reshape(stored.shape)
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise ModelError(f"{self.folder} lacks the tensor {name!r}. Download it again.")
         return self.tensors[name]
-
-    def _bytes(self, stored: StoredTensor) -> bytes:
-        with stored.file.open("rb") as file:
-            file.seek(stored.start)
-            data = file.read(stored.bytes)
-        if len(data) != stored.bytes:
-            raise damaged(stored.file, f"it ended while the tensor {stored.name!r} was read")
-        return data
 
 
 def open_gptq(folder: Path) -> GptqFolder:
@@ -257,7 +250,9 @@ def open_gptq(folder: Path) -> GptqFolder:
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         tensors |= read_safetensors_header(file)
-    linears = tuple(name.removesuffix(".qweight") for name in sorted(tensors, key=_layer_order) if _is_code(name))
+    linears = tuple(
+        name.removesuffix(".qweight") for name in sorted(tensors, key=_layer_order) if name.endswith(".qweight")
+    )
     if not linears:
         raise ModelError(f"{folder} holds no quantized layer.")
     labelled = 1 if layout == "gptq" else 0
@@ -267,13 +262,5 @@ def open_gptq(folder: Path) -> GptqFolder:
     return replace(found, stored_zero_offset=found.symmetric_offset(declared=bool(quantization.get("sym"))))
 
 
-def _is_code(name: str) -> bool:
-    return name.endswith(".qweight")
-
-
 def _layer_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

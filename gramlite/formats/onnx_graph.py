@@ -144,6 +144,15 @@ def external_extent(path: Path, tensor: Any) -> tuple[Path, int]:
     return file, length
 
 
+def read_values(path: Path, tensor: Any) -> Any:
+    """A weight as a numpy array, wherever its data lie; raises ModelError where that is outside folder or file."""
+    from onnx import numpy_helper
+
+    if tensor.data_location == tensor.EXTERNAL:
+        external_extent(path, tensor)
+    return numpy_helper.to_array(tensor, base_dir=str(path.parent))
+
+
 def external_offset(tensor: Any) -> int:
     """Where in its file a tensor's external data begin, once `external_extent` has accepted them."""
     return next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gramlite.interrupt import uninterrupted
-from gramlite.storage import atomic_output, fsync_path, json_bytes, sha256_file
+from gramlite.storage import FOLDER_MANIFEST, atomic_output, fsync_path, json_bytes, remove_path, sha256_file
+from gramlite.terminal import note
 
-from .artifact import Manifest, manifest_path
-from .carried import notices_beside
+from .artifact import Manifest, hash_files, is_intact, manifest_path
+from .carried import DESCRIBED_FILES, notices_beside
 
 MANIFEST_BYTES = 1 << 20
 
@@ -39,6 +40,38 @@ def publish_file(
         with uninterrupted():
             stack.close()
     return manifest
+
+
+def publish_folder(destination: Path, build: Callable[[Path], Manifest], *, force: bool, need_bytes: int) -> Manifest:
+    """Let `build` make a folder at the path it is given and describe it, then put the folder, its manifest inside, in place.
+
+    Where the manifest lists no files, all that are there are hashed.
+    """
+    with atomic_output(destination, force=force, need_bytes=need_bytes) as folder:
+        manifest = build(folder)
+        manifest = manifest if manifest.files else replace(manifest, files=hash_files(folder))
+        write_durably(folder / FOLDER_MANIFEST, manifest_text(manifest))
+    return manifest
+
+
+def build_once(destination: Path, said: str, build: Callable[[], object]) -> Path:
+    """An artifact of one file that the cache keeps, which `build` makes where it is not there or not intact.
+
+    Processes that ask at the same time wait for the one that builds, which says `said`.
+    """
+    from filelock import FileLock
+
+    if is_intact(destination):
+        return destination
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(destination.with_name(destination.name + ".lock")):
+        if not is_intact(destination):
+            for leftover in destination.parent.glob(f".{destination.name}.*"):
+                remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
+            remove_path(manifest_path(destination))
+            note(said)
+            build()
+    return destination
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -77,14 +110,7 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """
     files = dict(hashes)
     weights = sum((folder / name).stat().st_size for name in hashes)
-    for name in (
-        "config.json",
-        "adapter_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    for name in DESCRIBED_FILES:
         if name not in files and (folder / name).is_file():
             files[name] = sha256_file(folder / name)
     listing = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
@@ -96,8 +122,6 @@ def describe_source(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def add_template(writer: Any, template: dict[str, Any] | None) -> None:
-    """Put the judge's template into a GGUF's metadata."""
-    for key in ("name", "sha256", "text"):
-        if template:
-            writer.add_string(f"gramlite.template.{key}", str(template[key]))
+def template_record(template: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a manifest says of a judge's template that the file itself holds."""
+    return {key: template[key] for key in ("name", "sha256")} if template else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from .gguf_header import Header
@@ -28,10 +29,5 @@ def quantization_name(header: Header) -> str:
 
 def bits_per_weight(header: Header) -> float:
     """Bits a weight takes on average, over all tensors."""
-    weights = 0
-    for tensor in header.tensors:
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        weights += count
+    weights = sum(math.prod(tensor.shape) for tensor in header.tensors)
     return 8 * sum(tensor.bytes for tensor in header.tensors) / weights

@@ -2,23 +2,20 @@
 
 llama.cpp merges the adjacent pair whose piece has the highest score; Hugging Face merges by a ranked list of pairs.
 The two agree only when the list holds every pair that makes a piece, grouped by piece, so anything else is refused.
-Format of tokenizer.model: sentencepiece_model.proto of the SentencePiece project (protocol buffers).
+tokenizer.model is read with the `sentencepiece` package (protocol buffers, sentencepiece_model.proto).
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gramlite.errors import ModelError
+from gramlite.errors import InputError, ModelError
 
+from .gguf_vocabulary import BYTE, NORMAL, UNKNOWN, GgufVocabulary, checked_vocab, place_tokens, template_ends
 from .model_folder import MAX_JSON_BYTES
-from .tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary, checked_vocab, place_tokens, template_ends
 
 SPACE = "▁"
-BPE_MODEL = 2  # TrainerSpec.ModelType
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 
@@ -29,7 +26,7 @@ def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
     return isinstance(model, dict) and model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
-def read_sentencepiece(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> Vocabulary:
+def read_sentencepiece(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> GgufVocabulary:
     """The vocabulary of a checkpoint with a SentencePiece tokenizer; special ids are added by the caller."""
     model = folder / "tokenizer.model"
     if not tokenizer:
@@ -53,7 +50,7 @@ def read_sentencepiece(folder: Path, tokenizer: dict[str, Any], settings: dict[s
     add_bos, add_eos, bos = template_ends(tokenizer.get("post_processor"), known)
     unknown = tokenizer["model"].get("unk_token")
     types = [piece_type(token, kind, unknown) for token, kind in zip(tokens, types, strict=True)]
-    return Vocabulary(
+    return GgufVocabulary(
         model="llama",
         pre="default",
         tokens=tokens,
@@ -67,7 +64,7 @@ def read_sentencepiece(folder: Path, tokenizer: dict[str, Any], settings: dict[s
     )
 
 
-def from_model_alone(path: Path, settings: dict[str, Any]) -> Vocabulary:
+def from_model_alone(path: Path, settings: dict[str, Any]) -> GgufVocabulary:
     """A checkpoint that has tokenizer.model and no tokenizer.json."""
     pieces, prefix = read_model_file(path)
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
@@ -79,7 +76,7 @@ def from_model_alone(path: Path, settings: dict[str, Any]) -> Vocabulary:
     tokens, types, notes = place_tokens(path, vocab, beyond)
     types[: len(pieces)] = [kind for _, _, kind in pieces]
     bos = next((index for index, token in enumerate(tokens) if token == "<s>"), None)
-    return Vocabulary(
+    return GgufVocabulary(
         model="llama",
         pre="default",
         tokens=tokens,
@@ -112,8 +109,7 @@ def space_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
         ):
             return False
     raise ModelError(
-        f"{path} has a SentencePiece pre-tokenizer that llama.cpp does otherwise: normalizer {normalizer!r}, "
-        f"pre_tokenizer {metaspace!r}. "
+        f"{path} has a SentencePiece pre-tokenizer that llama.cpp does otherwise: normalizer {normalizer!r}, pre_tokenizer {metaspace!r}. "
         "Save the tokenizer with legacy=True, or export another checkpoint."
     )
 
@@ -155,66 +151,33 @@ def scores_from_merges(path: Path, vocab: dict[str, int], merges: Any, special: 
 
 
 def read_model_file(path: Path) -> tuple[list[tuple[str, float, int]], bool]:
-    """(piece, score, type) by id and whether a space is put before the text, from a SentencePiece BPE model file."""
+    """(piece, score, type) by id and whether a space is put before the text, from a SentencePiece BPE model file.
+
+    Raises InputError where the packages that read it are missing.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except Exception as error:  # ImportError, or protobuf's own where the two packages' releases do not fit
+        raise InputError(
+            f"{path} is read with the packages sentencepiece and protobuf ({error}). Type: pip install --upgrade 'gramlite[gguf]'"
+        ) from error
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError("it is far too large")
-        data = path.read_bytes()
-        pieces: list[tuple[str, float, int]] = []
-        trainer: dict[int, Any] = {}
-        normalizer: dict[int, Any] = {}
-        for number, value in fields(data):
-            if number == 1:
-                entry = dict(fields(value))
-                pieces.append(
-                    (entry[1].decode("utf-8"), struct.unpack("<f", entry.get(2, b"\0\0\0\0"))[0], entry.get(3, NORMAL))
-                )
-            elif number in (2, 3):
-                (trainer if number == 2 else normalizer).update(fields(value))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+        model = ModelProto.FromString(path.read_bytes())
+        pieces = [(entry.piece, entry.score, entry.type) for entry in model.pieces]
+    except (OSError, ValueError, DecodeError) as error:
         raise ModelError(f"{path} is no SentencePiece model ({error}). Download it again.") from error
-    if not pieces or any(kind not in (NORMAL, UNKNOWN, CONTROL, 4, UNUSED, BYTE) for _, _, kind in pieces):
+    if not all(piece for piece, _, _ in pieces) or not pieces:
         raise ModelError(f"{path} has no usable pieces. Download it again.")
-    if trainer.get(3, 1) != BPE_MODEL:
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
         raise ModelError(
-            f"{path} is a SentencePiece model of a kind other than BPE, which Llama does not use. Export "
-            "another checkpoint."
+            f"{path} is a SentencePiece model of a kind other than BPE, which Llama does not use. Export another checkpoint."
         )
-    if normalizer.get(2) or normalizer.get(4, 1):
+    normalizer = model.normalizer_spec
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise ModelError(
             f"{path} normalizes text in a way that GGUF cannot express for Llama. Export another checkpoint."
         )
-    return pieces, bool(normalizer.get(3, 1))
-
-
-def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol-buffers message: (number, integer or bytes), lengths checked against the data."""
-    position = 0
-    while position < len(data):
-        key, position = varint(data, position)
-        if key & 7 == 0:
-            value, position = varint(data, position)
-            yield key >> 3, value
-            continue
-        if key & 7 == 2:
-            size, position = varint(data, position)
-        elif key & 7 in (1, 5):
-            size = 8 if key & 7 == 1 else 4
-        else:
-            raise ValueError("an unknown wire type")
-        if position + size > len(data):
-            raise ValueError("a field runs past the end")
-        yield key >> 3, data[position : position + size]
-        position += size
-
-
-def varint(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        value |= (data[position] & 0x7F) << shift
-        position += 1
-        if not data[position - 1] & 0x80:
-            return value, position
-    raise ValueError("a number runs past the end")
+    return pieces, normalizer.add_dummy_prefix

@@ -10,9 +10,8 @@ import functools
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy
@@ -35,33 +34,6 @@ INFINITE: dict[str, tuple[tuple[numpy.dtype[Any], int], tuple[numpy.dtype[Any], 
     "F16": ((numpy.dtype("<i2"), 0x7C00), (numpy.dtype("<u2"), 0xFC00)),
     "BF16": ((numpy.dtype("<i2"), 0x7F80), (numpy.dtype("<u2"), 0xFF80)),
 }
-
-
-class BackgroundHash:
-    """A sha256 computed in a thread of its own; hashlib lets go of the interpreter, so copying goes on meanwhile."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-        self._pending: deque[Future[None]] = deque()
-
-    def update(self, piece: Any) -> None:
-        while len(self._pending) >= 8:
-            self._pending.popleft().result()
-        self._pending.append(self._executor.submit(self._digest.update, piece))
-
-    def hexdigest(self) -> str:
-        while self._pending:
-            self._pending.popleft().result()
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> BackgroundHash:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 class SourceHash:
@@ -90,6 +62,21 @@ class SourceHash:
             self._known = self._digest.hexdigest()
             remember_sha256(self._identity, self._known)
         return self._known
+
+
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """All of a tensor's bytes; raises ModelError where its file ends before."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        data = file.read(tensor.bytes)
+    if len(data) != tensor.bytes:
+        raise damaged(tensor.file, f"it ended while the tensor {tensor.name!r} was read")
+    return data
+
+
+def read_float(tensor: StoredTensor) -> NDArray[numpy.float32]:
+    """A tensor as float32, exactly, in its own shape; raises ModelError for a value that is no number."""
+    return convert_checked(read_bytes(tensor), tensor, "F32").reshape(tensor.shape)
 
 
 def read_pieces(file: BinaryIO, tensor: StoredTensor, *, heads: int = 0) -> Iterator[bytes]:
@@ -126,12 +113,21 @@ def convert(data: bytes, source: str, target: str) -> NDArray[Any]:
         return values
     if (source, target) == ("BF16", "F16"):
         return bfloat16_to_half(values)
-    wide = widen(values) if source == "BF16" else values.astype(numpy.float32, copy=False)
-    if target == "F32":
-        return wide
-    if target == "BF16":
-        return narrow(wide)
-    return to_half(wide)
+    return encode(widen(values) if source == "BF16" else values.astype(numpy.float32, copy=False), target)
+
+
+def encode(values: NDArray[numpy.float32], kind: str) -> NDArray[Any]:
+    """Float32 values in the ggml type named `kind`: F32, F16, BF16 as its 16 bits, or a type of blocks."""
+    if kind == "F32":
+        return values
+    if kind == "BF16":
+        return narrow(values)
+    if kind == "F16":
+        return to_half(values)
+    import gguf
+
+    blocks: NDArray[Any] = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+    return blocks
 
 
 def to_half(values: NDArray[numpy.float32]) -> NDArray[Any]:
@@ -192,6 +188,12 @@ def permute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[A
     return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
 
 
+def unpermute_heads(values: NDArray[Any], heads: int, head_size: int) -> NDArray[Any]:
+    """Undo `permute_heads`."""
+    grouped = values.reshape(heads, head_size // 2, 2, -1)
+    return numpy.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(values.shape)
+
+
 def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[Any]:
     """Convert a piece of a tensor; ModelError where it holds what is no number, or what the target cannot hold."""
     source = numpy.frombuffer(data, dtype=NUMPY_TYPES[tensor.dtype])
@@ -202,8 +204,7 @@ def convert_checked(data: bytes, tensor: StoredTensor, target: str) -> NDArray[A
         return values
     if not is_finite(source, tensor.dtype):
         raise ModelError(
-            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. "
-            "Download it again."
+            f"The tensor {tensor.name!r} of {tensor.file} holds infinite values or values that are no number. Download it again."
         )
     wider = "--dtype bf16 or --dtype f32" if target == "F16" else "--dtype f32"
     raise ModelError(f"The tensor {tensor.name!r} has values that {target} cannot hold. Export with {wider}.")

@@ -47,8 +47,7 @@ def compare_tokenizers(gguf: Path, folder: Path) -> int | None:
         wanted = source.encode(text, add_special_tokens=False).ids
         if ids != wanted:
             raise ModelError(
-                f"llama.cpp tokenizes {text!r} as {ids[:40]} and the checkpoint's tokenizer as "
-                f"{wanted[:40]}, "
+                f"llama.cpp tokenizes {text!r} as {ids[:40]} and the checkpoint's tokenizer as {wanted[:40]}, "
                 "so a judge would read other tokens than it was trained on. Export another checkpoint."
             )
     return len(probes)

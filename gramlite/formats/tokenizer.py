@@ -7,15 +7,15 @@ other tokens than it was trained on is wrong without a word.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError
 
+from .gguf_vocabulary import UNUSED, GgufVocabulary, checked_vocab, place_tokens, template_ends
 from .model_folder import read_json_object
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+from .sentencepiece import is_sentencepiece, read_sentencepiece
 
 GPT2_WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 LLAMA3_WORDS = (
@@ -33,37 +33,12 @@ PRE_TOKENIZERS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """A tokenizer as GGUF's `tokenizer.ggml.*` keys hold it.
-
-    `model` is gpt2 (byte-level BPE) or llama (SentencePiece); `special` maps bos, eos, unknown and padding to ids;
-    `normalizer` is NFC where the text has to be normalized before llama.cpp sees it; `notes` are for people.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    special: dict[str, int] = field(default_factory=dict)
-    add_bos: bool = False
-    add_eos: bool = False
-    space_prefix: bool | None = None
-    normalizer: str | None = None
-    chat_templates: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def read_vocabulary(folder: Path, config: dict[str, Any], size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, config: dict[str, Any], size: int) -> GgufVocabulary:
     """The tokenizer of a checkpoint folder, padded to the model's `size` rows of embeddings.
 
     Raises ModelError, which names it, for an unknown pre-tokenizer, an unknown tokenizer model, a token that occurs
     twice (llama.cpp would abort) or more tokens than embeddings.
     """
-    from .sentencepiece import is_sentencepiece, read_sentencepiece
-
     settings = (
         read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     )
@@ -85,7 +60,7 @@ def read_vocabulary(folder: Path, config: dict[str, Any], size: int) -> Vocabula
     return pad_vocabulary(path, vocabulary, size)
 
 
-def read_byte_level(path: Path, tokenizer: dict[str, Any]) -> Vocabulary:
+def read_byte_level(path: Path, tokenizer: dict[str, Any]) -> GgufVocabulary:
     """A byte-level BPE tokenizer.json."""
     model = tokenizer.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -96,8 +71,7 @@ def read_byte_level(path: Path, tokenizer: dict[str, Any]) -> Vocabulary:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ModelError(
-                f"{path} has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does not do. Export "
-                "another checkpoint."
+                f"{path} has {key} = {model[key]!r}, which llama.cpp's byte-level BPE does not do. Export another checkpoint."
             )
     pre = pre_tokenizer_name(path, tokenizer, ignore_merges=bool(model.get("ignore_merges")))
     normalizer = normalizer_name(path, tokenizer.get("normalizer"))
@@ -105,7 +79,7 @@ def read_byte_level(path: Path, tokenizer: dict[str, Any]) -> Vocabulary:
     tokens, types, notes = place_tokens(path, vocab, tokenizer.get("added_tokens") or [])
     known = {token: index for index, token in enumerate(tokens)}
     add_bos, add_eos, bos = template_ends(tokenizer.get("post_processor"), known)
-    return Vocabulary(
+    return GgufVocabulary(
         model="gpt2",
         pre=pre,
         tokens=tokens,
@@ -126,8 +100,7 @@ def pre_tokenizer_name(path: Path, tokenizer: dict[str, Any], *, ignore_merges: 
     if name is None:
         shown = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
         raise ModelError(
-            f"{path} has a pre-tokenizer that is unknown here (ignore_merges {str(ignore_merges).lower()}): "
-            f"{shown[:600]}. "
+            f"{path} has a pre-tokenizer that is unknown here (ignore_merges {str(ignore_merges).lower()}): {shown[:600]}. "
             f"Known are those of {', '.join(PRE_TOKENIZERS.values())}. Export a checkpoint with one of them."
         )
     return name
@@ -171,38 +144,6 @@ def normalizer_name(path: Path, normalizer: Any) -> str | None:
     )
 
 
-def checked_vocab(path: Path, vocab: Any) -> dict[str, int]:
-    if (
-        not isinstance(vocab, dict)
-        or not vocab
-        or not all(type(index) is int and index >= 0 for index in vocab.values())
-    ):
-        raise ModelError(f"{path} has no usable vocabulary. Download it again.")
-    return vocab
-
-
-def place_tokens(path: Path, vocab: dict[str, int], added: list[Any]) -> tuple[list[str], list[int], list[str]]:
-    """Tokens and types by id: the vocabulary, over it the added tokens, empty strings where an id has none."""
-    by_id = {index: token for token, index in vocab.items()}
-    types = dict.fromkeys(by_id, NORMAL)
-    notes = []
-    for entry in added:
-        content, index = (entry.get(key) if isinstance(entry, dict) else None for key in ("content", "id"))
-        if not isinstance(content, str) or not content or type(index) is not int or index < 0:
-            raise ModelError(f"{path} has the unusable added token {entry!r}. Download it again.")
-        by_id[index] = content
-        types[index] = CONTROL if entry.get("special") else USER_DEFINED
-        stripping = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
-        if stripping:
-            notes.append(f"the added token {content!r} has {stripping[0]}, which llama.cpp does not do around it")
-    size = max(by_id) + 1
-    if size > 4 * len(by_id):
-        raise ModelError(
-            f"{path} gives a token the id {size - 1:,}, far beyond its {len(by_id):,} tokens. Download it again."
-        )
-    return [by_id.get(index, "") for index in range(size)], [types.get(index, UNUSED) for index in range(size)], notes
-
-
 def read_merges(path: Path, merges: Any) -> list[str]:
     """Merges as `left right`, whether the file has them as strings or as pairs."""
     joined = []
@@ -218,32 +159,6 @@ def read_merges(path: Path, merges: Any) -> list[str]:
     if not joined:
         raise ModelError(f"{path} has no merges. Download it again.")
     return joined
-
-
-def template_ends(post_processor: Any, known: dict[str, int]) -> tuple[bool, bool, int | None]:
-    """Whether encoding puts one token before the text and one after it, and the id of the one before."""
-    steps = [post_processor]
-    if isinstance(post_processor, dict) and post_processor.get("type") == "Sequence":
-        steps = post_processor.get("processors") or []
-    single: list[Any] = []
-    for step in steps:
-        if isinstance(step, dict) and step.get("type") == "TemplateProcessing":
-            single = step.get("single") or []
-    names = [
-        item.get("SpecialToken", {}).get("id") if "SpecialToken" in item else None
-        for item in single
-        if isinstance(item, dict)
-    ]
-    if None not in names:
-        return False, False, None
-    text = names.index(None)
-    before, after = names[:text], names[text + 1 :]
-    if len(before) > 1 or len(after) > 1:
-        raise ModelError(
-            f"The tokenizer puts {before + after} around a text; GGUF can say one token on each side. Export "
-            "another checkpoint."
-        )
-    return bool(before), bool(after), known.get(str(before[0])) if before else None
 
 
 def special_ids(
@@ -283,13 +198,12 @@ def read_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str
     }
 
 
-def pad_vocabulary(path: Path, vocabulary: Vocabulary, size: int) -> Vocabulary:
+def pad_vocabulary(path: Path, vocabulary: GgufVocabulary, size: int) -> GgufVocabulary:
     """Name the ids that have no token, up to the model's `size`; refuse what llama.cpp could not load."""
     tokens, types = list(vocabulary.tokens), list(vocabulary.types)
     if len(tokens) > size:
         raise ModelError(
-            f"{path} has {len(tokens):,} tokens and the model {size:,} embeddings. Put the tokenizer that "
-            "belongs to the weights there."
+            f"{path} has {len(tokens):,} tokens and the model {size:,} embeddings. Put the tokenizer that belongs to the weights there."
         )
     tokens += [""] * (size - len(tokens))
     types += [UNUSED] * (size - len(types))

@@ -8,8 +8,7 @@ every file.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +17,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gramlite.errors import InputError, ResourceError
-from gramlite.formats.artifact import Manifest, hash_files, is_intact, manifest_path, write_manifest
-from gramlite.formats.carried import notices_beside
+from gramlite.formats.architecture import ExpectedTensor, expected_tensors
+from gramlite.formats.artifact import Manifest, hash_files
 from gramlite.formats.gguf_header import Header, read_header
+from gramlite.formats.gguf_writer import Data, PlannedTensor, add_template, write_gguf
+from gramlite.formats.publish import build_once, publish_file, publish_folder, template_record, tool_versions
+from gramlite.formats.save_tensors import save_tensors
+from gramlite.formats.tensor_stream import encode, permute_heads, widen
 from gramlite.judging.template import Template, packaged_template
-from gramlite.storage import atomic_output, cache_folder, check_output, remove_path, sha256_file
-from gramlite.terminal import note
+from gramlite.storage import cache_folder, check_output, sha256_file
 
 from .weights import (
     ADAPTER_SHA256,
@@ -32,14 +34,10 @@ from .weights import (
     BASE_SHA256,
     BASE_VERSION,
     DATA,
-    WEIGHTS,
-    Bits,
+    architecture,
     base_path,
-    gguf_name,
     merged_weights,
-    permute_rope,
     read_base,
-    to_float32,
 )
 
 __all__ = ["Dtype", "base_path", "build_checkpoint", "build_gguf", "cached_gguf"]
@@ -48,7 +46,6 @@ Dtype = Literal["f16", "q8_0", "bf16", "f32"]
 
 NAME = "gramlite reference judge"
 RECIPE = 1  # raise it when the bytes of the built files change, so that cached ones are built again
-BYTES_PER_WEIGHT: dict[Dtype, float] = {"f16": 2, "q8_0": 34 / 32, "bf16": 2, "f32": 4}
 BYTES_BESIDE_WEIGHTS = 4 << 20
 REPLACED_KEYS = frozenset({
     "general.architecture", "general.type", "general.name", "general.organization", "general.finetune",
@@ -61,44 +58,36 @@ def build_gguf(destination: Path, *, dtype: Dtype = "q8_0", force: bool = False)
 
     The embedding and the linear layers take `dtype`, the norms stay F32, as llama.cpp's converter has it.
     Raises ModelError when a part is missing or altered, InputError when `destination` is taken, ResourceError
-    when the disk is full. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    when the disk is full.
     """
-    import gguf
-
     destination = Path(destination)
-    if dtype not in BYTES_PER_WEIGHT:
+    if dtype not in get_args(Dtype):
         raise InputError(f"There is no dtype {dtype!r} here. Choose one of {', '.join(get_args(Dtype))}.")
     destination = check_output(destination, [], force=force, file=True)
-    template = packaged_template()
-    weight_kind = gguf.GGMLQuantizationType[dtype.upper()]
-    need_bytes = int(WEIGHTS * BYTES_PER_WEIGHT[dtype]) + BYTES_BESIDE_WEIGHTS
-    with (
-        notices_beside(destination, DATA) as notices,
-        atomic_output(destination, force=force, need_bytes=need_bytes) as temporary,
-    ):
+    template, sizes = packaged_template(), architecture()
+    expected = expected_tensors(sizes)
+    kinds = {name: "F32" if len(tensor.shape) == 1 else dtype.upper() for name, tensor in expected.items()}
+    tensors = {name: PlannedTensor(tensor.target, tensor.shape, kinds[name]) for name, tensor in expected.items()}
+    payload = sum(tensor.bytes for tensor in tensors.values())
+
+    def build(temporary: Path) -> Manifest:
         base = read_base()
-        writer = gguf.GGUFWriter(temporary, base.architecture)
-        try:
-            _add_metadata(writer, base, dtype, template)
-            for name, bits in merged_weights(base):
-                kind = gguf.GGMLQuantizationType.F32 if bits.ndim == 1 else weight_kind
-                values = to_float32(permute_rope(name, bits))
-                writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        written = read_header(temporary)
-    payload = sum(tensor.bytes for tensor in written.tensors)
-    _write_manifest(
-        destination,
-        format="gguf",
-        quantization=dtype.upper(),
-        bits_per_weight=8 * payload / WEIGHTS,
-        template={"name": template.name, "sha256": template.sha256},
-        notices=notices,
-    )
+        names = {tensor.target: name for name, tensor in expected.items()}
+        planned = [tensors[names[tensor.name]] for tensor in base.tensors]
+        data = _encoded(base, expected, kinds, sizes.head_size)
+        sha256 = write_gguf(
+            temporary, base.architecture, lambda writer: _add_metadata(writer, base, dtype, template), planned, data
+        )
+        read_header(temporary)
+        return _manifest(
+            format="gguf",
+            quantization=dtype.upper(),
+            bits_per_weight=round(8 * payload / _weights(expected), 4),
+            template=template_record(template.describe()),
+            files={destination.name: sha256},
+        )
+
+    publish_file(destination, build, DATA, force=force, need_bytes=payload + BYTES_BESIDE_WEIGHTS)
     return destination
 
 
@@ -110,46 +99,54 @@ def build_checkpoint(destination: Path, *, force: bool = False) -> Path:
     """
     destination = check_output(Path(destination), [], force=force)
     template = packaged_template()
-    need_bytes = 2 * WEIGHTS + BYTES_BESIDE_WEIGHTS
-    with atomic_output(destination, force=force, need_bytes=need_bytes) as temporary:
+
+    def build(folder: Path) -> Manifest:
         tensors = dict(merged_weights(read_base()))
-        temporary.mkdir()
+        folder.mkdir()
         for path in (*sorted((DATA / "hf").iterdir()), DATA / "NOTICE"):
-            shutil.copyfile(path, temporary / path.name)
-        (temporary / "README.md").write_text(_model_card(template), encoding="utf-8")
-        _write_safetensors(temporary / "model.safetensors", tensors)
-    _write_manifest(
-        destination, format="hf", quantization="BF16", bits_per_weight=16.0, template=template.describe(), notices={}
-    )
+            shutil.copyfile(path, folder / path.name)
+        (folder / "README.md").write_text(_model_card(template), encoding="utf-8")
+        save_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return _manifest(
+            format="hf",
+            quantization="BF16",
+            bits_per_weight=16.0,
+            template=template.describe(),
+            files=hash_files(folder),
+        )
+
+    need_bytes = 2 * _weights(expected_tensors(architecture())) + BYTES_BESIDE_WEIGHTS
+    publish_folder(destination, build, force=force, need_bytes=need_bytes)
     return destination
 
 
 def cached_gguf() -> Path:
     """The judge as Q8_0 in gramlite's cache folder, built when it is first asked for.
 
-    Processes that ask at the same time wait for the one that builds. The file name carries a hash of all that
-    goes in, so that another adapter or recipe is built anew; a file that lost its sha256 is built again.
+    The file name carries a hash of all that goes in, so that another adapter or recipe is built anew.
     """
-    from filelock import FileLock
-
     destination = cache_folder() / "reference" / f"gramlite-reference-{_inputs_sha256()[:12]}.q8_0.gguf"
+    said = f"gramlite: building the reference judge, this once, as {destination}"
     try:
-        if is_intact(destination):
-            return destination
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(destination.with_name(destination.name + ".lock")):
-            if is_intact(destination):
-                return destination
-            for leftover in destination.parent.glob(f".{destination.name}.*"):
-                remove_path(leftover)  # of a build that was killed: while the lock is held nobody else builds
-            remove_path(manifest_path(destination))
-            note(f"gramlite: building the reference judge, this once, as {destination}")
-            return build_gguf(destination, dtype="q8_0", force=True)
+        return build_once(destination, said, lambda: build_gguf(destination, dtype="q8_0", force=True))
     except OSError as error:
         raise ResourceError(
             f"The reference judge cannot be built in {destination.parent} ({error.strerror}). "
             "Set GRAMLITE_CACHE to a folder that you can write to."
         ) from error
+
+
+def _weights(expected: Mapping[str, ExpectedTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in expected.values())
+
+
+def _encoded(base: Header, expected: Mapping[str, ExpectedTensor], kinds: Mapping[str, str], head_size: int) -> Data:
+    """The merged tensors as the file holds them, one in memory at a time."""
+    for name, bits in merged_weights(base):
+        tensor = expected[name]
+        if tensor.heads:
+            bits = permute_heads(bits, tensor.heads, head_size)
+        yield tensor.target, [encode(widen(bits), kinds[name])]
 
 
 def _add_metadata(writer: Any, base: Header, dtype: Dtype, template: Template) -> None:
@@ -171,39 +168,13 @@ def _add_metadata(writer: Any, base: Header, dtype: Dtype, template: Template) -
             writer.add_key_value(key, list(value) if isinstance(value, tuple | np.ndarray) else value, *kinds)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_chat_template((DATA / "hf" / "chat_template.jinja").read_text(encoding="utf-8"))
-    for key, text in template.describe().items():
-        writer.add_string(f"gramlite.template.{key}", text)
+    add_template(writer, template.describe())
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Bits]) -> None:
-    """Write bf16 tensors as one safetensors file.
-
-    By hand, because numpy has no bf16 and the library's call for raw bytes differs between its versions.
-    Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, bits in sorted(tensors.items()):
-        start, end = end, end + bits.nbytes
-        header[name] = {"dtype": "BF16", "shape": list(bits.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _, bits in sorted(tensors.items()):
-            file.write(bits.astype("<u2", copy=False).tobytes())
-
-
-def _write_manifest(
-    path: Path,
-    *,
-    format: str,
-    quantization: str,
-    bits_per_weight: float,
-    template: dict[str, Any],
-    notices: dict[str, str],
-) -> None:
-    manifest = Manifest(
+def _manifest(
+    *, format: str, quantization: str, bits_per_weight: float, template: dict[str, Any] | None, files: dict[str, str]
+) -> Manifest:
+    return Manifest(
         format=format,
         name=NAME,
         quantization=quantization,
@@ -213,13 +184,11 @@ def _write_manifest(
             "adapter": {"file": "adapter_model.safetensors", "sha256": ADAPTER_SHA256},
         },
         settings={"recipe": RECIPE},
-        tools={package: importlib.metadata.version(package) for package in ("gramlite", "gguf", "numpy")},
+        tools=tool_versions("gguf", "numpy"),
         template=template,
-        bits_per_weight=round(bits_per_weight, 4),
-        files=hash_files(path),
-        notices=notices,
+        bits_per_weight=bits_per_weight,
+        files=files,
     )
-    write_manifest(path, manifest)
 
 
 def _model_card(template: Template) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from gramlite.export import smoke
-from gramlite.export.smoke import CannotRunHere, Smoke, recorded_margins, smoke_judge, summary
+from gramlite.export.smoke import Smoke, recorded_margins, smoke_judge, summary
 
-from gramlite.errors import ModelError, ResourceError
+from gramlite.errors import CannotRunHere, ModelError, ResourceError
 from gramlite.formats.artifact import Manifest, manifest_path, read_manifest, write_manifest
 
 EXPECTED = [1.0, -2.0, 0.5, -0.01, 3.0, -1.5, 0.8, -0.9]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gramlite.export.gguf import add_vocabulary
 
-from gramlite.errors import ModelError
+from gramlite.errors import InputError, ModelError
+from gramlite.formats.gguf_vocabulary import GgufVocabulary
+from gramlite.formats.gguf_writer import add_vocabulary
 from gramlite.formats.tokenization import compare_tokenizers, tokenize_with_llama
-from gramlite.formats.tokenizer import Vocabulary, read_vocabulary
+from gramlite.formats.tokenizer import read_vocabulary
 
 WriteTokenizer = Callable[[Path, str], int]
 
 
-def write_vocabulary(path: Path, vocabulary: Vocabulary) -> Path:
+def write_vocabulary(path: Path, vocabulary: GgufVocabulary) -> Path:
     """A GGUF that holds nothing but a tokenizer, enough for llama.cpp's vocab_only."""
     import gguf
 
@@ -37,7 +39,7 @@ def write_vocabulary(path: Path, vocabulary: Vocabulary) -> Path:
     return path
 
 
-def export_vocabulary(folder: Path, size: int) -> tuple[Path, Vocabulary]:
+def export_vocabulary(folder: Path, size: int) -> tuple[Path, GgufVocabulary]:
     vocabulary = read_vocabulary(folder, {}, size)
     return write_vocabulary(folder / "vocabulary.gguf", vocabulary), vocabulary
 
@@ -249,6 +251,18 @@ def test_sentencepiece_refusals(tmp_path: Path) -> None:
         tmp_path, lambda t: t.update(normalizer=None, pre_tokenizer={"type": "Metaspace", "prepend_scheme": "first"})
     )
     with pytest.raises(ModelError, match="llama.cpp does otherwise"):
+        read_vocabulary(tmp_path, {}, size)
+
+
+def test_a_model_file_without_its_packages_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    size = sentencepiece_json(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    assert read_vocabulary(tmp_path, {}, size).model == "llama", "tokenizer.json alone takes none"
+    sentencepiece_model(tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer\.model is read with .*gramlite\[gguf\]"):
         read_vocabulary(tmp_path, {}, size)
 
 

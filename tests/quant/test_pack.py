@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gramlite.export.smoke import CannotRunHere, smoke_judge
+from gramlite.export.smoke import smoke_judge
 from gramlite.quant.calibration import Transcript, describe
 from gramlite.quant.decoder import read_tensor
 from gramlite.quant.gptq import linear_names, quantize_gptq
@@ -20,7 +20,7 @@ from gramlite.quant.pack import command, pack_gguf
 from gramlite.quant.solve import GptqSettings, round_to_nearest
 
 from gramlite.backends.gptq import open_on_cuda, packed, twin_path
-from gramlite.errors import InputError, ModelError
+from gramlite.errors import CannotRunHere, InputError, ModelError
 from gramlite.formats.architecture import expected_tensors, read_architecture
 from gramlite.formats.artifact import Artifact, hash_files, read_manifest, verify_files, write_manifest
 from gramlite.formats.checkpoint import open_checkpoint

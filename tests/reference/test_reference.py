@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from gramlite.commands import reference as reference_command
 from gramlite.errors import InputError, ModelError, ResourceError
+from gramlite.formats.architecture import expected_tensors
 from gramlite.formats.artifact import Manifest, hash_files, manifest_path, read_manifest, verify_files, write_manifest
 from gramlite.formats.gguf_header import Header, read_header
+from gramlite.formats.tensor_stream import narrow, widen
 from gramlite.reference import files as reference
 from gramlite.reference import weights as reference_weights
 from gramlite.storage import sha256_file
@@ -131,6 +133,10 @@ def rows_out_of_gguf(values: NDArray[Any], heads: int) -> NDArray[Any]:
     return result
 
 
+def gguf_name(name: str) -> str:
+    return expected_tensors(reference_weights.architecture())[name].target
+
+
 def gguf_part(projection: str) -> str:
     return {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}.get(
         projection, "ffn_" + projection.removesuffix("_proj")
@@ -147,16 +153,14 @@ def test_bfloat16_rounds_to_nearest_with_ties_to_even() -> None:
     finite = random[random < 0x7F000000]
     ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0, 0x00008000, 0x00018000], np.uint32)
     values = np.concatenate([finite, ties, finite | 0x80000000]).view(np.float32)
-    rounded = reference_weights.to_float32(reference_weights.to_bfloat16(values))
+    rounded = widen(narrow(values))
     np.testing.assert_array_equal(rounded, nearest_bfloat16(values))
 
 
-def test_names_translate_both_ways() -> None:
-    assert reference_weights.checkpoint_name("blk.29.ffn_norm.weight") == (
-        "model.layers.29.post_attention_layernorm.weight"
-    )
-    for name in ("token_embd.weight", "output_norm.weight", "blk.7.attn_output.weight"):
-        assert reference_weights.gguf_name(reference_weights.checkpoint_name(name)) == name
+def test_names_are_those_of_ggufs_converter() -> None:
+    assert gguf_name("model.layers.29.post_attention_layernorm.weight") == "blk.29.ffn_norm.weight"
+    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name("model.layers.7.self_attn.o_proj.weight") == "blk.7.attn_output.weight"
 
 
 @needs_base
@@ -216,13 +220,13 @@ def test_embedding_and_norms_are_the_bases(checkpoint: Path) -> None:
 def test_f16_gguf_is_the_checkpoint(checkpoint: Path, f16: Path) -> None:
     header = read_header(f16)
     weights = Tensors(checkpoint / "model.safetensors")
-    assert {reference_weights.gguf_name(name) for name in weights.entries} == {t.name for t in header.tensors}
+    assert {gguf_name(name) for name in weights.entries} == {t.name for t in header.tensors}
     layers = ("model.embed_tokens", "model.norm", "model.layers.0.", "model.layers.17.", "model.layers.29.")
     compared = [name for name in weights.entries if name.startswith(layers)]
     assert len(compared) == 2 + 3 * 9
     for name in compared:
         expected = weights[name]
-        kind, shape, raw = stored(header, reference_weights.gguf_name(name))
+        kind, shape, raw = stored(header, gguf_name(name))
         assert (kind, shape) == ("F32" if expected.ndim == 1 else "F16", expected.shape)
         if kind == "F32":
             np.testing.assert_array_equal(raw.view("<f4"), expected)
@@ -238,7 +242,7 @@ def test_q8_0_gguf_is_the_checkpoint_within_half_a_step(
     header = read_header(Path(built_at_once[1][0].strip()))
     weights = Tensors(checkpoint / "model.safetensors")
     for name in [f"model.layers.{layer}.{block}.{part}.weight" for layer in (0, 29) for part, block in LINEAR]:
-        kind, shape, raw = stored(header, reference_weights.gguf_name(name))
+        kind, shape, raw = stored(header, gguf_name(name))
         assert kind == "Q8_0"
         scale, codes = q8_0_parts(raw)
         values = checkpoint_rows((scale * codes).reshape(shape), name.split(".")[-2]).reshape(-1, 32)

@@ -12,7 +12,6 @@ import pytest
 from gramlite.formats.checkpoint import StoredTensor
 from gramlite.formats.tensor_stream import (
     PIECE_BYTES,
-    BackgroundHash,
     SourceHash,
     convert,
     is_finite,
@@ -81,13 +80,6 @@ def test_pieces_are_whole_rows_or_heads_in_order(shape: tuple[int, ...], heads: 
     unit = size // heads if heads else size // max(shape[0], 1)
     assert b"".join(pieces) == data
     assert all(len(piece) % unit == 0 and len(piece) <= max(PIECE_BYTES, unit) for piece in pieces)
-
-
-def test_background_hash_is_sha256() -> None:
-    with BackgroundHash() as digest:
-        for index in range(50):
-            digest.update(bytes([index]) * 1000)
-        assert digest.hexdigest() == hashlib.sha256(b"".join(bytes([index]) * 1000 for index in range(50))).hexdigest()
 
 
 def test_a_source_is_hashed_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The data of a GGUF file, written behind its header from beginning to end and hashed on the way.
+"""A file of weights, written from beginning to end and hashed on the way.
 
 Buffers go to the disk past the page cache where the system can (O_DIRECT on Linux): copying gigabytes into it and having
 them written back costs the processor more than converting them does. Writing and hashing have a thread each, so that
@@ -23,8 +23,8 @@ DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 BINARY: int = getattr(os, "O_BINARY", 0)  # and this one is Windows'
 
 
-class GgufData:
-    """Goes on behind the header that `path` holds already. Use it in a `with`, and `finish` it."""
+class HashedOutput:
+    """Goes on behind what `path` holds already, which is its header. Use it in a `with`, and `finish` it."""
 
     def __init__(self, path: Path) -> None:
         header = path.read_bytes()
@@ -78,7 +78,7 @@ class GgufData:
             each.result()
         self._free.append(buffer)
 
-    def __enter__(self) -> GgufData:
+    def __enter__(self) -> HashedOutput:
         return self
 
     def __exit__(

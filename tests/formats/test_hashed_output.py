@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from gramlite.formats import gguf_data as output
-from gramlite.formats.gguf_data import BUFFER_BYTES, GgufData
+from gramlite.formats import hashed_output as output
+from gramlite.formats.hashed_output import BUFFER_BYTES, HashedOutput
 
 PIECES = [
     b"",
@@ -30,7 +30,7 @@ def expected(header: bytes) -> bytes:
 
 def write(path: Path, header: bytes) -> str:
     path.write_bytes(header)
-    with GgufData(path) as data:
+    with HashedOutput(path) as data:
         for piece in PIECES:
             data.put(piece)
         data.pad(32)
