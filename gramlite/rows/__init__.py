@@ -2,7 +2,8 @@
 
 `files` makes lines of what lies on disk, `lines` reads them, `shapes` makes a pair or an item of an object,
 `conversations` makes texts of messages, `labels` reads labels. A bad line never stops the others: it comes out as a
-row with an error that names its line number.
+row with an error that names its line number. `judged_run` judges rows, keeps them (`journal`) and shows them (`display`).
+May import judging and what is below it.
 """
 
 from .conversations import conversation
