@@ -136,7 +136,7 @@ def run(arguments: list[str] | None = None) -> int:
     going_on = keeps_rows and any(word.startswith(("-o", "--output")) for word in arguments)
     interrupt.begin(arguments)
     if going_on:
-        interrupt.say_on_interrupt(interrupt.how_to_go_on)
+        interrupt.say_on_interrupt(interrupt.resume_hint)
     try:
         code = command.main(args=arguments, prog_name="gramlite", standalone_mode=False)
         sys.stdout.flush()

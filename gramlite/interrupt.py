@@ -72,7 +72,7 @@ def begin(arguments: Sequence[str]) -> None:
     _State.arguments, _State.words, _State.told = arguments, None, False
 
 
-def how_to_go_on(*, begun: bool = False) -> str:
+def resume_hint(*, begun: bool = False) -> str:
     """What to type to go on with a run that keeps its rows; one that was to start anew, and had not, is typed again."""
     arguments = _State.arguments
     if begun or "--force" not in arguments:

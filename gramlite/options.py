@@ -1,9 +1,9 @@
-"""The options that every judging command shares."""
+"""The options that commands share: how to judge, where rows go, what labels mean."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +12,13 @@ import click
 
 from .generation.scaffold import BUILT_IN, ChatTemplate
 from .judging.settings import MOST_SEQUENCES, THINK_SEQUENCES
+from .rows import parse_labels
+from .rows.judged_run import RowsOutput
 
 if TYPE_CHECKING:
     from .judging.judge import Judge
-    from .judging.pair import Winner
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +50,13 @@ class JudgeOptions:
     def open(self) -> Judge:
         """Open the judge that these options describe; an interrupt stops it."""
         from .interrupt import on_interrupt
-        from .judging.judge import Settings
+        from .judging.settings import Settings
         from .loading import load
         from .runtime.options import RuntimeOptions
 
-        settings = Settings(
-            mode=self.mode,  # type: ignore[arg-type]
-            orders=self.orders,  # type: ignore[arg-type]
-            votes=self.votes,
-            temperature=self.temperature,
-            budget=Settings.budget if self.budget == "auto" else self.budget,
-            seed=self.seed,
-            delimiters=self.delimiters,  # type: ignore[arg-type]
-            early_stop=not self.all_votes,
-            confidence=self.confidence,
-        )
-        runtime = RuntimeOptions(
-            device=self.device,  # type: ignore[arg-type]
-            threads=self.threads,
-            context=self.context,
-            parallel=self.parallel,
-            adapter=self.adapter,
-            deterministic=self.deterministic,
-            load_in=self.load_in,  # type: ignore[arg-type]
-        )
+        budget = Settings.budget if self.budget == "auto" else self.budget
+        settings = Settings(**self._fields_of(Settings) | {"budget": budget, "early_stop": not self.all_votes})
+        runtime = RuntimeOptions(**self._fields_of(RuntimeOptions))
         judge = load(
             self.model,
             template=self.template,
@@ -85,6 +71,10 @@ class JudgeOptions:
         except BaseException:
             judge.close()
             raise
+
+    def _fields_of(self, kind: Any) -> dict[str, Any]:
+        """What is given for the fields of another dataclass, by their names."""
+        return {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
 
     def _measured(self, judge: Judge) -> Judge:
         """The judge with what was measured of it: its think budget and its calibration, where they are asked for."""
@@ -165,39 +155,53 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def said_labels(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Winner | None] | None:
-    from .rows import parse_labels
-
-    return None if text is None else parse_labels(text)
-
-
 labels_option = click.option(
-    "--labels", callback=said_labels, metavar="0=A,1=B,2=tie",
+    "--labels", metavar="0=A,1=B,2=tie",
+    callback=lambda context, option, text: None if text is None else parse_labels(text),
     help="What the labels of your own pairs mean where they don't say it themselves; error=none is no label.",
 )  # fmt: skip
 
 
-def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which chat template a model is asked with; they arrive as `chat: ChatTemplate`."""
-
-    @functools.wraps(function)
-    def packed(*, chat_template: str | None, trust_template: bool, **arguments: Any) -> Any:
-        return function(chat=ChatTemplate(choice=chat_template, trust=trust_template), **arguments)
-
-    for option in reversed(CHAT_OPTIONS):
-        packed = option(packed)
-    return packed
+def limit_option(noun: str) -> Option:
+    """`--limit N`: only what comes first is judged."""
+    return click.option("--limit", type=click.IntRange(1), metavar="N", help=f"Judge the first N {noun} only.")
 
 
-def judge_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the judging options to a click command; they arrive as one `options: JudgeOptions` argument."""
-    names = [field.name for field in fields(JudgeOptions)]
+def _packed(argument: str, make: Callable[..., Any], options: Sequence[Option], names: Sequence[str]) -> Option:
+    """Add options to a click command, which gets what `make` makes of those names in one argument."""
 
-    @functools.wraps(function)
-    def packed(**arguments: Any) -> Any:
-        options = JudgeOptions(**{name: arguments.pop(name) for name in names})
-        return function(options=options, **arguments)
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**given: Any) -> Any:
+            made = make(**{name: given.pop(name) for name in names})
+            return function(**{argument: made}, **given)
 
-    for option in reversed(OPTIONS):
-        packed = option(packed)
-    return packed
+        for option in reversed(options):
+            call = option(call)  # type: ignore[assignment]
+        return call
+
+    return decorate
+
+
+def output_options(metavar: str, about: str, *, required: bool = False) -> Option:
+    """Add -o, --resume, --force and --json; they arrive as `output: RowsOutput`."""
+    options = (
+        click.option(
+            "-o", "--output", "path", type=click.Path(path_type=Path), metavar=metavar, help=about, required=required
+        ),
+        click.option("--resume", is_flag=True, help="Go on with an interrupted -o."),
+        click.option("--force", is_flag=True, help="Start an existing -o anew."),
+        click.option("--json", "as_json", is_flag=True, help="JSON on a line of its own, also on a terminal."),
+    )
+    return _packed("output", RowsOutput, options, [field.name for field in fields(RowsOutput)])
+
+
+# these options say which chat template a model is asked with; they arrive as `chat: ChatTemplate`
+chat_options = _packed(
+    "chat",
+    lambda chat_template, trust_template: ChatTemplate(choice=chat_template, trust=trust_template),
+    CHAT_OPTIONS,
+    ["chat_template", "trust_template"],
+)
+# the judging options; they arrive as `options: JudgeOptions`
+judge_options = _packed("options", JudgeOptions, OPTIONS, [field.name for field in fields(JudgeOptions)])

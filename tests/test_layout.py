@@ -36,7 +36,6 @@ MOST_SKIPS = 165  # lines that `ruff format` is told to leave alone; to be lower
 KNOWN_IMPORTS: set[str] = {
     "gramlite.backends.gptq -> gramlite.loading",
     "gramlite.backends.gptq -> gramlite.quant.pack",
-    "gramlite.bench.run -> gramlite.commands.judge",
     "gramlite.judging.judge -> gramlite.ranking.rank",
 }
 KNOWN_CIRCLES: set[str] = {

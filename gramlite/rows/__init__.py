@@ -7,9 +7,9 @@ May import judging and what is below it.
 """
 
 from .conversations import conversation
-from .files import Lines, check_kind
+from .files import Lines, check_kind, open_rows
 from .labels import LabelError, Labels, label_from, label_of, parse_labels
-from .lines import LINE_LIMIT_BYTES, Line, Row, read_labelled, read_lines, read_rows
+from .lines import LINE_LIMIT_BYTES, Row, read_labelled, read_lines, read_rows
 from .shapes import SHAPES, Item, identifier_of, identifier_text, item_from_json, pair_from_json, puts_better_first
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Item",
     "LabelError",
     "Labels",
-    "Line",
     "Lines",
     "Row",
     "check_kind",
@@ -29,6 +28,7 @@ __all__ = [
     "label_from",
     "label_of",
     "pair_from_json",
+    "open_rows",
     "parse_labels",
     "puts_better_first",
     "read_labelled",

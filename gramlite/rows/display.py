@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from gramlite.console import console, progress
 from gramlite.judging.pair import Order, Verdict
-from gramlite.terminal import note, say_json, visible
+from gramlite.terminal import say_json, visible
 
 from . import identifier_text
 
@@ -34,12 +33,10 @@ class Display:
         self,
         *,
         as_json: bool,
-        quiet: bool,
-        total: int | None,
+        quiet: bool = False,
+        total: int | None = None,
         readable: Callable[[Mapping[str, Any]], RenderableType] | None = None,
     ) -> None:
-        self.shown = 0
-        self.last: Mapping[str, Any] | None = None
         self._quiet = quiet
         self._describe = readable or row_line
         self._readable = sys.stdout.isatty() and not as_json
@@ -86,8 +83,6 @@ class Display:
 
     def show(self, row: Mapping[str, Any], verdict: Verdict | None) -> None:
         """Show one judged row."""
-        self.shown += 1
-        self.last = row
         if not self._quiet:
             if not self._readable:
                 say_json(row)
@@ -112,17 +107,6 @@ class Display:
         self._out.print(verdict_line(verdict))
         if verdict.flags:
             self._out.print(Text(f"Noticed in the input: {', '.join(map(visible, verdict.flags))}", style="yellow"))
-
-    def summary(self, tally: Mapping[str, int], output: Path | None) -> None:
-        """One closing line on standard error."""
-        self.close()
-        parts = [f"{tally.get('judged', 0):,} judged"]
-        parts += [f"{tally[name]:,} {words}" for name, words in SUMMARY_WORDS.items() if tally.get(name)]
-        if output or tally.get("without verdict"):
-            note(", ".join(parts) + (f". Rows are in {output}" if output else "") + ".")
-
-
-SUMMARY_WORDS = {"without verdict": "without a verdict (each row's reason says why)", "kept": "kept from before"}
 
 
 def verdict_line(verdict: Verdict) -> Text:

@@ -93,6 +93,21 @@ class Lines:
             raise InputError(f"{self.name} cannot be read ({reason}).") from error
 
 
+def open_rows(source: str, build: Callable[[Mapping[str, Any], str], object]) -> tuple[Lines, int | None]:
+    """A file, or standard input for "-", and how many rows it has; None where reading them all to count is no good.
+
+    Raises InputError, before a model is loaded, for a file that `build` can make no row of.
+    """
+    path = Path(source)
+    if source != "-" and not path.exists():
+        raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
+    if source == "-" or not path.is_file():
+        return Lines(source), None
+    with Lines(path) as lines:
+        count = check_kind(lines, build)
+    return Lines(path), count
+
+
 def check_kind(lines: Lines, build: Callable[[Mapping[str, Any], str], object]) -> int:
     """How many rows there are, as far as `build` need not tell; raises InputError where the first are all of no
     accepted shape, or no objects at all: the file is of another kind then, and nothing in it can be judged."""

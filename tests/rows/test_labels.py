@@ -316,6 +316,6 @@ def test_a_row_is_judged_whatever_its_label_and_read_with_it_or_refused(value: A
     row = {"prompt": "q", "response_a": "x", "response_b": "y", column: value}
     line = json.dumps(row).encode()
     (judged,) = read_rows(io.BytesIO(line))
-    assert judged.pair is not None and judged.error is None
+    assert judged.value is not None and judged.error is None
     read = outcome(lambda: pair_from_json(json.loads(line)).label)
-    assert judged.pair.label == (None if read == REFUSED else read)
+    assert judged.value.label == (None if read == REFUSED else read)

@@ -42,7 +42,7 @@ def test_ids_fall_back_to_the_line_number() -> None:
     rows = list(
         read_rows(io.BytesIO(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\n  \n" + json.dumps(GOOD).encode()))
     )
-    assert [(row.line, row.pair.id if row.pair else None) for row in rows] == [(1, "1"), (4, "4")]
+    assert [(row.number, row.value.id if row.value else None) for row in rows] == [(1, "1"), (4, "4")]
 
 
 BAD_LINES: dict[str, bytes] = {
@@ -89,8 +89,8 @@ def test_each_bad_line_is_named_and_the_others_go_on() -> None:
     rows = list(read_rows(io.BytesIO(b"\n".join(lines))))
     assert len(rows) == 2 * len(BAD_LINES) + 1
     for row, name in zip(rows[1::2], BAD_LINES, strict=True):
-        assert row.pair is None and row.error and row.error.startswith(f"line {row.line}: "), name
-    assert all(row.pair for row in rows[::2])
+        assert row.value is None and row.error and row.error.startswith(f"line {row.number}: "), name
+    assert all(row.value for row in rows[::2])
 
 
 def test_an_unknown_shape_names_the_accepted_ones() -> None:
