@@ -257,13 +257,13 @@ def test_a_log_callback_of_llama_cpp_does_not_lose_it(reference_q8: Path) -> Non
     """In a library, too: there Python's own handler raises it wherever it runs."""
     code = """
 import signal, sys, gramlite
-from gramlite.backends import gguf_library
+from gramlite.backends.gguf import library
 heard = []
 def keep(text):
     if not heard:
         heard.append(text)
         signal.raise_signal(signal.SIGINT)
-gguf_library._log_tail = type("Tail", (list,), {"append": lambda self, text: keep(text)})()
+library._log_tail = type("Tail", (list,), {"append": lambda self, text: keep(text)})()
 try:
     gramlite.load(sys.argv[1])
 except KeyboardInterrupt:
