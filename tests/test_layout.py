@@ -71,7 +71,6 @@ KNOWN_CLASSES: set[str] = {
     "Plan",
     "Prediction",
     "Source",
-    "Turn",
     "Vocabulary",
 }
 KNOWN_SILENT: set[str] = {"gramlite.backends.gguf", "gramlite.bench", "gramlite.export", "gramlite.quant"}

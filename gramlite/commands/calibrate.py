@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from gramlite.rows import Row
 
 
-def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] | None) -> list[Row[Pair]]:
+def labelled_rows(source: str, *, ties: bool, meanings: Mapping[str, Winner | None] | None) -> list[Row[Pair]]:
     """The rows of a file that hold a pair with a label; how many are left out is said on standard error."""
     from gramlite.rows import open_rows, pair_from_json, read_labelled
 
     lines, _ = open_rows(source, pair_from_json)
     with lines:
-        rows = read_labelled(lines, said)
+        rows = read_labelled(lines, meanings)
     wanted = [row for row in rows if row.value and row.value.label]
     if len(wanted) < len(rows):
         note(f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.")
@@ -181,4 +181,4 @@ def command(
     output.prepare([pairs, *options.inputs()])
     if options.model:
         check_file(sidecar_path(Path(options.model)), [pairs])
-    fit(options, labelled_rows(pairs, ties=ties == "half", said=labels), output)
+    fit(options, labelled_rows(pairs, ties=ties == "half", meanings=labels), output)

@@ -51,15 +51,15 @@ def read_rows(stream: Readable) -> Iterator[Row[Pair]]:
     return read_lines(stream, partial(pair_from_json, read_label=carried_label))
 
 
-def read_labelled(stream: Readable, said: Mapping[str, Winner | None] | None = None) -> list[Row[Pair]]:
-    """All rows with their labels, which are understood only together: see `Labels`, also for what is `said` of them.
+def read_labelled(stream: Readable, meanings: Mapping[str, Winner | None] | None = None) -> list[Row[Pair]]:
+    """All rows with their labels, which are understood only together: see `Labels`, also for `meanings`.
 
     Raises LabelError that names the label and the line of a pair whose label is not understood.
     """
-    labels = Labels(said=said)
+    labels = Labels(meanings=meanings)
 
     def noted(row: Mapping[str, Any], default_id: str) -> tuple[Mapping[str, Any], str]:
-        labels.note(row)
+        labels.observe(row)
         return row, default_id
 
     rows = []
