@@ -64,10 +64,10 @@ class Display:
 
     @property
     def listener(self) -> Any:
-        """Hears a rationale as it is written; None where nobody watches."""
-        return self._hear if self._readable else None
+        """Who is called with a rationale's text as it is written; None where nobody watches."""
+        return self._show_text if self._readable else None
 
-    def _hear(self, order: Order, text: str) -> None:
+    def _show_text(self, order: Order, text: str) -> None:
         """Show the first order's rationale live; the other, decoded beside it, is shown when the verdict is."""
         if self._streaming is None:
             self._streaming = order
