@@ -23,9 +23,12 @@ FOLDER_MANIFEST = "gramlite.json"
 MANIFEST_MARK = '"manifest_version"'
 LARGEST_NOTE = 16 << 20
 KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-}  # fmt: skip
+}
 
 
 def cache_folder() -> Path:

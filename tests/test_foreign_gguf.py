@@ -181,10 +181,26 @@ def test_every_command_that_opens_a_model_takes_a_chat_template(
 @pytest.mark.fault("templates")
 @pytest.mark.parametrize(
     "command",
-    ["judge", "rank", "calibrate", "pack", "export gguf", "export adapter", "export merge", "export onnx", "quantize gguf",
-     "quantize gptq", "quantize onnx", "quantize bnb", "bench run", "bench sweep", "bench quality", "bench speed",
-     "bench gptq-layers"],
-)  # fmt: skip
+    [
+        "judge",
+        "rank",
+        "calibrate",
+        "pack",
+        "export gguf",
+        "export adapter",
+        "export merge",
+        "export onnx",
+        "quantize gguf",
+        "quantize gptq",
+        "quantize onnx",
+        "quantize bnb",
+        "bench run",
+        "bench sweep",
+        "bench quality",
+        "bench speed",
+        "bench gptq-layers",
+    ],
+)
 def test_every_command_that_opens_a_model_lets_its_template_be_trusted(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

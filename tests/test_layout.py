@@ -30,7 +30,7 @@ LAYERS = (  # from below; what stands on one line may not import each other, but
 )
 FREE = (("export", "quant"), ("quant", "export"), ("bench", "export"), ("bench", "quant"))
 MOST_LINES = 400
-MOST_SKIPS = 165  # lines that `ruff format` is told to leave alone; to be lowered, never raised
+MOST_SKIPS = 132  # lines that `ruff format` is told to leave alone; to be lowered, never raised
 
 # What is still wrong: to be emptied, never added to. An entry that does not hold any more may go at any time.
 KNOWN_IMPORTS: set[str] = {

@@ -61,9 +61,8 @@ def ranked_row(judge: Judge, row: Row[Item], method: Method, known: KnownCompari
     item = row.value
     if item is None:
         ranking = Ranking(
-            id=row.id, method=method, ranking=None, reason=row.error, model=judge.model,
-            settings=judge.settings_hash,
-        )  # fmt: skip
+            id=row.id, method=method, ranking=None, reason=row.error, model=judge.model, settings=judge.settings_hash
+        )
         return {**ranking.to_json(), "line": row.number, "input": row.digest}
     ranking = rank(judge, prompt=item.prompt, completions=item.completions, method=method, id=item.id, known=known)
     reason = f"line {row.number}: {ranking.reason}" if ranking.ranking is None else ranking.reason

@@ -141,11 +141,17 @@ class JudgedRun:
             add_unreadable()
 
     def _unreadable(self, row: Row[Pair]) -> dict[str, Any]:
-        nothing = dict.fromkeys(("verdict", "p_a", "margin", "consistent"))
-        return {
-            "id": row.id, **nothing, "reason": row.error, "flags": [], "sections": None, "orders": [],
-            "model": self.judge.model, "settings": self.judge.settings_hash, "line": row.number, "input": row.digest,
-        }  # fmt: skip
+        verdict = Verdict(
+            id=row.id,
+            winner=None,
+            p_a=None,
+            margin=None,
+            consistent=None,
+            reason=row.error,
+            model=self.judge.model,
+            settings=self.judge.settings_hash,
+        )
+        return {**verdict.to_json(), "line": row.number, "input": row.digest}
 
     def finish(self) -> int:
         """Say on standard error what became of the rows; returns the exit code."""

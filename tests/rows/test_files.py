@@ -21,9 +21,14 @@ from gramlite.errors import InputError
 
 LINE_SEPARATOR = "\u2028"
 ROWS = [
-    {"id": f"r{n}", "prompt": f"Frage {n}: Äpfel?", "response_a": f"ja,{LINE_SEPARATOR} \"{n}\"", "response_b": f"nein\n{n}"}
+    {
+        "id": f"r{n}",
+        "prompt": f"Frage {n}: Äpfel?",
+        "response_a": f'ja,{LINE_SEPARATOR} "{n}"',
+        "response_b": f"nein\n{n}",
+    }
     for n in range(30)
-]  # fmt: skip
+]
 JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 

@@ -19,21 +19,33 @@ GOOD = {"prompt": "q", "response_a": "x", "response_b": "y"}
         (GOOD | {"id": "7", "label": "B", "meta": {"k": 1}}, Pair("q", "x", "y", "7", "B", {"k": 1})),
         ({"prompt": "q", "chosen": "x", "rejected": "y"}, Pair("q", "x", "y", None, "A")),
         (
-            {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
-             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}]},
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
+                "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}],
+            },
             Pair("q", "x", "y", None, "A"),
         ),
         (
-            {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "s"}],
-             "chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]},
+            {
+                "prompt": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "r"},
+                    {"role": "user", "content": "s"},
+                ],
+                "chosen": [{"role": "assistant", "content": "x"}],
+                "rejected": [{"role": "assistant", "content": "y"}],
+            },
             Pair("User: q\n\nAssistant: r\n\nUser: s", "x", "y", None, "A"),
         ),
-        ({"question": "q", "response_A": "x", "response_B": "y", "label": "B>A", "pair_id": "p"}, Pair("q", "x", "y", "p", "B")),
+        (
+            {"question": "q", "response_A": "x", "response_B": "y", "label": "B>A", "pair_id": "p"},
+            Pair("q", "x", "y", "p", "B"),
+        ),
         ({"instruction": "q", "output_1": "x", "output_2": "y", "preference": 2}, Pair("q", "x", "y", None, "B")),
         ({"instruction": "q", "input": "i", "output_1": "x", "output_2": "y"}, Pair("q\n\ni", "x", "y")),
         ({"input": "q", "output_1": "x", "output_2": "y", "label": "A"}, Pair("q", "x", "y", None, "A")),
     ],
-)  # fmt: skip
+)
 def test_accepted_shapes(row: dict[str, Any], expected: Pair) -> None:
     assert pair_from_json(row) == expected
 

@@ -85,9 +85,13 @@ def rows_of(shared: list[Turn], first: list[Turn], second: list[Turn]) -> dict[s
             "rejected": messages(shared[asked[-1] :] + second),
         },
         "split": {
-            "messages": messages(shared[: asked[-1]]), "prompt": shared[-1][1], **replies,
-        } if asked[-1] else whole,
-    }  # fmt: skip
+            "messages": messages(shared[: asked[-1]]),
+            "prompt": shared[-1][1],
+            **replies,
+        }
+        if asked[-1]
+        else whole,
+    }
     if shared[0][0] == "system":
         later = {"chosen": messages(shared[1:] + first), "rejected": messages(shared[1:] + second)}
         rows |= {"system column": {"system": shared[0][1], **later}, "system twice": {"system": shared[0][1], **whole}}
