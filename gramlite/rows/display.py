@@ -17,16 +17,17 @@ from . import identifier_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import Progress
 
 WINNER_STYLES = {"A": "bold green", "B": "bold cyan", "tie": "bold yellow", None: "bold red"}
 ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, and is called A here)"}
 
 
-class Display:
+class Display(ExitStack):
     """Shows rows as they are judged. Rows go to standard output, everything else to standard error.
 
     `quiet` keeps rows off standard output (they go to a file); `total` is how many rows are expected, if known;
-    `readable` makes of a row what a person sees.
+    `readable` makes of a row what a person sees. Use it in a `with` block.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Display:
         total: int | None = None,
         readable: Callable[[Mapping[str, Any]], RenderableType] | None = None,
     ) -> None:
+        super().__init__()
         self._quiet = quiet
         self._describe = readable or row_line
         self._readable = sys.stdout.isatty() and not as_json
@@ -44,23 +46,11 @@ class Display:
         self._errors = console(stderr=True)
         self._streaming: Order | None = None
         self._line_ended = False
-        self._single = total is None
-        self._stack = ExitStack()
-        self._progress = None
+        self._progress: Progress | None = None
         if total is not None:
             on = self._errors if quiet or not self._readable else self._out
-            self._progress = self._stack.enter_context(progress(on=on))
+            self._progress = self.enter_context(progress(on=on))
             self._task = self._progress.add_task("Judging", total=total)
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stack.close()
-        self._progress = None
 
     @property
     def listener(self) -> Any:
@@ -86,7 +76,7 @@ class Display:
         if not self._quiet:
             if not self._readable:
                 say_json(row)
-            elif self._single and verdict is not None and verdict.id is None:
+            elif verdict is not None and verdict.id is None:  # given by options, and alone
                 self._show_pair(verdict)
             else:
                 self._out.print(self._describe(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,17 +69,18 @@ class Watcher(Protocol):
     def advance(self) -> None: ...
 
 
-class JudgedRun:
+class JudgedRun(ExitStack):
     """Rows that a judge makes, kept in `output` and shown to a `watcher`. Use it in a `with` block.
 
-    `record` is what the rows depend on, for a resumed run must have the same; unless given it is `judge_record`.
-    `kept` counts the rows of before by their input's digest, `tally` what became of the rows.
+    `record` is what the rows depend on, `judge_record` unless given; a resumed run must have the same. `kept` counts
+    the rows of before by their input's digest, `tally` says how many rows became what.
     Raises InputError and IntegrityError for an output that is refused; see Journal.
     """
 
     def __init__(
         self, judge: Judge, output: RowsOutput, watcher: Watcher, record: Mapping[str, Any] | None = None
     ) -> None:
+        super().__init__()
         self.judge = judge
         self.output = output
         self.tally: Counter[str] = Counter()
@@ -86,16 +88,10 @@ class JudgedRun:
         self._journal: Journal | None = None
         if output.path:
             record = record or judge_record(judge)
-            self._journal = Journal(output.path, record=record, resume=output.resume, force=output.force)
-        self.kept = Counter(self._journal.kept) if self._journal else Counter[str]()
+            journal = Journal(output.path, record=record, resume=output.resume, force=output.force)
+            self._journal = self.enter_context(journal)
+        self.kept = self._journal.kept if self._journal else Counter[str]()
         self._to_skip = self.kept.copy()
-
-    def __enter__(self) -> JudgedRun:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._journal:
-            self._journal.close()
 
     def skips(self, digest: str) -> bool:
         """Whether this input's row is there from before; each row of before lets one input be skipped."""
