@@ -180,8 +180,8 @@ def command(
     as_json: bool,
 ) -> int:
     """Judge a suite and print its score."""
-    from gramlite.commands.judge import say_rows_on_interrupt
     from gramlite.rows.display import Display
+    from gramlite.rows.judged_run import say_rows_on_interrupt
 
     say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)

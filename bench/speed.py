@@ -271,7 +271,7 @@ def read_pairs(path: Path, limit: int) -> list[Pair]:
     from gramlite.rows import Lines, read_rows
 
     with Lines(path) as stream:
-        pairs = (row.pair for row in read_rows(stream) if row.pair)
+        pairs = (row.value for row in read_rows(stream) if row.value)
         short = (p for p in pairs if len(p.prompt) + len(p.response_a) + len(p.response_b) < CHARACTERS_LIMIT)
         found = list(islice((p for p in short if p.response_a != p.response_b), limit))  # others take no judging
     if len(found) < 2:

@@ -124,10 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if sys._getframe(1).f_globals.get("__name__") == "__main__":  # the process is ours, as it is not in a test
             interrupt.install()
-        code = interrupt.settle(run(arguments))
-    except KeyboardInterrupt:  # before there was anything to stop, or while the outcome was told
-        interrupt.tell()
-        code = interrupt.settle(INTERRUPTED)
+        code = interrupt.final_code(run(arguments))
+    except KeyboardInterrupt:  # before there was anything to stop, or while the outcome was reported
+        interrupt.report()
+        code = interrupt.final_code(INTERRUPTED)
     sys.exit(code)
 
 
@@ -135,16 +135,16 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     keeps_rows = arguments[:1] in KEEP_ROWS or arguments[:2] in KEEP_ROWS
-    going_on = keeps_rows and any(word.startswith(("-o", "--output")) for word in arguments)
+    keeps_output = keeps_rows and any(word.startswith(("-o", "--output")) for word in arguments)
     interrupt.begin(arguments)
-    if going_on:
-        interrupt.say_on_interrupt(interrupt.how_to_go_on)
+    if keeps_output:
+        interrupt.say_on_interrupt(interrupt.resume_hint)
     try:
         code = command.main(args=arguments, prog_name="gramlite", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except interrupt.interrupts():  # asked only when something was raised
-        interrupt.tell()
+    except interrupt.interrupt_types():  # asked only when something was raised
+        interrupt.report()
         return INTERRUPTED
     except GramliteError as error:
         lines = str(error).split("\n") if isinstance(error, GateError) else [str(error)]  # a clause a line

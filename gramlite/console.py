@@ -94,9 +94,14 @@ def progress(*columns: ProgressColumn, on: Console | None = None) -> Iterator[Pr
     Without `columns` it has a count, a rate and an estimate.
     """
     columns = columns or (
-        Words(), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn(), Words("left"),
+        Words(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeElapsedColumn(),
+        Words("left"),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     on = on or console(stderr=True)
     with Progress(*columns, console=on, transient=True, disable=not sys.stderr.isatty()) as bar:
         if bar.disable:

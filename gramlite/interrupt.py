@@ -25,15 +25,17 @@ from typing import Any
 from .errors import INTERRUPTED
 
 GRACE = 1.2  # seconds from SIGINT until the process is ended by force; a second SIGINT does it at once
-unfinished: set[Path] = set()  # temporary files and folders, which nobody removes once the process is ended by force
+temporary_paths: set[Path] = (
+    set()
+)  # temporary files and folders, which nobody removes once the process is ended by force
 SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"  # which a progress bar hides
 
 
 class _State:
     """What has become of SIGINT in this process, and what is to be done and said."""
 
-    installed = asked = told = False
-    raises = True  # whether it is raised in the main thread, which is done once and not while an outcome is told
+    installed = received = reported = False
+    raises = True  # whether it is raised in the main thread, which is done once and not while an outcome is reported
     code: int | None = None  # what the process ends with
     stop: Callable[[], None] | None = None
     words: Callable[[], str] | None = None
@@ -69,10 +71,10 @@ def say_on_interrupt(words: Callable[[], str]) -> None:
 
 def begin(arguments: Sequence[str]) -> None:
     """A command line begins, of which nothing is saved yet."""
-    _State.arguments, _State.words, _State.told = arguments, None, False
+    _State.arguments, _State.words, _State.reported = arguments, None, False
 
 
-def how_to_go_on(*, begun: bool = False) -> str:
+def resume_hint(*, begun: bool = False) -> str:
     """What to type to go on with a run that keeps its rows; one that was to start anew, and had not, is typed again."""
     arguments = _State.arguments
     if begun or "--force" not in arguments:
@@ -80,23 +82,23 @@ def how_to_go_on(*, begun: bool = False) -> str:
     return f"To go on: {shlex.join(['gramlite', *arguments])}"
 
 
-def interrupts() -> tuple[type[BaseException], ...]:
+def interrupt_types() -> tuple[type[BaseException], ...]:
     """What means an interrupt: KeyboardInterrupt, and once SIGINT came whatever it has led to."""
     import click
 
-    return (BaseException,) if _State.asked else (KeyboardInterrupt, click.exceptions.Abort)
+    return (BaseException,) if _State.received else (KeyboardInterrupt, click.exceptions.Abort)
 
 
-def tell() -> None:
+def report() -> None:
     """Say once that the command was interrupted, what is saved, and how to go on."""
     from .terminal import note
 
-    if not _State.told:
-        _State.told = True
-        note(_said())
+    if not _State.reported:
+        _State.reported = True
+        note(_message())
 
 
-def _said() -> str:
+def _message() -> str:
     from .terminal import visible
 
     return visible(f"Interrupted. {_State.words() if _State.words else ''}".rstrip())
@@ -113,18 +115,18 @@ def install() -> None:
     threading.Thread(target=_watch, args=(receiver,), name="gramlite-interrupt", daemon=True).start()
     signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     sys.unraisablehook = _unraisable
-    atexit.register(_leave)
+    atexit.register(_end_process)
 
 
-def settle(code: int) -> int:
+def final_code(code: int) -> int:
     """Raise no more: the outcome is known. Returns the exit code, which SIGINT may still change."""
     _State.raises = False
-    _State.code = INTERRUPTED if _State.asked else code
+    _State.code = INTERRUPTED if _State.received else code
     return _State.code
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    _State.asked = True
+    _State.received = True
     if _State.raises:
         _State.raises = False
         raise KeyboardInterrupt
@@ -139,7 +141,7 @@ def _unraisable(unraisable: Any) -> None:
 def _watch(receiver: socket.socket) -> None:
     while signal.SIGINT not in receiver.recv(16):
         pass
-    _State.asked = True
+    _State.received = True
     if _State.stop:
         with suppress(Exception):
             _State.stop()
@@ -148,9 +150,9 @@ def _watch(receiver: socket.socket) -> None:
         while signal.SIGINT not in receiver.recv(16):
             pass
     try:
-        _tell_past_locks()
+        _report_past_locks()
         _kill_children()
-        for path in list(unfinished):
+        for path in list(temporary_paths):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 path.unlink()
@@ -158,14 +160,14 @@ def _watch(receiver: socket.socket) -> None:
         os._exit(INTERRUPTED)
 
 
-def _tell_past_locks() -> None:
-    """As `tell`, whatever the main thread holds and has left of a progress bar."""
+def _report_past_locks() -> None:
+    """As `report`, whatever the main thread holds and has left of a progress bar."""
     from .terminal import visible
 
-    if not _State.told:
-        _State.told = True
+    if not _State.reported:
+        _State.reported = True
         cursor = SHOW_CURSOR if os.isatty(2) else b""
-        os.write(2, cursor + visible(_said()).encode("utf-8", "backslashreplace") + b"\n")
+        os.write(2, cursor + visible(_message()).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _kill_children() -> None:
@@ -176,13 +178,13 @@ def _kill_children() -> None:
             child.kill()
 
 
-def _leave() -> None:
+def _end_process() -> None:
     """The process's last act, after all else that is done at exit: Python's own end would leave SIGINT without effect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which lets one that is pending be handled first
-    if _State.asked:
-        _tell_past_locks()
+    if _State.received:
+        _report_past_locks()
     elif _State.code is None:
         return
     with suppress(OSError, ValueError, AttributeError):  # there may be no standard output
         sys.stdout.flush()
-    os._exit(INTERRUPTED if _State.asked else _State.code or 0)
+    os._exit(INTERRUPTED if _State.received else _State.code or 0)

@@ -1,9 +1,9 @@
-"""The options that every judging command shares."""
+"""The options that commands share: how to judge, where rows go, what labels mean."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +12,13 @@ import click
 
 from .generation.scaffold import BUILT_IN, ChatTemplate
 from .judging.settings import MOST_SEQUENCES, THINK_SEQUENCES
+from .rows import parse_labels
+from .rows.judged_run import RowsOutput
 
 if TYPE_CHECKING:
     from .judging.judge import Judge
-    from .judging.pair import Winner
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +50,13 @@ class JudgeOptions:
     def open(self) -> Judge:
         """Open the judge that these options describe; an interrupt stops it."""
         from .interrupt import on_interrupt
-        from .judging.judge import Settings
+        from .judging.settings import Settings
         from .loading import load
         from .runtime.options import RuntimeOptions
 
-        settings = Settings(
-            mode=self.mode,  # type: ignore[arg-type]
-            orders=self.orders,  # type: ignore[arg-type]
-            votes=self.votes,
-            temperature=self.temperature,
-            budget=Settings.budget if self.budget == "auto" else self.budget,
-            seed=self.seed,
-            delimiters=self.delimiters,  # type: ignore[arg-type]
-            early_stop=not self.all_votes,
-            confidence=self.confidence,
-        )
-        runtime = RuntimeOptions(
-            device=self.device,  # type: ignore[arg-type]
-            threads=self.threads,
-            context=self.context,
-            parallel=self.parallel,
-            adapter=self.adapter,
-            deterministic=self.deterministic,
-            load_in=self.load_in,  # type: ignore[arg-type]
-        )
+        budget = Settings.budget if self.budget == "auto" else self.budget
+        settings = Settings(**self._fields_of(Settings) | {"budget": budget, "early_stop": not self.all_votes})
+        runtime = RuntimeOptions(**self._fields_of(RuntimeOptions))
         judge = load(
             self.model,
             template=self.template,
@@ -85,6 +71,10 @@ class JudgeOptions:
         except BaseException:
             judge.close()
             raise
+
+    def _fields_of(self, kind: Any) -> dict[str, Any]:
+        """What is given for the fields of another dataclass, by their names."""
+        return {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
 
     def _measured(self, judge: Judge) -> Judge:
         """The judge with what was measured of it: its think budget and its calibration, where they are asked for."""
@@ -125,79 +115,110 @@ def budget(value: str | int) -> int | Literal["auto"]:
     return int(value)
 
 
+def _choice(name: str, *values: str, help: str) -> Option:
+    """An option whose first value is the default."""
+    return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=help)
+
+
+def _number(name: str, kind: Any, help: str, *, metavar: str = "N", default: int | None = None) -> Option:
+    return click.option(name, type=kind, default=default, show_default=True, metavar=metavar, help=help)
+
+
+def _text(*names: str, metavar: str, help: str) -> Option:
+    return click.option(*names, metavar=metavar, help=help)
+
+
+CHAT_TEMPLATE = f"{', '.join(BUILT_IN)}, or a Jinja file.  [default: the model's own]"
+VOTES = "Rationales sampled for each order, no more than it takes to settle the verdict."
+CONFIDENCE = "Stop an order's votes, too, once a sequential test is this sure of its majority."
+BUDGET = "Most tokens a rationale may take; auto is what `gramlite calibrate` measured."
+LOAD_IN = "Quantize a Hugging Face checkpoint with bitsandbytes while it is loaded."
+CONTEXT = "Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"
+PARALLEL = (
+    "Sequences decoded together where llama.cpp runs the model (GGUF, packed GPTQ); hf and onnx judge one at a "
+    f"time.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"
+)
 CHAT_OPTIONS = (
-    click.option("--chat-template", metavar="NAME|FILE",
-                 help=f"{', '.join(BUILT_IN)}, or a Jinja file.  [default: the model's own]"),
+    _text("--chat-template", metavar="NAME|FILE", help=CHAT_TEMPLATE),
     click.option("--trust-template", is_flag=True, help="Run a chat template that is not built in, in a sandbox."),
-)  # fmt: skip
+)
 OPTIONS = (
-    click.option("-m", "--model", metavar="MODEL", help="GGUF file or artifact folder.  [default: the reference judge]"),
-    click.option("--adapter", metavar="LORA", help="LoRA adapter in GGUF form to judge with."),
-    click.option("--template", metavar="NAME|FILE", help="gramlite, gram-r2, gram, or a file.  [default: the model's own]"),
+    _text("-m", "--model", metavar="MODEL", help="GGUF file or artifact folder.  [default: the reference judge]"),
+    _text("--adapter", metavar="LORA", help="LoRA adapter in GGUF form to judge with."),
+    _text("--template", metavar="NAME|FILE", help="gramlite, gram-r2, gram, or a file.  [default: the model's own]"),
     *CHAT_OPTIONS,
-    click.option("--mode", type=click.Choice(["think", "direct"]), default="think", show_default=True,
-                 help="Write a rationale first, or answer in one forward pass."),
-    click.option("--orders", type=click.Choice(["both", "ab"]), default="both", show_default=True,
-                 help="Judge each pair as given and swapped, or only as given."),
-    click.option("--votes", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="K",
-                 help="Rationales sampled for each order, no more than it takes to settle the verdict."),
+    _choice("--mode", "think", "direct", help="Write a rationale first, or answer in one forward pass."),
+    _choice("--orders", "both", "ab", help="Judge each pair as given and swapped, or only as given."),
+    _number("--votes", click.IntRange(1, 1024), VOTES, metavar="K", default=1),
     click.option("--all-votes", is_flag=True, help="Take every vote, also those that cannot change the verdict."),
-    click.option("--confidence", type=click.FloatRange(0.5, 1, max_open=True), metavar="P",
-                 help="Stop an order's votes, too, once a sequential test is this sure of its majority."),
-    click.option("--temperature", type=float, metavar="F", help="0 is greedy.  [default: 0, with several votes 0.75]"),
-    click.option("--budget", type=budget, default=1024, show_default=True, metavar="N|auto",
-                 help="Most tokens a rationale may take; auto is what `gramlite calibrate` measured."),
-    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of sampled rationales."),
-    click.option("--delimiters", type=click.Choice(["neutralize", "flag", "reject"]), default="neutralize",
-                 show_default=True, help="What to do with section delimiters inside the judged text."),
-    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-                 help="Where to run; cuda never falls back."),
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
-    click.option("--load-in", type=click.Choice(["nf4", "int8"]),
-                 help="Quantize a Hugging Face checkpoint with bitsandbytes while it is loaded."),
-    click.option("--context", type=click.IntRange(64), metavar="N",
-                 help="Most tokens of a prompt and its rationale.  [default: the model's, at most 8192]"),
-    click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
-                 help="Sequences decoded together where llama.cpp runs the model (GGUF, packed GPTQ); hf and onnx judge one at a "
-                      f"time.  [default: {THINK_SEQUENCES}, with votes up to {MOST_SEQUENCES}, in direct mode 1]"),
+    _number("--confidence", click.FloatRange(0.5, 1, max_open=True), CONFIDENCE, metavar="P"),
+    _number("--temperature", float, "0 is greedy.  [default: 0, with several votes 0.75]", metavar="F"),
+    _number("--budget", budget, BUDGET, metavar="N|auto", default=1024),
+    _number("--seed", int, "Seed of sampled rationales.", default=0),
+    _choice(
+        "--delimiters",
+        "neutralize",
+        "flag",
+        "reject",
+        help="What to do with section delimiters inside the judged text.",
+    ),
+    _choice("--device", "auto", "cuda", "cpu", help="Where to run; cuda never falls back."),
+    _number("--threads", click.IntRange(1), "CPU threads.  [default: the physical cores]"),
+    click.option("--load-in", type=click.Choice(["nf4", "int8"]), help=LOAD_IN),
+    _number("--context", click.IntRange(64), CONTEXT),
+    _number("--parallel", click.IntRange(1, 64), PARALLEL),
     click.option("--calibrated", is_flag=True, help="Rescale confidence as `gramlite calibrate` fitted it."),
     click.option("--deterministic", is_flag=True, help="One sequence at a time: the same bits for the same input."),
-)  # fmt: skip
-
-
-def said_labels(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Winner | None] | None:
-    from .rows import parse_labels
-
-    return None if text is None else parse_labels(text)
-
+)
 
 labels_option = click.option(
-    "--labels", callback=said_labels, metavar="0=A,1=B,2=tie",
+    "--labels",
+    metavar="0=A,1=B,2=tie",
+    callback=lambda context, option, text: None if text is None else parse_labels(text),
     help="What the labels of your own pairs mean where they don't say it themselves; error=none is no label.",
-)  # fmt: skip
+)
 
 
-def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which chat template a model is asked with; they arrive as `chat: ChatTemplate`."""
-
-    @functools.wraps(function)
-    def packed(*, chat_template: str | None, trust_template: bool, **arguments: Any) -> Any:
-        return function(chat=ChatTemplate(choice=chat_template, trust=trust_template), **arguments)
-
-    for option in reversed(CHAT_OPTIONS):
-        packed = option(packed)
-    return packed
+def limit_option(noun: str) -> Option:
+    """`--limit N`: only what comes first is judged."""
+    return click.option("--limit", type=click.IntRange(1), metavar="N", help=f"Judge the first N {noun} only.")
 
 
-def judge_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the judging options to a click command; they arrive as one `options: JudgeOptions` argument."""
-    names = [field.name for field in fields(JudgeOptions)]
+def _packed(argument: str, make: Callable[..., Any], options: Sequence[Option], names: Sequence[str]) -> Option:
+    """Add options to a click command, which gets what `make` makes of those names in one argument."""
 
-    @functools.wraps(function)
-    def packed(**arguments: Any) -> Any:
-        options = JudgeOptions(**{name: arguments.pop(name) for name in names})
-        return function(options=options, **arguments)
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**given: Any) -> Any:
+            made = make(**{name: given.pop(name) for name in names})
+            return function(**{argument: made}, **given)
 
-    for option in reversed(OPTIONS):
-        packed = option(packed)
-    return packed
+        for option in reversed(options):
+            call = option(call)  # type: ignore[assignment]
+        return call
+
+    return decorate
+
+
+def output_options(metavar: str, about: str, *, required: bool = False) -> Option:
+    """Add -o, --resume, --force and --json; they arrive as `output: RowsOutput`."""
+    options = (
+        click.option(
+            "-o", "--output", "path", type=click.Path(path_type=Path), metavar=metavar, help=about, required=required
+        ),
+        click.option("--resume", is_flag=True, help="Go on with an interrupted -o."),
+        click.option("--force", is_flag=True, help="Start an existing -o anew."),
+        click.option("--json", "as_json", is_flag=True, help="JSON on a line of its own, also on a terminal."),
+    )
+    return _packed("output", RowsOutput, options, [field.name for field in fields(RowsOutput)])
+
+
+# these options say which chat template a model is asked with; they arrive as `chat: ChatTemplate`
+chat_options = _packed(
+    "chat",
+    lambda chat_template, trust_template: ChatTemplate(choice=chat_template, trust=trust_template),
+    CHAT_OPTIONS,
+    ["chat_template", "trust_template"],
+)
+# the judging options; they arrive as `options: JudgeOptions`
+judge_options = _packed("options", JudgeOptions, OPTIONS, [field.name for field in fields(JudgeOptions)])

@@ -15,18 +15,20 @@ from functools import partial
 from pathlib import Path
 
 from .errors import GramliteError, InputError, ResourceError
-from .interrupt import unfinished, uninterrupted
+from .interrupt import temporary_paths, uninterrupted
 
 Inputs = Iterable[Path | str | None]  # files, and names that may be files, like a template's
 
-CHUNK_BYTES = 1 << 20
 FOLDER_MANIFEST = "gramlite.json"
 MANIFEST_MARK = '"manifest_version"'
 LARGEST_NOTE = 16 << 20
 KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-}  # fmt: skip
+}
 
 
 def cache_folder() -> Path:
@@ -189,7 +191,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
     destination.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(destination.parent, need_bytes)
     temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
-    unfinished.add(temporary)
+    temporary_paths.add(temporary)
     try:
         yield temporary
         fsync_tree(temporary)
@@ -203,7 +205,7 @@ def atomic_output(destination: Path, *, force: bool = False, need_bytes: int = 0
         raise
     finally:
         remove_path(temporary)
-        unfinished.discard(temporary)
+        temporary_paths.discard(temporary)
 
 
 @uninterrupted()
@@ -275,14 +277,11 @@ def json_bytes(value: object) -> bytes:
 
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise GramliteError(f"{path} could not be read: {error.strerror}.") from error
-    return digest.hexdigest()
 
 
 def sha256_cached(path: Path) -> str:

@@ -178,9 +178,9 @@ def read_pairs(path: Path) -> list[Pair]:
     with Lines(path) as stream:
         rows = list(read_rows(stream))
     for row in rows:
-        if row.pair is None:
+        if row.value is None:
             raise InputError(f"{path}: {row.error}")
-    return [row.pair for row in rows if row.pair is not None]
+    return [row.value for row in rows if row.value is not None]
 
 
 def _judge_pairs(

@@ -86,8 +86,10 @@ def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Comm
         for kind in kinds:
             if kind in ARTIFACTS:
                 number += 1
-                yield Command([*ARTIFACTS[kind], str(model), "-o", str(folder / f"out{number}.gguf"), "--no-smoke"],
-                              artifact=folder / f"out{number}.gguf")  # fmt: skip
+                yield Command(
+                    [*ARTIFACTS[kind], str(model), "-o", str(folder / f"out{number}.gguf"), "--no-smoke"],
+                    artifact=folder / f"out{number}.gguf",
+                )
                 continue
             for mode in ("think", "direct"):
                 for keeps in (True, False):
@@ -106,9 +108,12 @@ def commands(folder: Path, model: str | None, kinds: list[str]) -> Iterator[Comm
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PROGRAM, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def is_exiting(process: subprocess.Popen[str]) -> bool:

@@ -124,9 +124,14 @@ def test_a_pair_from_options_resumes(scripted: Path, tmp_path: Path, capfdbinary
     ("number", "code"), [(errno.EACCES, 4), (errno.EROFS, 4), (errno.ENOSPC, 4), (errno.ENOTDIR, 1)]
 )
 def test_an_output_that_cannot_be_written_is_one_line(
-    name: str, number: int, code: int, scripted: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str,
+    number: int,
+    code: int,
+    scripted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     output = tmp_path / "locked" / "out.jsonl"
     opened = Path.open
 
@@ -242,8 +247,10 @@ def test_a_terminal_shows_words_and_no_control_characters(tmp_path: Path, script
     master, slave = pty.openpty()
     process = subprocess.Popen(
         command_line("judge", "--prompt", "q", "--a", "x", "--b", "y", "-m", hostile),
-        stdout=slave, stderr=slave, env={**os.environ, "TERM": "dumb", "COLUMNS": "100"},
-    )  # fmt: skip
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "dumb", "COLUMNS": "100"},
+    )
     os.close(slave)
     seen = io.BytesIO()
     while True:

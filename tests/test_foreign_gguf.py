@@ -181,9 +181,24 @@ def test_every_command_that_opens_a_model_takes_a_chat_template(
 @pytest.mark.fault("templates")
 @pytest.mark.parametrize(
     "command",
-    ["judge", "rank", "calibrate", "pack", "export gguf", "export adapter", "export merge", "export onnx", "quantize gguf",
-     "quantize gptq", "quantize onnx", "quantize bnb", "bench run", "bench sweep", "bench speed"],
-)  # fmt: skip
+    [
+        "judge",
+        "rank",
+        "calibrate",
+        "pack",
+        "export gguf",
+        "export adapter",
+        "export merge",
+        "export onnx",
+        "quantize gguf",
+        "quantize gptq",
+        "quantize onnx",
+        "quantize bnb",
+        "bench run",
+        "bench sweep",
+        "bench speed",
+    ],
+)
 def test_every_command_that_opens_a_model_lets_its_template_be_trusted(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,8 +52,11 @@ def ended_by_sigint(code: str, *arguments: object, group: bool = False, again: b
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", listening + code, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("ready"):
@@ -257,13 +260,13 @@ def test_a_log_callback_of_llama_cpp_does_not_lose_it(reference_q8: Path) -> Non
     """In a library, too: there Python's own handler raises it wherever it runs."""
     code = """
 import signal, sys, gramlite
-from gramlite.backends import gguf_library
+from gramlite.backends.gguf import library
 heard = []
 def keep(text):
     if not heard:
         heard.append(text)
         signal.raise_signal(signal.SIGINT)
-gguf_library._log_tail = type("Tail", (list,), {"append": lambda self, text: keep(text)})()
+library._log_tail = type("Tail", (list,), {"append": lambda self, text: keep(text)})()
 try:
     gramlite.load(sys.argv[1])
 except KeyboardInterrupt:

@@ -15,9 +15,13 @@ no_home = pytest.mark.fault("no-home")
 NOBODY = 12345  # who has no entry
 PAIR = {"id": "p", "prompt": "q", "response_a": "a", "response_b": "b", "label": "A"}
 BECOME = [
-    "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
-    "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",  # Python itself may lie in somebody's home
-]  # fmt: skip
+    "setpriv",
+    f"--reuid={NOBODY}",
+    f"--regid={NOBODY}",
+    "--clear-groups",
+    "--inh-caps=+dac_read_search",
+    "--ambient-caps=+dac_read_search",  # Python itself may lie in somebody's home
+]
 
 
 def can_become() -> bool:

@@ -102,8 +102,9 @@ def test_the_standard_streams_are_no_files(stream: str, to_file: bool, place: Pa
     with Path("out").open("wb") as out:
         finished = subprocess.run(
             [sys.executable, "-m", "gramlite", *COMMANDS["judge"], "-o", stream, "--force"],
-            stdout=out if to_file else subprocess.PIPE, stderr=subprocess.STDOUT if to_file else subprocess.PIPE,
-        )  # fmt: skip
+            stdout=out if to_file else subprocess.PIPE,
+            stderr=subprocess.STDOUT if to_file else subprocess.PIPE,
+        )
     said = Path("out").read_bytes() if to_file else finished.stderr
     assert finished.returncode == 2 and stream.encode() in said and b"Traceback" not in said
 
@@ -417,12 +418,15 @@ def test_the_reference_judge_replaces_no_foreign_checkpoint(tmp_path: Path, caps
 @pytest.mark.parametrize(
     "command",
     [
-        ["export", "gguf", "checkpoint"], ["quantize", "gguf", "checkpoint"], ["export", "adapter", "lora", "--base", "checkpoint"],
+        ["export", "gguf", "checkpoint"],
+        ["quantize", "gguf", "checkpoint"],
+        ["export", "adapter", "lora", "--base", "checkpoint"],
         ["quantize", "gguf", "checkpoint", "--calibration", "judge.gguf", "--type", "auto:4bpw"],
         ["quantize", "gguf", "checkpoint", "--imatrix", "judge.gguf"],
-        ["pack", "checkpoint"], ["export", "gguf", "checkpoint", "--template", "judge.gguf"],
+        ["pack", "checkpoint"],
+        ["export", "gguf", "checkpoint", "--template", "judge.gguf"],
     ],
-)  # fmt: skip
+)
 def test_a_models_files_and_settings_are_not_replaced(
     command: list[str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

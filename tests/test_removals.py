@@ -164,9 +164,15 @@ def test_a_calibration_or_budget_of_version_0_1(companion: str | None, tmp_path:
     fitted = calibrate(overconfident(100, temperature=2.0, bias=0.1), model, settings)
     artifact = tmp_path / "judge"
     budget = {
-        "chosen": 64, "pairs": 20, "rows": [], "model": "1" * 64, "adapter": None, "quantization": "Q8_0",
-        "settings": settings_without_budget(settings), "companion": companion,
-    }  # fmt: skip
+        "chosen": 64,
+        "pairs": 20,
+        "rows": [],
+        "model": "1" * 64,
+        "adapter": None,
+        "quantization": "Q8_0",
+        "settings": settings_without_budget(settings),
+        "companion": companion,
+    }
     calibration = asdict(fitted) | {"companion": companion}
     sidecar_path(artifact).write_text(json.dumps({"calibrations": [calibration], "budgets": [budget]}))
     if companion is None:

@@ -77,21 +77,39 @@ def every_command(name: str) -> dict[str, list[str]]:
     """Commands whose files and folders all begin with a name."""
     return {
         "judge": ["judge", f"{name}/pairs.jsonl", "-m", f"{name}/scripted.json", "-o", f"{name}/rows.jsonl"],
-        "resume": ["judge", f"{name}/pairs.jsonl", "-m", f"{name}/scripted.json", "-o", f"{name}/rows.jsonl", "--resume"],
+        "resume": [
+            "judge",
+            f"{name}/pairs.jsonl",
+            "-m",
+            f"{name}/scripted.json",
+            "-o",
+            f"{name}/rows.jsonl",
+            "--resume",
+        ],
         "taken": ["judge", f"{name}/pairs.jsonl", "-m", f"{name}/scripted.json", "-o", f"{name}/rows.jsonl"],
         "rank": ["rank", f"{name}/items.jsonl", "-m", f"{name}/scripted.json"],
         "inspect": ["inspect", f"{name}/scripted.json"],
         "run": ["bench", "run", f"pairs:{name}/pairs.jsonl", "-m", f"{name}/scripted.json", "-o", f"{name}/run"],
         "compare": ["bench", "compare", f"{name}/run", f"{name}/rows.jsonl", "--report", f"{name}/report"],
         "speed": ["bench", "speed", "-m", f"{name}/scripted.json", "--limit", "2", "--repetitions", "1"],
-        "sweep": ["bench", "sweep", f"{name}/none", "--types", "F16", "--suite", f"pairs:{name}/pairs.jsonl", "-o", f"{name}/s"],
+        "sweep": [
+            "bench",
+            "sweep",
+            f"{name}/none",
+            "--types",
+            "F16",
+            "--suite",
+            f"pairs:{name}/pairs.jsonl",
+            "-o",
+            f"{name}/s",
+        ],
         "calibrate": ["calibrate", f"{name}/pairs.jsonl", "-m", f"{name}/scripted.json"],
         "export": ["export", "gguf", f"{name}/none", "-o", f"{name}/out.gguf"],
         "template": ["judge", f"{name}/pairs.jsonl", "-m", f"{name}/scripted.json", "--template", f"{name}/none"],
         "missing": ["judge", f"{name}/none", "-m", f"{name}/scripted.json"],
         "pack": ["pack", f"{name}/none", "-o", f"{name}/out.gguf"],
         "doctor": ["doctor"],
-    }  # fmt: skip
+    }
 
 
 CODES = {

@@ -92,10 +92,16 @@ def pairs_at(folder: Path, count: int = 6, *, bad: bool = True) -> Path:
     """Pairs with hostile ids and subsets; every third cannot be judged, unless told."""
     path = folder / "pairs.jsonl"
     rows = [
-        {"id": f"{number}{ID}", "prompt": f"q{number}", "response_a": "x\0" if bad and number % 3 == 2 else "x",
-         "response_b": "y", "label": "AB"[number % 2], "meta": {"subset": f"{number % 2}{HOSTILE}"}}
+        {
+            "id": f"{number}{ID}",
+            "prompt": f"q{number}",
+            "response_a": "x\0" if bad and number % 3 == 2 else "x",
+            "response_b": "y",
+            "label": "AB"[number % 2],
+            "meta": {"subset": f"{number % 2}{HOSTILE}"},
+        }
         for number in range(count)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -257,12 +263,23 @@ def test_what_is_written_is_told_with_what_to_type(
     path = place / f"out{NAME}.gguf"
     path.write_bytes(broken_gguf.valid_model())
     notes = {"notes": [HOSTILE]}
-    manifest = Manifest(format="gguf", name=HOSTILE, quantization=HOSTILE, bits_per_weight=4.5, template={"name": HOSTILE},
-                        settings=notes)  # fmt: skip
+    manifest = Manifest(
+        format="gguf",
+        name=HOSTILE,
+        quantization=HOSTILE,
+        bits_per_weight=4.5,
+        template={"name": HOSTILE},
+        settings=notes,
+    )
     report = QuantizationReport(
-        output=path, layers=(LayerReport(name=HOSTILE, bits=4, error=1.0, plain_error=2.0),), seconds=1.0, peak_bytes=1,
-        predicted_bytes=1, size_bytes=1, bits_per_weight=4.5,
-    )  # fmt: skip
+        output=path,
+        layers=(LayerReport(name=HOSTILE, bits=4, error=1.0, plain_error=2.0),),
+        seconds=1.0,
+        peak_bytes=1,
+        predicted_bytes=1,
+        size_bytes=1,
+        bits_per_weight=4.5,
+    )
     out, err = Terminal(), Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,30 +12,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gramlite.errors import InputError
-from gramlite.options import JudgeOptions, judge_options, labels_option
+from gramlite.options import JudgeOptions, judge_options, labels_option, output_options
+from gramlite.rows.judged_run import JudgedRun, RowsOutput
 from gramlite.terminal import note, say, say_json
-
-from .judge import judge_rows, open_input, say_rows_on_interrupt
 
 if TYPE_CHECKING:
     from gramlite.judging.budget import BudgetTable
     from gramlite.judging.confidence import Calibration, Labelled
     from gramlite.judging.judge import Judge
-    from gramlite.judging.pair import Verdict, Winner
+    from gramlite.judging.pair import Pair, Verdict, Winner
     from gramlite.rows import Row
 
 
-def labelled_rows(source: str, *, ties: bool, said: Mapping[str, Winner | None] | None) -> list[Row]:
+def labelled_rows(source: str, *, ties: bool, meanings: Mapping[str, Winner | None] | None) -> list[Row[Pair]]:
     """The rows of a file that hold a pair with a label; how many are left out is said on standard error."""
-    from gramlite.rows import read_labelled
+    from gramlite.rows import open_rows, pair_from_json, read_labelled
 
-    stream, _, _ = open_input(source)
-    with stream:
-        rows = read_labelled(stream, said)
-    wanted = [row for row in rows if row.pair and row.pair.label]
+    lines, _ = open_rows(source, pair_from_json)
+    with lines:
+        rows = read_labelled(lines, meanings)
+    wanted = [row for row in rows if row.value and row.value.label]
     if len(wanted) < len(rows):
         note(f"{len(rows) - len(wanted)} of {len(rows)} rows are left out: no readable pair, or no label.")
-    return [row for row in wanted if ties or (row.pair and row.pair.label != "tie")]
+    return [row for row in wanted if ties or (row.value and row.value.label != "tie")]
 
 
 def warn_of_labels(data: Labelled) -> None:
@@ -51,50 +49,49 @@ def warn_of_labels(data: Labelled) -> None:
         )
 
 
-def check_labels(rows: Sequence[Row], *, one_order: bool) -> None:
+def check_labels(rows: Sequence[Row[Pair]], *, one_order: bool) -> None:
     """Refuse labels that make no calibration before anything is judged; raises InputError."""
     import numpy as np
 
     from gramlite.judging.confidence import OUTCOMES, require_both_sides, require_enough
 
-    pairs = [row.pair for row in rows if row.pair and row.pair.response_a != row.pair.response_b]
+    pairs = [row.value for row in rows if row.value and row.value.response_a != row.value.response_b]
     require_enough(len(pairs))
     if one_order:
         require_both_sides(np.array([OUTCOMES[pair.label] for pair in pairs if pair.label]))
 
 
-def judged(judge: Judge, rows: Sequence[Row], output: Path | None, resume: bool, force: bool) -> Labelled:
-    """Judge the rows, each on disk before the next, in `output` where it is given."""
+def judged(judge: Judge, rows: Sequence[Row[Pair]], output: RowsOutput) -> Labelled:
+    """Judge the rows, each on disk before the next, in the output where there is one."""
     from gramlite.judging.confidence import labelled
     from gramlite.rows.display import Display
-    from gramlite.rows.journal import Journal, read_journal
+    from gramlite.rows.journal import read_journal
 
-    answers = {row.digest: (row.pair.label, row.pair.prompt) for row in rows if row.pair}
-    with ExitStack() as stack:
-        path = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "rows.jsonl"
-        record = {"settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model}
-        journal = stack.enter_context(Journal(path, record=record, resume=resume, force=force))
-        display = stack.enter_context(Display(as_json=True, quiet=True, total=len(rows)))
-        judge_rows(judge, rows, display, journal, lookahead=True)
+    answers = {row.digest: (row.value.label, row.value.prompt) for row in rows if row.value}
+    with tempfile.TemporaryDirectory() as folder:
+        path = output.path or Path(folder) / "rows.jsonl"
+        with (
+            Display(as_json=True, quiet=True, total=len(rows)) as display,
+            JudgedRun(judge, replace(output, path=path), display) as run,
+        ):
+            run.judge_pairs(rows)
         found = [row for row, _ in read_journal(path) if row]
     return labelled((row, *answers[row["input"]]) for row in found if row.get("input") in answers)
 
 
-def measured(judge: Judge, rows: Sequence[Row]) -> tuple[BudgetTable, list[Verdict]]:
+def measured(judge: Judge, rows: Sequence[Row[Pair]]) -> tuple[BudgetTable, list[Verdict]]:
     """The table of budgets and the verdicts at the chosen one."""
     from gramlite.console import progress
     from gramlite.judging.budget import measure
 
-    pairs = [row.pair for row in rows if row.pair]
+    pairs = [row.value for row in rows if row.value]
     with progress() as bar:
         task = bar.add_task("Judging", total=None)
         return measure(judge, pairs, on_verdict=lambda: bar.advance(task))
 
 
-def run(
-    options: JudgeOptions, rows: Sequence[Row], output: Path | None, resume: bool, force: bool, as_json: bool
-) -> int:
-    """Measure, store and say what was found; returns the exit code."""
+def fit(options: JudgeOptions, rows: Sequence[Row[Pair]], output: RowsOutput) -> None:
+    """Measure, store and say what was found."""
     from gramlite.formats.sidecar import require_writable
     from gramlite.judging.budget import store as store_budget
     from gramlite.judging.confidence import calibrate, labelled
@@ -111,15 +108,14 @@ def run(
             table, verdicts = measured(judge, rows)
             store_budget(artifact, table)
             judge = judge.with_settings(budget=table.chosen)
-            answers = [(row.pair.label, row.pair.prompt) for row in rows if row.pair]
+            answers = [(row.value.label, row.value.prompt) for row in rows if row.value]
             data = labelled((verdict, *answer) for verdict, answer in zip(verdicts, answers, strict=True))
         else:
-            data = judged(judge, rows, output, resume, force)
+            data = judged(judge, rows, output)
         calibration = calibrate(data, judge.model, judge.settings_record)
         warn_of_labels(data)
         path = store_calibration(artifact, calibration)
-    show(calibration, table, path, as_json=as_json or not sys.stdout.isatty())
-    return 0
+    show(calibration, table, path, as_json=output.as_json or not sys.stdout.isatty())
 
 
 def show(calibration: Calibration, table: BudgetTable | None, path: Path, *, as_json: bool) -> None:
@@ -166,38 +162,23 @@ def _show_budgets(table: BudgetTable) -> None:
     help="A pair labelled a tie counts as half a win for each side, or is left out.",
 )
 @labels_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Keep the judged rows.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted -o file.")
-@click.option("--force", is_flag=True, help="Start an existing -o file anew.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, also on a terminal.")
+@output_options("ROWS.jsonl", "Keep the judged rows.")
 def command(
-    options: JudgeOptions,
-    pairs: str,
-    ties: str,
-    labels: Mapping[str, Winner | None] | None,
-    output: Path | None,
-    resume: bool,
-    force: bool,
-    as_json: bool,
-) -> int:
+    options: JudgeOptions, pairs: str, ties: str, labels: Mapping[str, Winner | None] | None, output: RowsOutput
+) -> None:
     """Fit a judge's confidence to labelled pairs, for --calibrated.
 
     Stored beside the model for these settings. With --budget auto, the smallest think budget that is as accurate as
     the best is found first and stored for --budget auto.
     """
     from gramlite.formats.sidecar import sidecar_path
-    from gramlite.rows.journal import check_rows
     from gramlite.storage import check_file
 
     if options.calibrated:
         raise InputError("calibrate measures the judge as it is. Drop --calibrated.")
-    if resume and not output:
-        raise InputError("--resume goes on with an output file; add -o ROWS.jsonl.")
-    if output and options.budget == "auto":
+    if output.path and options.budget == "auto":
         raise InputError("-o keeps the rows of one judging, and --budget auto takes several. Drop one of them.")
-    if output:
-        check_rows(output, [pairs, *options.inputs()], resume=resume, force=force)
+    output.prepare([pairs, *options.inputs()])
     if options.model:
         check_file(sidecar_path(Path(options.model)), [pairs])
-    say_rows_on_interrupt(output)
-    return run(options, labelled_rows(pairs, ties=ties == "half", said=labels), output, resume, force, as_json)
+    fit(options, labelled_rows(pairs, ties=ties == "half", meanings=labels), output)

@@ -50,14 +50,18 @@ def next_command(kind: str, path: str) -> str:
 @click.command("reference", short_help="Build the reference judge.")
 @click.argument("kind", type=click.Choice(["gguf", "checkpoint"]), default="gguf")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path),
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
     help="The GGUF file, or the checkpoint's folder, to write.",
-)  # fmt: skip
+)
 @click.option(
-    "--dtype", type=click.Choice(["f16", "q8_0", "bf16", "f32"], case_sensitive=False),
+    "--dtype",
+    type=click.Choice(["f16", "q8_0", "bf16", "f32"], case_sensitive=False),
     metavar="[f16|q8_0|bf16|f32]",
     help="The weights' type in a GGUF, q8_0 unless told; a checkpoint is always bf16.",
-)  # fmt: skip
+)
 @click.option("--force", is_flag=True, help="Replace what is at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, as when not on a terminal.")
 def command(kind: Literal["gguf", "checkpoint"], output: Path, dtype: str | None, force: bool, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from gramlite.errors import InputError
 from gramlite.judging.judge import Judge
 from gramlite.judging.pair import Pair, Verdict
 from gramlite.ranking.rank import compare
-from gramlite.rows.conversations import conversation, split, turns_of
+from gramlite.rows.conversations import conversation, parse_messages, split
 
 Text = str | Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., list[float | None]]
@@ -64,8 +64,10 @@ def win_rate_reward(
 def _read(prompt: Text, *completions: Text) -> tuple[str, list[str]] | None:
     """The question and the responses as texts, None where one of them is none."""
     try:
-        sides = {f"completion {index}": turns_of(value, "it", "assistant") for index, value in enumerate(completions)}
-        return split([turns_of(prompt, "the prompt")], sides)
+        sides = {
+            f"completion {index}": parse_messages(value, "it", "assistant") for index, value in enumerate(completions)
+        }
+        return split([parse_messages(prompt, "the prompt")], sides)
     except InputError:
         return None
 

@@ -5,41 +5,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from gramlite.console import console, progress
 from gramlite.judging.pair import Order, Verdict
-from gramlite.terminal import note, say_json, visible
+from gramlite.terminal import say_json, visible
 
 from . import identifier_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import Progress
 
 WINNER_STYLES = {"A": "bold green", "B": "bold cyan", "tie": "bold yellow", None: "bold red"}
 ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, and is called A here)"}
 
 
-class Display:
+class Display(ExitStack):
     """Shows rows as they are judged. Rows go to standard output, everything else to standard error.
 
     `quiet` keeps rows off standard output (they go to a file); `total` is how many rows are expected, if known;
-    `readable` makes of a row what a person sees.
+    `readable` makes of a row what a person sees. Use it in a `with` block.
     """
 
     def __init__(
         self,
         *,
         as_json: bool,
-        quiet: bool,
-        total: int | None,
+        quiet: bool = False,
+        total: int | None = None,
         readable: Callable[[Mapping[str, Any]], RenderableType] | None = None,
     ) -> None:
-        self.shown = 0
-        self.last: Mapping[str, Any] | None = None
+        super().__init__()
         self._quiet = quiet
         self._describe = readable or row_line
         self._readable = sys.stdout.isatty() and not as_json
@@ -47,30 +46,18 @@ class Display:
         self._errors = console(stderr=True)
         self._streaming: Order | None = None
         self._line_ended = False
-        self._single = total is None
-        self._stack = ExitStack()
-        self._progress = None
+        self._progress: Progress | None = None
         if total is not None:
             on = self._errors if quiet or not self._readable else self._out
-            self._progress = self._stack.enter_context(progress(on=on))
+            self._progress = self.enter_context(progress(on=on))
             self._task = self._progress.add_task("Judging", total=total)
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stack.close()
-        self._progress = None
 
     @property
     def listener(self) -> Any:
-        """Hears a rationale as it is written; None where nobody watches."""
-        return self._hear if self._readable else None
+        """Who is called with a rationale's text as it is written; None where nobody watches."""
+        return self._show_text if self._readable else None
 
-    def _hear(self, order: Order, text: str) -> None:
+    def _show_text(self, order: Order, text: str) -> None:
         """Show the first order's rationale live; the other, decoded beside it, is shown when the verdict is."""
         if self._streaming is None:
             self._streaming = order
@@ -86,12 +73,10 @@ class Display:
 
     def show(self, row: Mapping[str, Any], verdict: Verdict | None) -> None:
         """Show one judged row."""
-        self.shown += 1
-        self.last = row
         if not self._quiet:
             if not self._readable:
                 say_json(row)
-            elif self._single and verdict is not None and verdict.id is None:
+            elif verdict is not None and verdict.id is None:  # given by options, and alone
                 self._show_pair(verdict)
             else:
                 self._out.print(self._describe(row))
@@ -112,17 +97,6 @@ class Display:
         self._out.print(verdict_line(verdict))
         if verdict.flags:
             self._out.print(Text(f"Noticed in the input: {', '.join(map(visible, verdict.flags))}", style="yellow"))
-
-    def summary(self, tally: Mapping[str, int], output: Path | None) -> None:
-        """One closing line on standard error."""
-        self.close()
-        parts = [f"{tally.get('judged', 0):,} judged"]
-        parts += [f"{tally[name]:,} {words}" for name, words in SUMMARY_WORDS.items() if tally.get(name)]
-        if output or tally.get("without verdict"):
-            note(", ".join(parts) + (f". Rows are in {output}" if output else "") + ".")
-
-
-SUMMARY_WORDS = {"without verdict": "without a verdict (each row's reason says why)", "kept": "kept from before"}
 
 
 def verdict_line(verdict: Verdict) -> Text:

@@ -7,7 +7,6 @@ come as their canonical JSON, so that each has a digest.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import importlib
 import io
@@ -91,6 +90,21 @@ class Lines:
                 error.strerror if isinstance(error, OSError) and error.strerror else f"damaged or cut short: {error}"
             )
             raise InputError(f"{self.name} cannot be read ({reason}).") from error
+
+
+def open_rows(source: str, build: Callable[[Mapping[str, Any], str], object]) -> tuple[Lines, int | None]:
+    """A file, or standard input for "-", and how many rows it has; None where reading them all to count is no good.
+
+    Raises InputError, before a model is loaded, for a file that `build` can make no row of.
+    """
+    path = Path(source)
+    if source != "-" and not path.exists():
+        raise InputError(f"There is no file {path}. Give a JSONL file of pairs, or - for standard input.")
+    if source == "-" or not path.is_file():
+        return Lines(source), None
+    with Lines(path) as lines:
+        count = check_kind(lines, build)
+    return Lines(path), count
 
 
 def check_kind(lines: Lines, build: Callable[[Mapping[str, Any], str], object]) -> int:
@@ -240,21 +254,15 @@ def _unpacked(stream: Any, modules: Sequence[str], name: str) -> Any:
 
 def _decoded(stream: Any, encoding: str, name: str) -> Iterator[bytes]:
     """Lines of another encoding in UTF-8; a lone surrogate stays one, which spoils its own line alone."""
-    decoder = codecs.getincrementaldecoder(encoding)(errors="surrogatepass")
-    text, ended = "", False
-    while not ended:
-        read = stream.read1(1 << 16)
-        ended = not read
-        try:
-            text += decoder.decode(read, final=ended)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name} is no {encoding.upper()} ({error.reason}). Save it as UTF-8.") from None
-        *lines, text = text.split("\n")
-        if ended or len(text) > LINE_LIMIT_BYTES:  # the last line, or a part of one that is too long
-            lines, text = [*(line + "\n" for line in lines), text], ""
-        else:
-            lines = [line + "\n" for line in lines]
-        yield from (line.encode("utf-8", "surrogatepass") for line in lines if line)
+    text = io.TextIOWrapper(stream, encoding, errors="surrogatepass", newline="\n")
+    try:
+        while line := text.readline(LINE_LIMIT_BYTES + 1):
+            yield line.encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is no {encoding.upper()} ({error.reason}). Save it as UTF-8.") from None
+    finally:
+        if not stream.closed:
+            text.detach()  # whose end would close standard input
 
 
 def _canonical(rows: Iterable[object]) -> Iterator[bytes]:

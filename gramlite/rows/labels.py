@@ -36,32 +36,36 @@ class LabelError(InputError):
 
 
 class Labels:
-    """What the labels of a file mean: `note` each of its rows, then `read` them.
+    """What the labels of a file mean: `observe` each of its rows, then `read` them.
 
-    `said` maps labels to what the user says they mean, as `parse_labels` gives it; None is no label. Of the numbers, a
+    `meanings` maps labels to what the user says they mean, as `parse_labels` gives it; None is no label. Of the numbers, a
     column's 1 and 2 are A and B where it holds both and no other; `preference` counts from 1 (A) to 2 (B), as
-    AlpacaEval's does; all others mean only what is said, and with one of them said no number means anything else.
+    AlpacaEval's does; all others mean only what they are given, and with one of them given no number means anything else.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), said: Mapping[str, Winner | None] | None = None) -> None:
-        self._said = said or {}
-        self._numbers_said = any(meaning and _number(label) is not None for label, meaning in self._said.items())
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]] = (), meanings: Mapping[str, Winner | None] | None = None
+    ) -> None:
+        self._meanings = meanings or {}
+        self._numbers_explained = any(
+            meaning and _number(label) is not None for label, meaning in self._meanings.items()
+        )
         self._numbers: dict[str, set[float]] = {}
         for row in rows:
-            self.note(row)
+            self.observe(row)
 
-    def note(self, row: Mapping[str, Any]) -> None:
+    def observe(self, row: Mapping[str, Any]) -> None:
         """Take account of the number that a row may have for a label."""
         column, value = label_in(row)
         number = _number(value)
-        if number is not None and _name(value) not in self._said:
+        if number is not None and _name(value) not in self._meanings:
             self._numbers.setdefault(column, set()).add(number)
 
     def read(self, row: Mapping[str, Any]) -> Winner | None:
         """A row's label, None where it has none; raises LabelError for one that is not understood."""
         column, value = label_in(row)
-        if value is None or _name(value) in self._said:
-            return None if value is None else self._said[_name(value)]
+        if value is None or _name(value) in self._meanings:
+            return None if value is None else self._meanings[_name(value)]
         number = _number(value)
         winner = self._counted(column, number) if number is not None else _spelled(column, value)
         if winner is None:
@@ -71,7 +75,7 @@ class Labels:
 
     def _counted(self, column: str, number: float) -> Winner | None:
         numbers = self._numbers.get(column, set()) | {number}
-        if self._numbers_said or column == "overall_preference":
+        if self._numbers_explained or column == "overall_preference":
             return None
         if column == "preference" and all(1 <= each <= 2 for each in numbers):
             return "tie" if number == 1.5 else "A" if number < 1.5 else "B"
@@ -80,8 +84,8 @@ class Labels:
     def _reason(self, column: str, number: float | None) -> str:
         if number is None:
             return f'{SPELLED}; null or "" is none. Or say what it means, as in --labels yes=A,no=B,unsure=none.'
-        if self._numbers_said:
-            return f"Say what it means: --labels says it of {', '.join(self._said)} only."
+        if self._numbers_explained:
+            return f"Say what it means: --labels says it of {', '.join(self._meanings)} only."
         found = ", ".join(map(_digits, sorted(self._numbers.get(column, ()))[:8]))
         return (
             f"{column} holds the numbers {found}; by themselves, only 1 and 2 are read, as A and B, where there are "
@@ -109,15 +113,15 @@ def carried_label(row: Mapping[str, Any]) -> Winner | None:
 
 def parse_labels(text: str) -> dict[str, Winner | None]:
     """What `0=A,1=B,2=tie` says; a label that is to count as none is `error=none`. Raises InputError."""
-    said: dict[str, Winner | None] = {}
+    meanings: dict[str, Winner | None] = {}
     for part in text.split(","):
         label, _, meaning = part.rpartition("=")
         name, meaning = _name(label.strip()), meaning.strip().casefold()
         if not name or meaning not in MEANINGS:
             raise InputError(f"--labels {text}: {part!r} should be LABEL=A, LABEL=B, LABEL=tie or LABEL=none.")
-        if said.setdefault(name, MEANINGS[meaning]) != MEANINGS[meaning]:
+        if meanings.setdefault(name, MEANINGS[meaning]) != MEANINGS[meaning]:
             raise InputError(f"--labels {text} says two things of {label.strip()}.")
-    return said
+    return meanings
 
 
 def label_in(row: Mapping[str, Any]) -> tuple[str, object]:

@@ -24,28 +24,15 @@ class Readable(Protocol):
     def readline(self, limit: int = ..., /) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of input: its number from 1, a digest of its bytes, and the pair on it or what is wrong with it.
-
-    `id` is the line's own, whatever is wrong with it, or its number as text; None where it does not parse.
-    """
-
-    line: int
-    digest: str
-    pair: Pair | None
-    error: str | None = None
-    id: Identifier = None
-
-
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Line(Generic[Value]):
-    """A line of any input, as in Row, with what was made of it.
+class Row(Generic[Value]):
+    """A line of input: its number from 1, a digest of its bytes, and what was made of it or what is wrong with it.
 
-    `strange` says that it is of no accepted shape or no object: perhaps the whole file is of another kind.
+    `id` is the line's own, whatever is wrong with it, or its number as text; None where it does not parse. `strange`
+    says that it is of no accepted shape or no object: perhaps the whole file is of another kind.
     """
 
     number: int
@@ -56,40 +43,39 @@ class Line(Generic[Value]):
     strange: bool = False
 
 
-def read_rows(stream: Readable) -> Iterator[Row]:
+def read_rows(stream: Readable) -> Iterator[Row[Pair]]:
     """Read the pairs of JSON lines; blank lines are skipped. Memory stays bounded whatever a line holds.
 
     A label that needs its file to be understood, or isn't, is left out: see `read_labelled`.
     """
-    for line in read_lines(stream, partial(pair_from_json, read_label=carried_label)):
-        yield Row(line.number, line.digest, line.value, line.error, line.id)
+    return read_lines(stream, partial(pair_from_json, read_label=carried_label))
 
 
-def read_labelled(stream: Readable, said: Mapping[str, Winner | None] | None = None) -> list[Row]:
-    """All rows with their labels, which are understood only together: see `Labels`, also for what is `said` of them.
+def read_labelled(stream: Readable, meanings: Mapping[str, Winner | None] | None = None) -> list[Row[Pair]]:
+    """All rows with their labels, which are understood only together: see `Labels`, also for `meanings`.
 
     Raises LabelError that names the label and the line of a pair whose label is not understood.
     """
-    labels = Labels(said=said)
+    labels = Labels(meanings=meanings)
 
     def noted(row: Mapping[str, Any], default_id: str) -> tuple[Mapping[str, Any], str]:
-        labels.note(row)
+        labels.observe(row)
         return row, default_id
 
     rows = []
-    for line in list(read_lines(stream, noted)):
-        pair, problem = None, line.error
+    for row in list(read_lines(stream, noted)):
+        pair, problem = None, row.error
         try:
-            pair = pair_from_json(*line.value, read_label=labels.read) if line.value else None
+            pair = pair_from_json(*row.value, read_label=labels.read) if row.value else None
         except LabelError as error:
-            raise LabelError(f"line {line.number}: {error}") from None
+            raise LabelError(f"line {row.number}: {error}") from None
         except InputError as error:
-            problem = f"line {line.number}: {error}"
-        rows.append(Row(line.number, line.digest, pair, problem, line.id))
+            problem = f"line {row.number}: {error}"
+        rows.append(Row(row.number, row.digest, pair, problem, row.id))
     return rows
 
 
-def read_lines(stream: Readable, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Line[Value]]:
+def read_lines(stream: Readable, build: Callable[[Mapping[str, Any], str], Value]) -> Iterator[Row[Value]]:
     """Read JSON lines and make something of each object with `build(object, default id)`; see `read_rows`."""
     for number, line in enumerate(whole_lines(stream), 1):
         if number == 1:
@@ -107,10 +93,10 @@ def read_lines(stream: Readable, build: Callable[[Mapping[str, Any], str], Value
             if not isinstance(value, dict):
                 raise InputError(f"a JSON object is needed, not {type(value).__name__}.")
             identifier = identifier_of(value, identifier)
-            yield Line(number, digest, build(value, str(number)), None, identifier)
+            yield Row(number, digest, build(value, str(number)), None, identifier)
         except InputError as error:
             strange = isinstance(error, UnknownShapeError) or not text.startswith(b"{")
-            yield Line(number, digest, None, f"line {number}: {error}", identifier, strange)
+            yield Row(number, digest, None, f"line {number}: {error}", identifier, strange)
 
 
 def whole_lines(stream: Readable) -> Iterator[bytes]:

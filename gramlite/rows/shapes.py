@@ -11,7 +11,7 @@ from typing import Any
 from gramlite.errors import InputError
 from gramlite.judging.pair import Identifier, Pair, Winner
 
-from .conversations import Turn, Turns, messages_in, split, text_of, transcript, turns_of
+from .conversations import Message, Messages, messages_in, messages_text, parse_messages, split, transcript
 from .labels import label_of
 
 SHAPES = (
@@ -83,7 +83,7 @@ def item_from_json(row: Mapping[str, Any], default_id: str | None = None) -> Ite
     if "prompt" not in row or not isinstance(completions, list) or not completions:
         raise UnknownShapeError(f"unknown shape (keys: {_keys(row)}). Accepted: {ITEM_SHAPE}.")
     names = [f"completions[{index}]" for index in range(len(completions))]
-    sides = {name: turns_of(value, name, "assistant") for name, value in zip(names, completions, strict=True)}
+    sides = {name: parse_messages(value, name, "assistant") for name, value in zip(names, completions, strict=True)}
     before = _before(row, COMPLETIONS, plain=all(isinstance(value, str) for value in completions))
     prompt, responses = split(before, sides)
     return Item(prompt, tuple(responses), identifier)
@@ -148,7 +148,7 @@ def _texts(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, list[
     """The prompt and the two responses on a row."""
     values = [_single(row, name) for name in columns]
     before = _before(row, columns, plain=all(isinstance(value, str) for value in values))
-    sides = [turns_of(value, name, "assistant") for name, value in zip(columns, values, strict=True)]
+    sides = [parse_messages(value, name, "assistant") for name, value in zip(columns, values, strict=True)]
     if columns == ("messages", "rejected_response"):
         last = max((index for index, turn in enumerate(sides[0]) if turn.is_users), default=-1)
         before += [sides[0][: last + 1]] if last >= 0 else []
@@ -173,7 +173,7 @@ def _single(row: Mapping[str, Any], name: str) -> Any:
     return value[0]
 
 
-def _written(texts: list[str], before: list[Turns]) -> list[Turns] | None:
+def _written(texts: list[str], before: list[Messages]) -> list[Messages] | None:
     """Texts that are conversations written out, unless there is a prompt apart from them that they do not hold."""
     prompt = before[-1][0] if before and len(before[-1]) == 1 and before[-1][0].is_users else None
     for read in (transcript, messages_in):
@@ -189,9 +189,9 @@ def _written(texts: list[str], before: list[Turns]) -> list[Turns] | None:
     return None
 
 
-def _before(row: Mapping[str, Any], columns: tuple[str, ...], *, plain: bool) -> list[Turns]:
+def _before(row: Mapping[str, Any], columns: tuple[str, ...], *, plain: bool) -> list[Messages]:
     """What a row gives apart from its responses (which may be `plain` texts): system text, earlier turns, prompt."""
-    before = [turns_of(row["system"], "system", "system")] if row.get("system") else []
+    before = [parse_messages(row["system"], "system", "system")] if row.get("system") else []
     question = _question(row, columns, plain)
     for name in EARLIER:
         value = row.get(name)
@@ -201,30 +201,30 @@ def _before(row: Mapping[str, Any], columns: tuple[str, ...], *, plain: bool) ->
             before.append(_exchanges(value, name))
         elif isinstance(value, list) and isinstance(value[0], Mapping):
             if not any(value == row[column] for column in columns):  # a copy of a side says nothing new
-                before.append(turns_of(value, name))
+                before.append(parse_messages(value, name))
         elif question is None:
-            question = turns_of(value, name)
+            question = parse_messages(value, name)
     return before if question is None else [*before, question]
 
 
-def _exchanges(value: list[list[Any]], name: str) -> Turns:
+def _exchanges(value: list[list[Any]], name: str) -> Messages:
     """Earlier turns as pairs of a question and an answer."""
     if not all(len(entry) == 2 and all(isinstance(text, str) for text in entry) for entry in value):
         raise InputError(f"{name} must be a list of messages, or of a question and an answer each.")
-    return [Turn(role, text) for entry in value for role, text in zip(("user", "assistant"), entry, strict=True)]
+    return [Message(role, text) for entry in value for role, text in zip(("user", "assistant"), entry, strict=True)]
 
 
-def _question(row: Mapping[str, Any], columns: tuple[str, ...], plain: bool) -> Turns | None:
+def _question(row: Mapping[str, Any], columns: tuple[str, ...], plain: bool) -> Messages | None:
     """The prompt on a row; None where there is none, or an empty one beside conversations. Refuses two that differ."""
     given = [name for name in QUESTIONS if row.get(name)]
     if not given:
         empty = plain and any(row.get(name) == "" for name in QUESTIONS)
-        return [Turn("user", "")] if empty else None
+        return [Message("user", "")] if empty else None
     if given[0] == "prompt" and columns in (PLAIN, COMPLETIONS):
-        return turns_of(row["prompt"], "prompt")
+        return parse_messages(row["prompt"], "prompt")
     if given == ["instruction", "input"]:
-        return [Turn("user", "\n\n".join(text_of(turns_of(row[name], name)) for name in given))]
-    first, *others = (turns_of(row[name], name) for name in given)
+        return [Message("user", "\n\n".join(messages_text(parse_messages(row[name], name)) for name in given))]
+    first, *others = (parse_messages(row[name], name) for name in given)
     if any(other != first for other in others):
         raise InputError(f"the row holds {' and '.join(given)}, which differ. Keep the one that was asked.")
     return first

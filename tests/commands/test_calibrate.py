@@ -51,16 +51,23 @@ def test_bench_and_calibrate_are_right_on_zero_based_labels(
 @fault
 @pytest.mark.parametrize("budget", [[], ["--budget", "auto"]])
 def test_calibrate_warns_of_labels_the_other_way_round(
-    budget: list[str], tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch,
+    budget: list[str],
+    tmp_path: Path,
+    scripted: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(ScriptedBackend, "_run", prefers_the_longer)
     pairs = tmp_path / "pairs.jsonl"
     rows = [
-        {"prompt": f"q{n}", "response_a": "x" * (1 + n % 2), "response_b": "x" * (2 - n % 2),
-         "label": "tie" if n > 29 else "AB"[n % 2]}
+        {
+            "prompt": f"q{n}",
+            "response_a": "x" * (1 + n % 2),
+            "response_b": "x" * (2 - n % 2),
+            "label": "tie" if n > 29 else "AB"[n % 2],
+        }
         for n in range(36)
-    ]  # fmt: skip
+    ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     mode = budget or ["--mode", "direct"]
     assert run(["calibrate", str(pairs), "-m", str(scripted), *mode]) == 0

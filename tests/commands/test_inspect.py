@@ -18,8 +18,25 @@ from gramlite.formats.artifact import Manifest, write_manifest
 
 from ..export.conftest import checkpoint_of, write_tokenizer  # noqa: F401
 
-SAME = ("path", "format", "name", "architecture", "quantization", "bits_per_weight", "bytes", "layers", "embedding",
-        "heads", "key_value_heads", "vocabulary", "context", "template", "chat_template", "memory", "manifest")  # fmt: skip
+SAME = (
+    "path",
+    "format",
+    "name",
+    "architecture",
+    "quantization",
+    "bits_per_weight",
+    "bytes",
+    "layers",
+    "embedding",
+    "heads",
+    "key_value_heads",
+    "vocabulary",
+    "context",
+    "template",
+    "chat_template",
+    "memory",
+    "manifest",
+)
 
 
 def check_sums(found: dict[str, Any]) -> None:
@@ -37,8 +54,10 @@ def test_a_checkpoint(checkpoint_of: Callable[..., Path], tmp_path: Path) -> Non
     found = inspect_model(folder)
     check_sums(found)
     assert (found["format"], found["architecture"], found["layers"]) == (
-        "hf", "LlamaForCausalLM", config["num_hidden_layers"],
-    )  # fmt: skip
+        "hf",
+        "LlamaForCausalLM",
+        config["num_hidden_layers"],
+    )
     bits = {"F32": 32, "BF16": 16, "F16": 16}[found["quantization"]]
     assert found["bits_per_weight"] == bits and found["memory_on"] == "the CPU, float32"
     weights = next(iter(found["memory"].values()))["weights"]

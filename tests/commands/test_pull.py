@@ -15,8 +15,15 @@ from gramlite.cli import run
 from gramlite.commands.pull import select
 from gramlite.errors import InputError, ModelError
 
-CHECKPOINT = {"config.json": 10, "model.safetensors": 1000, "pytorch_model.bin": 1000, "README.md": 5, "logo.png": 7,
-              "tokenizer.json": 20, "original/params.json": 3}  # fmt: skip
+CHECKPOINT = {
+    "config.json": 10,
+    "model.safetensors": 1000,
+    "pytorch_model.bin": 1000,
+    "README.md": 5,
+    "logo.png": 7,
+    "tokenizer.json": 20,
+    "original/params.json": 3,
+}
 
 
 def test_weights_tokenizer_and_card_are_chosen_and_pickles_left() -> None:

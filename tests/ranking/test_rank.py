@@ -17,7 +17,7 @@ import gramlite
 from gramlite import InputError, Settings
 from gramlite.backends.scripted import ScriptedBackend
 from gramlite.cli import run
-from gramlite.commands.rank import RankingTable
+from gramlite.commands.rank import ranking_table
 from gramlite.generation.decoder import Generation
 from gramlite.generation.request import Request
 from gramlite.generation.scaffold import SMOLLM2
@@ -295,16 +295,15 @@ def test_ranked_rows_resume(scripted: Path, tmp_path: Path) -> None:
 
 
 def test_a_person_sees_a_table() -> None:
-    table = RankingTable()
-    table.completions = ["3 is\na number", "2 [red]", "1 \x1b[2J"]
+    completions = ["3 is\na number", "2 [red]", "1 \x1b[2J"]
     backend = Strengths(beats={("1 \x1b[2J", "3 is\na number")})
-    row = judge_on(backend).rank(prompt="q", completions=table.completions, method="full").to_json()
+    row = judge_on(backend).rank(prompt="q", completions=completions, method="full").to_json()
     console = Console(file=io.StringIO(), width=80)
-    console.print(table(row | {"id": "[bold]x"}))
+    console.print(ranking_table(row | {"id": "[bold]x"}, completions))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[bold]x" in shown and "3 is a number" in shown and "2 [red]" in shown and "\x1b" not in shown
     assert "Circles: 0 > 1 > 2 > 0" in shown and shown.index("3 is") < shown.index("2 [")
-    console.print(table(row | {"id": "y", "ranking": None, "reason": "line 4: nothing"}))
+    console.print(ranking_table(row | {"id": "y", "ranking": None, "reason": "line 4: nothing"}, completions))
     assert "line 4: nothing" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -21,9 +21,14 @@ from gramlite.errors import InputError
 
 LINE_SEPARATOR = "\u2028"
 ROWS = [
-    {"id": f"r{n}", "prompt": f"Frage {n}: Äpfel?", "response_a": f"ja,{LINE_SEPARATOR} \"{n}\"", "response_b": f"nein\n{n}"}
+    {
+        "id": f"r{n}",
+        "prompt": f"Frage {n}: Äpfel?",
+        "response_a": f'ja,{LINE_SEPARATOR} "{n}"',
+        "response_b": f"nein\n{n}",
+    }
     for n in range(30)
-]  # fmt: skip
+]
 JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
@@ -208,7 +213,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     rows = [{"id": n, "chosen": said, "rejected": [said[0], {**said[1], "content": "y"}]} for n in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     with Lines(tmp_path / "pairs.parquet") as lines:
-        found = [row.pair for row in read_rows(lines)]
+        found = [row.value for row in read_rows(lines)]
     assert [(pair and (pair.id, pair.prompt, pair.response_a, pair.response_b)) for pair in found] == [
         (n, "q", "x", "y") for n in range(50)
     ]
@@ -249,7 +254,7 @@ def test_an_empty_cell_is_an_empty_response_and_no_id(tmp_path: Path) -> None:
 
     (tmp_path / "pairs.csv").write_text("id,prompt,response_a,response_b,meta\n,q,x,,\n7,q,,y,\n")
     with Lines(tmp_path / "pairs.csv") as lines:
-        pairs = [row.pair for row in read_rows(lines) if row.pair]
+        pairs = [row.value for row in read_rows(lines) if row.value]
     assert [(pair.id, pair.response_a, pair.response_b) for pair in pairs] == [("1", "x", ""), ("7", "", "y")]
 
 

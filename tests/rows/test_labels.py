@@ -36,25 +36,44 @@ UNDERSTOOD: dict[str, tuple[str, list[Any], list[Any]]] = {
     "HHH, its column": ("labels", [[1, 0], [0, 1]], ["A", "B"]),
     "Arena": ("winner", ["model_a", "model_b", "tie", "tie (bothbad)"], ["A", "B", "tie", "tie"]),
     "Arena 140k": ("winner", ["model_a", "model_b", "tie", "both_bad"], ["A", "B", "tie", "tie"]),
-    "Arena 55k": ("", [one_hot(1, 0, 0), one_hot(0, 1, 0), one_hot(0, 0, 1), one_hot(None, None, None)],
-                  ["A", "B", "tie", None]),
-    "Arena 55k, as text": ("", [one_hot("1", "0", "0"), one_hot("0", "1", "0"), one_hot(False, False, True)],
-                           ["A", "B", "tie"]),
+    "Arena 55k": (
+        "",
+        [one_hot(1, 0, 0), one_hot(0, 1, 0), one_hot(0, 0, 1), one_hot(None, None, None)],
+        ["A", "B", "tie", None],
+    ),
+    "Arena 55k, as text": (
+        "",
+        [one_hot("1", "0", "0"), one_hot("0", "1", "0"), one_hot(False, False, True)],
+        ["A", "B", "tie"],
+    ),
     "MT-Bench": ("winner", ["model_a", "model_b", "tie", "tie (inconsistent)"], ["A", "B", "tie", "tie"]),
     "FastChat": ("winner", ["model_1", "model_2", "tie"], ["A", "B", "tie"]),
-    "Arena-Hard": ("label", ["A>>B", "A>B", "A=B", "B>A", "B>>A", "B<A", "B<<A", "A<B", "A<<B", "B=A"],
-                   ["A", "A", "tie", "B", "B", "A", "A", "B", "B", "tie"]),
+    "Arena-Hard": (
+        "label",
+        ["A>>B", "A>B", "A=B", "B>A", "B>>A", "B<A", "B<<A", "A<B", "A<<B", "B=A"],
+        ["A", "A", "tie", "B", "B", "A", "A", "B", "B", "tie"],
+    ),
     "AlpacaEval": ("preference", [1, 2, 1.5, 1.0000001, 1.49, 1.51, None], ["A", "B", "tie", "A", "A", "B", None]),
     "AlpacaEval, the baseline always": ("preference", [1, 1.0], ["A", "A"]),
     "RewardMATH": ("chosen_position", ["A", "B"], ["A", "B"]),
-    "sentences": ("label", ["Response A", "response b", " Assistant A ", "assistant_b", "MODEL A", "Output (b)", "answer-a"],
-                  ["A", "B", "A", "B", "A", "B", "A"]),
-    "brackets": ("label", ["[[A]]", "[[B]]", "[A]", "(b)", '"A"', "[[A>>B]]", "[[ B > A ]]", "[[C]]"],
-                 ["A", "B", "A", "B", "A", "A", "B", "tie"]),
+    "sentences": (
+        "label",
+        ["Response A", "response b", " Assistant A ", "assistant_b", "MODEL A", "Output (b)", "answer-a"],
+        ["A", "B", "A", "B", "A", "B", "A"],
+    ),
+    "brackets": (
+        "label",
+        ["[[A]]", "[[B]]", "[A]", "(b)", '"A"', "[[A>>B]]", "[[ B > A ]]", "[[C]]"],
+        ["A", "B", "A", "B", "A", "A", "B", "tie"],
+    ),
     "places": ("label", ["first", "Second", "response 1", "Response_2"], ["A", "B", "A", "B"]),
-    "ties": ("label", ["tie", "TIE", "draw", "bothbad", "Both Bad", "tie (both bad)", "Tie(inconsistent)"], ["tie"] * 7),
+    "ties": (
+        "label",
+        ["tie", "TIE", "draw", "bothbad", "Both Bad", "tie (both bad)", "Tie(inconsistent)"],
+        ["tie"] * 7,
+    ),
     "a later column": ("", [{"label": None, "winner": "model_b"}, {"label": "", "preference": 1.2}], ["B", "A"]),
-}  # fmt: skip
+}
 READ_BEFORE = {"JudgeBench", "LLMBar"}
 
 
@@ -139,7 +158,7 @@ NOT_UNDERSTOOD: dict[str, tuple[str, list[Any], str, int, str]] = {
     "half said": ("label", [0, 1, 2], "label 1 ", 2, "0=A"),
     "half said, 1 and 2": ("label", [2, 1], "label 2 ", 1, "1=B"),
     "a half said of 1 to 2": ("preference", [1, 2, 1.2], "label 1.2 in preference", 3, "1=A,2=B"),
-}  # fmt: skip
+}
 
 
 @fault
@@ -316,6 +335,6 @@ def test_a_row_is_judged_whatever_its_label_and_read_with_it_or_refused(value: A
     row = {"prompt": "q", "response_a": "x", "response_b": "y", column: value}
     line = json.dumps(row).encode()
     (judged,) = read_rows(io.BytesIO(line))
-    assert judged.pair is not None and judged.error is None
+    assert judged.value is not None and judged.error is None
     read = outcome(lambda: pair_from_json(json.loads(line)).label)
-    assert judged.pair.label == (None if read == REFUSED else read)
+    assert judged.value.label == (None if read == REFUSED else read)

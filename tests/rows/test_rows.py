@@ -19,21 +19,33 @@ GOOD = {"prompt": "q", "response_a": "x", "response_b": "y"}
         (GOOD | {"id": "7", "label": "B", "meta": {"k": 1}}, Pair("q", "x", "y", "7", "B", {"k": 1})),
         ({"prompt": "q", "chosen": "x", "rejected": "y"}, Pair("q", "x", "y", None, "A")),
         (
-            {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
-             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}]},
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
+                "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}],
+            },
             Pair("q", "x", "y", None, "A"),
         ),
         (
-            {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "s"}],
-             "chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]},
+            {
+                "prompt": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "r"},
+                    {"role": "user", "content": "s"},
+                ],
+                "chosen": [{"role": "assistant", "content": "x"}],
+                "rejected": [{"role": "assistant", "content": "y"}],
+            },
             Pair("User: q\n\nAssistant: r\n\nUser: s", "x", "y", None, "A"),
         ),
-        ({"question": "q", "response_A": "x", "response_B": "y", "label": "B>A", "pair_id": "p"}, Pair("q", "x", "y", "p", "B")),
+        (
+            {"question": "q", "response_A": "x", "response_B": "y", "label": "B>A", "pair_id": "p"},
+            Pair("q", "x", "y", "p", "B"),
+        ),
         ({"instruction": "q", "output_1": "x", "output_2": "y", "preference": 2}, Pair("q", "x", "y", None, "B")),
         ({"instruction": "q", "input": "i", "output_1": "x", "output_2": "y"}, Pair("q\n\ni", "x", "y")),
         ({"input": "q", "output_1": "x", "output_2": "y", "label": "A"}, Pair("q", "x", "y", None, "A")),
     ],
-)  # fmt: skip
+)
 def test_accepted_shapes(row: dict[str, Any], expected: Pair) -> None:
     assert pair_from_json(row) == expected
 
@@ -42,7 +54,7 @@ def test_ids_fall_back_to_the_line_number() -> None:
     rows = list(
         read_rows(io.BytesIO(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\n  \n" + json.dumps(GOOD).encode()))
     )
-    assert [(row.line, row.pair.id if row.pair else None) for row in rows] == [(1, "1"), (4, "4")]
+    assert [(row.number, row.value.id if row.value else None) for row in rows] == [(1, "1"), (4, "4")]
 
 
 BAD_LINES: dict[str, bytes] = {
@@ -89,8 +101,8 @@ def test_each_bad_line_is_named_and_the_others_go_on() -> None:
     rows = list(read_rows(io.BytesIO(b"\n".join(lines))))
     assert len(rows) == 2 * len(BAD_LINES) + 1
     for row, name in zip(rows[1::2], BAD_LINES, strict=True):
-        assert row.pair is None and row.error and row.error.startswith(f"line {row.line}: "), name
-    assert all(row.pair for row in rows[::2])
+        assert row.value is None and row.error and row.error.startswith(f"line {row.number}: "), name
+    assert all(row.value for row in rows[::2])
 
 
 def test_an_unknown_shape_names_the_accepted_ones() -> None:

@@ -85,9 +85,13 @@ def rows_of(shared: list[Turn], first: list[Turn], second: list[Turn]) -> dict[s
             "rejected": messages(shared[asked[-1] :] + second),
         },
         "split": {
-            "messages": messages(shared[: asked[-1]]), "prompt": shared[-1][1], **replies,
-        } if asked[-1] else whole,
-    }  # fmt: skip
+            "messages": messages(shared[: asked[-1]]),
+            "prompt": shared[-1][1],
+            **replies,
+        }
+        if asked[-1]
+        else whole,
+    }
     if shared[0][0] == "system":
         later = {"chosen": messages(shared[1:] + first), "rejected": messages(shared[1:] + second)}
         rows |= {"system column": {"system": shared[0][1], **later}, "system twice": {"system": shared[0][1], **whole}}
@@ -217,7 +221,7 @@ def test_any_row_keeps_its_id(row: dict[str, Any], identifier: Any) -> None:
     expected = identifier if usable else "3"
     (read,) = read_rows(io.BytesIO(b"\n\n" + line))
     (ranked,) = read_lines(io.BytesIO(b"\n\n" + line), item_from_json)
-    for found, made, error in ((read.id, read.pair, read.error), (ranked.id, ranked.value, ranked.error)):
+    for found, made, error in ((read.id, read.value, read.error), (ranked.id, ranked.value, ranked.error)):
         assert found == expected and type(found) is type(expected)
         assert (made is None) == (error is not None) and (error or "line 3: ").startswith("line 3: ")
         if made:
@@ -260,4 +264,4 @@ def test_any_file_gives_rows_or_is_refused(tmp_path: Path, magic: bytes, data: b
     except InputError as error:
         assert name in str(error)
     else:
-        assert all((row.pair is None) == bool(row.error) for row in rows)
+        assert all((row.value is None) == bool(row.error) for row in rows)
