@@ -27,7 +27,7 @@ from gramlite.formats.gguf_writer import HEADER_BYTES
 from gramlite.formats.publish import publish_file, tool_versions
 from gramlite.formats.quantization import bits_per_weight
 from gramlite.options import chat_options
-from gramlite.runtime.device import thread_count
+from gramlite.runtime.machine import thread_count
 from gramlite.storage import check_output, sha256_file
 
 from .calibration import DEFAULT_TOKENS, mode_option

@@ -14,7 +14,7 @@ import psutil
 
 from gramlite.errors import InputError, ResourceError
 from gramlite.formats.gptq_folder import SHARD_BYTES
-from gramlite.runtime.device import free_memory, thread_count
+from gramlite.runtime.machine import free_memory, thread_count
 
 from .batches import BATCH_TOKENS
 

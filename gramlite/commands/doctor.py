@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +16,7 @@ import click
 from gramlite.terminal import say_json
 
 if TYPE_CHECKING:
-    from gramlite.runtime.device import Machine
+    from gramlite.runtime.machine import Machine
 
 MiB = 1 << 20
 
@@ -37,7 +39,7 @@ def version_of(package: str) -> str | None:
 
 
 def check_machine() -> Finding:
-    from gramlite.runtime.device import free_memory, thread_count
+    from gramlite.runtime.machine import free_memory, thread_count
 
     says = (
         f"{platform.system()} {platform.machine()}, {thread_count(None)} threads, {free_memory() / MiB:,.0f} MiB free"
@@ -56,39 +58,13 @@ def check_llama_cpp() -> Finding:
     return Finding("gguf backend", True, f"llama-cpp-python {version}")
 
 
-def check_llama_cpp_cuda() -> Finding:
-    def machine() -> Machine:
-        from gramlite.backends.gguf.library import machine
-
-        return machine()
-
-    return check_cuda("CUDA for gguf (llama.cpp)", machine, CUDA_INSTALL)
-
-
-def check_torch_cuda() -> Finding:
-    def machine() -> Machine:
-        from gramlite.runtime.torch_devices import machine
-
-        return machine()
-
-    version = version_of("torch")
-    name = "CUDA for hf and gptq (torch)"
-    if version is None:
-        return Finding(name, False, "torch is not installed. Type: pip install 'gramlite[hf]'")
-    return check_cuda(name, machine, TORCH_INSTALL, f"torch {version}, ")
-
-
-def check_onnxruntime_cuda() -> Finding:
-    def machine() -> Machine:
-        from gramlite.backends.onnx import machine
-
-        return machine()
-
-    version = version_of("onnxruntime-gpu") or version_of("onnxruntime")
-    name = "CUDA for onnx (onnxruntime)"
-    if version is None:
-        return Finding(name, False, "onnxruntime is not installed. Type: pip install 'gramlite[onnx]'")
-    return check_cuda(name, machine, ONNX_INSTALL, f"onnxruntime {version}, ")
+def check_runtime(name: str, packages: Sequence[str], extra: str, module: str, install: str) -> Finding:
+    """Whether what runs a format has CUDA; `module` has the function that sees this machine as it does."""
+    version = next((found for found in map(version_of, packages) if found), None)
+    if packages and version is None:
+        return Finding(name, False, f"{packages[-1]} is not installed. Type: pip install 'gramlite[{extra}]'")
+    lead = f"{packages[-1]} {version}, " if packages else ""
+    return check_cuda(name, lambda: importlib.import_module(module).machine(), install, lead)
 
 
 def check_cuda(name: str, machine: Callable[[], Machine], install: str, lead: str = "") -> Finding:
@@ -98,24 +74,34 @@ def check_cuda(name: str, machine: Callable[[], Machine], install: str, lead: st
     except (ImportError, OSError, RuntimeError) as error:
         return Finding(name, False, f"{lead}which does not load: {error}")
     if not found.gpus:
-        reason = replace(found, driver=False).why_no_gpu
-        says = f"{lead}{reason}; judging runs on the CPU. "
+        says = f"{lead}{replace(found, driver=False).why_no_gpu}; judging runs on the CPU. "
         if found.driver:
-            return Finding(name, False, says + f"NVIDIA's driver is installed, so type: {install}")
+            return Finding(name, False, f"{says}NVIDIA's driver is installed, so type: {install}")
         return Finding(
-            name, False, says + f"NVIDIA's driver is not installed. With an NVIDIA GPU and it, type: {install}"
+            name, False, f"{says}NVIDIA's driver is not installed. With an NVIDIA GPU and it, type: {install}"
         )
     gpus = ", ".join(
         f"GPU {gpu.index} {gpu.name} ({gpu.free / MiB:,.0f} of {gpu.total / MiB:,.0f} MiB free)" for gpu in found.gpus
     )
-    best = max(found.gpus, key=lambda gpu: gpu.free)
     most = ", which has the most free memory" if len(found.gpus) > 1 else ""
-    return Finding(name, True, f"{lead}{gpus}; judging runs on GPU {best.index}{most}, where a model fits it")
+    where = f"judging runs on GPU {found.freest.index}{most}, where a model fits it"
+    return Finding(name, True, f"{lead}{gpus}; {where}")
 
 
 CUDA_INSTALL = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36"
 TORCH_INSTALL = "pip install --force-reinstall torch, with the index that pytorch.org names for your CUDA"
 ONNX_INSTALL = "pip uninstall -y onnxruntime onnxruntime-genai && pip install 'gramlite[onnx-cuda]'"
+RUNTIMES = (  # that judge on CUDA: a name, packages whose version is told, their extra, a module, what to type
+    ("CUDA for gguf (llama.cpp)", (), "", "gramlite.backends.gguf.library", CUDA_INSTALL),
+    ("CUDA for hf and gptq (torch)", ("torch",), "hf", "gramlite.runtime.torch_devices", TORCH_INSTALL),
+    (
+        "CUDA for onnx (onnxruntime)",
+        ("onnxruntime-gpu", "onnxruntime"),
+        "onnx",
+        "gramlite.backends.onnx",
+        ONNX_INSTALL,
+    ),
+)
 
 
 def check_reference() -> Finding:
@@ -147,9 +133,12 @@ def check_cache() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    check_machine, check_llama_cpp, check_llama_cpp_cuda, check_torch_cuda, check_onnxruntime_cuda, check_reference,
+    check_machine,
+    check_llama_cpp,
+    *(partial(check_runtime, *runtime) for runtime in RUNTIMES),
+    check_reference,
     check_cache,
-)  # fmt: skip
+)
 
 
 @click.command()

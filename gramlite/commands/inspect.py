@@ -14,32 +14,29 @@ from gramlite.terminal import say_json
 
 if TYPE_CHECKING:
     from gramlite.formats.artifact import Artifact
-    from gramlite.runtime.placement import Footprint
+    from gramlite.runtime.placement import Memory
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 MEMORY = {"kv_cache": "KV cache"}
 MiB = 1 << 20
 
 
-def contexts_up_to(trained: int) -> list[int]:
-    """The contexts whose memory is told; a model that was trained for less than all of them has its own."""
-    return [context for context in CONTEXTS if context <= trained] or [trained]
+def memory_needed(size: Memory, trained: int) -> dict[int, dict[str, int]]:
+    """The bytes that a model takes by its context; one that was trained for less than all of them has its own."""
+    contexts = [context for context in CONTEXTS if context <= trained] or [trained]
+    needed = {context: size.at(context) for context in contexts}
+    return {context: {**asdict(parts), "total": parts.total} for context, parts in needed.items()}
 
 
 def inspect_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself and the memory it needs, in bytes; raises ModelError when it is refused."""
     from gramlite.formats.gguf_header import hyperparameters, read_header
     from gramlite.formats.quantization import bits_per_weight, quantization_name
-    from gramlite.runtime.device import choose_layout, context_size
-    from gramlite.runtime.memory import predict
+    from gramlite.runtime.gguf_memory import LayeredFootprint, choose_layout
     from gramlite.runtime.options import RuntimeOptions
 
     header = read_header(path)
     sizes = hyperparameters(header)
-    memory = {}
-    for context in contexts_up_to(sizes.context):
-        needed = predict(header, context_size(choose_layout(RuntimeOptions()), context))
-        memory[context] = {**asdict(needed), "total": needed.total}
     return {
         "path": str(path),
         "format": "gguf",
@@ -56,7 +53,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         "context": sizes.context,
         "template": header.metadata.get("gramlite.template.name"),
         "chat_template": known_chat_template(header.metadata.get("tokenizer.chat_template")),
-        "memory": memory,
+        "memory": memory_needed(LayeredFootprint(header, choose_layout(RuntimeOptions())), sizes.context),
     }
 
 
@@ -69,11 +66,10 @@ def inspect_folder(artifact: Artifact) -> dict[str, Any]:
     weights = weight_count(folder)
     if artifact.format == "onnx":
         from gramlite.formats.onnx_graph import read_graph
-        from gramlite.runtime.onnx_folder import footprint as onnx_footprint
-        from gramlite.runtime.onnx_folder import graph_name
+        from gramlite.runtime import onnx_folder
 
-        graph = read_graph(artifact.path / graph_name(artifact))
-        stored, quantization, size = graph.weights, None, onnx_footprint(folder, graph)
+        graph = read_graph(artifact.path / onnx_folder.graph_name(artifact))
+        stored, quantization, size = graph.weights, None, onnx_folder.footprint(folder, graph)
         where = "onnxruntime"
     else:
         sizes = stored_bytes(artifact.path)
@@ -85,7 +81,6 @@ def inspect_folder(artifact: Artifact) -> dict[str, Any]:
     names = folder.config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else folder.config.get("model_type")
     heads = folder.count("num_attention_heads")
-    contexts = contexts_up_to(folder.context)
     return {
         "path": str(artifact.path),
         "format": artifact.format,
@@ -104,14 +99,8 @@ def inspect_folder(artifact: Artifact) -> dict[str, Any]:
         "chat_template": known_chat_template(folder.chat_template),
         "source": manifest.source.get("name") if manifest else None,
         "memory_on": where,
-        "memory": {context: of_context(size, context) for context in contexts},
+        "memory": memory_needed(size, folder.context),
     }
-
-
-def of_context(size: Footprint, context: int) -> dict[str, int]:
-    """The bytes that a model takes with a context."""
-    kv_cache = size.token * context
-    return {"weights": size.weights, "kv_cache": kv_cache, "compute": size.compute, "total": size.total(context)}
 
 
 def template_name(artifact: Artifact) -> str | None:

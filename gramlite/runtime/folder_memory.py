@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 from gramlite.errors import GramliteError, ModelError
+from gramlite.formats.architecture import expected_tensors, read_architecture
+from gramlite.formats.checkpoint import read_safetensors_header, weight_files
 from gramlite.formats.model_folder import ModelFolder
 
+from .memory import Footprint
 from .options import PIECE
-from .placement import Footprint
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-def stored_bytes(path: Path) -> dict[str, int]:
-    """The bytes of a folder's tensors by their type, every file's header checked; ModelError for what is refused."""
-    from gramlite.formats.checkpoint import read_safetensors_header, weight_files
+def stored_bytes(path: Path, *, linear_bits: float | None = None) -> dict[str, int]:
+    """The bytes of a folder's tensors by their type, every file's header checked; ModelError for what is refused.
 
-    sizes: dict[str, int] = {}
+    With `linear_bits` they are what is left once the linear layers of the blocks take so many bits a weight.
+    """
+    sizes: Counter[str] = Counter()
     for file in weight_files(path):
-        for tensor in read_safetensors_header(file).values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
-    return sizes
+        for name, tensor in read_safetensors_header(file).items():
+            if linear_bits and ".layers." in name and len(tensor.shape) == 2:
+                sizes["U8"] += int(prod(tensor.shape) * linear_bits / 8)
+            else:
+                sizes[tensor.dtype] += tensor.bytes
+    return dict(sizes)
 
 
 def bytes_when_quantized(path: Path, bits: float) -> dict[str, int]:
-    """As `stored_bytes`, with the linear layers of the blocks at `bits` a weight; other tensors stay as they are."""
-    from gramlite.formats.checkpoint import read_safetensors_header, weight_files
-
-    sizes: dict[str, int] = {}
-    for file in weight_files(path):
-        for name, tensor in read_safetensors_header(file).items():
-            linear = ".layers." in name and len(tensor.shape) == 2
-            kind, size = ("U8", int(prod(tensor.shape) * bits / 8)) if linear else (tensor.dtype, tensor.bytes)
-            sizes[kind] = sizes.get(kind, 0) + size
-    return sizes
+    return stored_bytes(path, linear_bits=bits)
 
 
 def stored_type(path: Path, sizes: Mapping[str, int]) -> str:
@@ -64,8 +62,6 @@ def quantization_of(folder: ModelFolder) -> str | None:
 
 def weight_count(folder: ModelFolder) -> int | None:
     """How many weights the architecture has, whatever they are stored as; None for one that is not known."""
-    from gramlite.formats.architecture import expected_tensors, read_architecture
-
     try:
         tensors = expected_tensors(read_architecture(folder.config))
     except GramliteError:
@@ -74,14 +70,22 @@ def weight_count(folder: ModelFolder) -> int | None:
 
 
 def footprint(folder: ModelFolder, sizes: Mapping[str, int], item: int) -> Footprint:
-    """What the model takes with floating point numbers of `item` bytes; quantized bytes stay as they are.
-
-    Computing needs the attention scores and the feed-forward layer of one piece and one row of logits, roughly.
-    """
+    """What the model takes with floating point numbers of `item` bytes; quantized bytes stay as they are."""
     weights = sum(size // ITEM_BYTES[kind] * item if kind in ITEM_BYTES else size for kind, size in sizes.items())
-    heads = folder.count("num_attention_heads")
-    head_size = folder.count("head_dim", folder.count("hidden_size") // heads)
-    key_values = folder.count("num_key_value_heads", heads) * head_size
+    key_values = folder.count("num_key_value_heads", folder.count("num_attention_heads")) * head_size(folder)
+    return Footprint(
+        weights=weights,
+        token=2 * folder.count("num_hidden_layers") * key_values * item,
+        compute=compute_bytes(folder, folder.count("vocab_size")),
+    )
+
+
+def head_size(folder: ModelFolder) -> int:
+    return folder.count("head_dim", folder.count("hidden_size") // folder.count("num_attention_heads"))
+
+
+def compute_bytes(folder: ModelFolder, vocabulary: int) -> int:
+    """The attention scores and the feed-forward layer of one piece and one row of logits, roughly."""
     wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
-    compute = PIECE * (wide + heads * min(folder.context, 8192)) * 4 + folder.count("vocab_size") * 8
-    return Footprint(weights=weights, token=2 * folder.count("num_hidden_layers") * key_values * item, compute=compute)
+    scores = folder.count("num_attention_heads") * min(folder.context, 8192)
+    return PIECE * (wide + scores) * 4 + vocabulary * 8

@@ -7,8 +7,8 @@ from gramlite.formats.artifact import Artifact
 from gramlite.formats.model_folder import ModelFolder, read_json_object
 from gramlite.formats.onnx_graph import OnnxGraph
 
-from .options import PIECE
-from .placement import Footprint
+from . import folder_memory
+from .memory import Footprint
 
 GENAI = "genai_config.json"
 
@@ -28,18 +28,14 @@ def graph_name(artifact: Artifact) -> str:
 
 def head_size(folder: ModelFolder, graph: OnnxGraph) -> int:
     """The graph's own, else that of config.json: the model builder leaves it open."""
-    return graph.head_size or folder.count(
-        "head_dim", folder.count("hidden_size") // folder.count("num_attention_heads")
-    )
+    return graph.head_size or folder_memory.head_size(folder)
 
 
 def footprint(folder: ModelFolder, graph: OnnxGraph) -> Footprint:
     """What the session takes: onnxruntime packs the weights anew while it loads, so they count twice."""
-    wide = 8 * folder.count("hidden_size") + 4 * folder.count("intermediate_size", 4 * folder.count("hidden_size"))
-    scores = folder.count("num_attention_heads") * min(folder.context, 8192)
     item = 2 if graph.half else 4
     return Footprint(
         weights=2 * graph.weights,
         token=len(graph.past) * graph.key_value_heads * head_size(folder, graph) * item,
-        compute=PIECE * (wide + scores) * 4 + graph.vocabulary * 8,
+        compute=folder_memory.compute_bytes(folder, graph.vocabulary),
     )

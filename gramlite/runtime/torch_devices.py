@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .device import Gpu, Machine, free_memory, has_driver, has_mps
+from .machine import Gpu, Machine, free_memory, has_driver, has_mps
 
 
 def machine() -> Machine:

@@ -16,19 +16,11 @@ from gramlite.errors import GramliteError, OutOfMemory, ResourceError
 from gramlite.formats.gguf_header import Header, read_header
 from gramlite.generation.decoder import Generation
 from gramlite.generation.request import Request
-from gramlite.runtime.device import (
-    Gpu,
-    Machine,
-    bytes_beside_gpu,
-    choose_layout,
-    context_size,
-    layers_that_fit,
-    offload_below,
-    plan_offload,
-)
-from gramlite.runtime.memory import predict
+from gramlite.runtime.gguf_memory import LayeredFootprint, choose_layout
+from gramlite.runtime.machine import Gpu, Machine, has_driver, has_mps
+from gramlite.runtime.memory import Footprint
 from gramlite.runtime.options import RuntimeOptions
-from gramlite.runtime.placement import Footprint, place, placement_below
+from gramlite.runtime.placement import offload_below, place, placement_below, plan_offload
 
 GiB, MB = 1 << 30, 1_000_000
 SIZE = Footprint(weights=1000 * MB, token=MB // 10, compute=100 * MB)
@@ -294,11 +286,9 @@ def check_run(situation: Situation, run: Any, device: FakeDevice, caplog: pytest
 
 def free_for(header: Header, layers: int) -> int:
     """The least free memory of a GPU, in bytes, that `layers` fit."""
-    size = context_size(choose_layout(RuntimeOptions()), 8192)
+    size = LayeredFootprint(header, choose_layout(RuntimeOptions()))
     step = 4096
-    enough = next(
-        free for free in range(0, predict(header, size).total, step) if layers_that_fit(header, size, free) >= layers
-    )
+    enough = next(free for free in range(0, size.at(8192).total, step) if size.layers_in(free, 8192) >= layers)
     return int(enough / 0.94) + step
 
 
@@ -309,8 +299,7 @@ def test_there_are_enough_situations() -> None:
 
 def test_the_context_may_shrink_while_loading_and_never_while_judging(header: Header) -> None:
     options = RuntimeOptions()
-    size = context_size(choose_layout(options), 2048)
-    machine = Machine(predict(header, size).total, (BIG,))
+    machine = Machine(LayeredFootprint(header, choose_layout(options)).at(2048).total, (BIG,))
     plan = replace(plan_offload(header, options, machine), reduced=True)
     lower = offload_below(plan, header, options, machine)
     assert lower and (plan.context, lower.context, lower.device) == (8192, 2048, "cpu")
@@ -321,9 +310,9 @@ def test_the_context_may_shrink_while_loading_and_never_while_judging(header: He
 def test_half_of_the_layers_are_passed_over_where_the_others_fit_no_memory(header: Header) -> None:
     options = RuntimeOptions()
     plan = plan_offload(header, options, Machine(8 * GiB, (BIG,)))
-    size = context_size(plan.layout, plan.context)
-    others = bytes_beside_gpu(header, size, plan.gpu_layers // 2)
-    assert 0 < others < predict(header, size).total
+    size = LayeredFootprint(header, plan.layout)
+    others = size.beside_gpu(plan.gpu_layers // 2, plan.context)
+    assert 0 < others < size.at(plan.context).total
     places = [offload_below(plan, header, options, Machine(free, (BIG,))) for free in (others, others - 1)]
     assert [(place.gpu_layers, place.reduced) for place in places if place] == [
         (plan.gpu_layers // 2, True),
@@ -366,6 +355,4 @@ def test_a_stop_is_not_undone_by_stepping_down_and_a_lost_model_is_not_asked(hea
 
 
 def test_a_driver_is_looked_for_without_failing(tmp_path: Path) -> None:
-    from gramlite.runtime.device import has_driver, has_mps
-
     assert has_driver() in (True, False) and has_mps() in (True, False)

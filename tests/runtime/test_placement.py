@@ -7,9 +7,10 @@ import logging
 import pytest
 
 from gramlite.errors import InputError, ResourceError
-from gramlite.runtime.device import Gpu, Machine
+from gramlite.runtime.machine import Gpu, Machine
+from gramlite.runtime.memory import Footprint
 from gramlite.runtime.options import RuntimeOptions
-from gramlite.runtime.placement import Footprint, place
+from gramlite.runtime.placement import place
 
 MB = 1_000_000
 SIZE = Footprint(weights=1000 * MB, token=MB // 10, compute=100 * MB)
@@ -68,5 +69,7 @@ def test_refusals(
 
 
 def test_what_does_not_fit_at_all_is_refused_with_bytes() -> None:
-    with pytest.raises(ResourceError, match=r"needs 1,509,600,000 bytes and 900,000,000 are free. No context fits"):
+    parts = r"\(weights 1,000 MB, KV cache 410 MB, compute 100 MB\)"
+    message = f"needs 1,509,600,000 bytes {parts} and 900,000,000 are free. No context fits"
+    with pytest.raises(ResourceError, match=message):
         place("m", 4096, RuntimeOptions(), Machine(900 * MB), cpu=SIZE, gpu=SIZE)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from gramlite.runtime import device
-from gramlite.runtime.device import free_memory, thread_count
+from gramlite.runtime.machine import control_groups, free_memory, thread_count
 
 quota = pytest.mark.fault("quota")
 MANY = 12
@@ -157,13 +156,13 @@ def test_without_control_groups(groups: Groups, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert thread_count(None) == MANY and free_memory() > 0
-    assert [*device.control_groups("cpu")] == [] if hasattr(device, "control_groups") else True
+    assert [*control_groups("cpu")] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity mask")
 def test_the_mask_of_a_real_process() -> None:
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from gramlite.runtime.device import thread_count; print(thread_count(None))"
+        "from gramlite.runtime.machine import thread_count; print(thread_count(None))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"

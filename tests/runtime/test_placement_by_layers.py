@@ -10,19 +10,10 @@ from broken_gguf import UINT32, model_pieces
 
 from gramlite.errors import InputError, ResourceError
 from gramlite.formats.gguf_header import Header, read_header
-from gramlite.runtime.device import (
-    DRAFT_TOKENS,
-    Gpu,
-    Machine,
-    bytes_beside_gpu,
-    choose_layout,
-    context_size,
-    layers_that_fit,
-    plan_offload,
-    thread_count,
-)
-from gramlite.runtime.memory import block_bytes, predict
+from gramlite.runtime.gguf_memory import DRAFT_TOKENS, LayeredFootprint, block_bytes, choose_layout
+from gramlite.runtime.machine import Gpu, Machine, thread_count
 from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.placement import plan_offload
 
 GiB = 1 << 30
 
@@ -36,8 +27,8 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
     return read_header(path)
 
 
-def needed(header: Header, context: int, **options: object) -> int:
-    return predict(header, context_size(choose_layout(RuntimeOptions(**options)), context)).total  # type: ignore[arg-type]
+def footprint(header: Header, *adapters: Header) -> LayeredFootprint:
+    return LayeredFootprint(header, choose_layout(RuntimeOptions()), adapters)
 
 
 def gpu(free: int) -> Gpu:
@@ -62,11 +53,11 @@ def test_the_gpu_with_most_free_memory_is_taken(header: Header) -> None:
 
 
 def test_a_gpu_with_little_room_takes_some_layers(header: Header, caplog: pytest.LogCaptureFixture) -> None:
-    size = context_size(choose_layout(RuntimeOptions()), 8192)
-    whole = predict(header, size)
-    counts = [layers_that_fit(header, size, free) for free in range(0, whole.total + 4096, 4096)]
+    size = footprint(header)
+    whole = size.at(8192)
+    counts = [size.layers_in(free, 8192) for free in range(0, whole.total + 4096, 4096)]
     assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3}
-    free = next(free for free in range(0, whole.total, 4096) if layers_that_fit(header, size, free) == 1)
+    free = next(free for free in range(0, whole.total, 4096) if size.layers_in(free, 8192) == 1)
     plan = plan_offload(header, RuntimeOptions(), Machine(GiB, (gpu(int(free / 0.94) + 4096),)))
     assert plan.gpu_layers == 1 and "1 of 3 layers fit" in caplog.text
 
@@ -80,8 +71,8 @@ def adapter(header: Header) -> Header:
 
 def gpu_for(header: Header, layers: int, *adapters: Header, context: int = 8192) -> Gpu:
     """A GPU with the least room that so many layers fit."""
-    size = context_size(choose_layout(RuntimeOptions()), context)
-    fits = (n for n in range(0, 1 << 30, 4096) if layers_that_fit(header, size, n, adapters=adapters) == layers)
+    size = footprint(header, *adapters)
+    fits = (n for n in range(0, 1 << 30, 4096) if size.layers_in(n, context) == layers)
     return gpu(int(next(fits) / 0.94) + 4096)
 
 
@@ -114,8 +105,7 @@ def test_the_layers_that_stay_have_to_fit_main_memory(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, "gramlite")
-    size = context_size(choose_layout(RuntimeOptions()), 8192)
-    needed = bytes_beside_gpu(header, size, layers)
+    needed = footprint(header).beside_gpu(layers, 8192)
     machine = Machine(max(0, needed - short), (gpu_for(header, layers),))
     for device in ("auto", "cuda"):
         caplog.clear()
@@ -130,20 +120,20 @@ def test_the_layers_that_stay_have_to_fit_main_memory(
 
 
 def test_layers_lie_on_one_side_and_buffers_on_both(header: Header) -> None:
-    size = context_size(choose_layout(RuntimeOptions()), 8192)
-    whole, (blocks, rest) = predict(header, size), block_bytes(header)
-    assert bytes_beside_gpu(header, size, 1) == whole.total - blocks[-1] - whole.kv_cache // 2
-    assert bytes_beside_gpu(header, size, 2) == whole.total - sum(blocks) - whole.kv_cache > rest
-    assert bytes_beside_gpu(header, size, 3) == 0
+    size, (blocks, rest) = footprint(header), block_bytes(header)
+    whole = size.at(8192)
+    assert size.beside_gpu(1, 8192) == whole.total - blocks[-1] - whole.kv_cache // 2
+    assert size.beside_gpu(2, 8192) == whole.total - sum(blocks) - whole.kv_cache > rest
+    assert size.beside_gpu(3, 8192) == 0
 
 
 def test_adapters_take_room_beside_the_layers(header: Header) -> None:
-    size = context_size(choose_layout(RuntimeOptions()), 8192)
-    free = predict(header, size).total - 4096
-    assert layers_that_fit(header, size, free) == 2
-    assert layers_that_fit(header, size, free + WEIGHTS, adapters=[adapter(header)]) == 2
+    size, adapted = footprint(header), footprint(header, adapter(header))
+    free = size.at(8192).total - 4096
+    assert size.layers_in(free, 8192) == 2
+    assert adapted.layers_in(free + WEIGHTS, 8192) == 2
     room = int(gpu_for(header, 1).free * 0.94)
-    assert layers_that_fit(header, size, room, adapters=[adapter(header)]) == 0
+    assert adapted.layers_in(room, 8192) == 0
 
 
 def test_a_gpu_without_room_falls_back_loudly_or_not_at_all(header: Header, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +153,7 @@ def test_cpu_is_cpu_also_beside_a_gpu(header: Header) -> None:
 def test_a_context_shrinks_by_itself_but_not_when_it_was_asked_for(
     header: Header, caplog: pytest.LogCaptureFixture
 ) -> None:
-    short = Machine(needed(header, 2048) + 1)
+    short = Machine(footprint(header).at(2048).total + 1)
     plan = plan_offload(header, RuntimeOptions(device="cpu"), short)
     assert plan.context == 2048 and "using 2048" in caplog.text
     with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes.*largest context that fits is 2,048"):

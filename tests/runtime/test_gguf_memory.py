@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,15 +16,18 @@ import pytest
 
 from gramlite.errors import ResourceError
 from gramlite.formats.gguf_header import Header, read_header
-from gramlite.runtime.memory import (
+from gramlite.runtime.gguf_memory import (
     ContextSize,
+    LayeredFootprint,
+    Layout,
     block_bytes,
     compute_bytes,
     kv_cache_bytes,
-    largest_context,
     predict,
-    require_fit,
 )
+from gramlite.runtime.machine import Machine
+from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.placement import largest_context, plan_offload
 
 MEBIBYTE = 1 << 20
 
@@ -145,34 +149,35 @@ def test_adapter_adds_its_weights(tiny: Header, tmp_path: Path) -> None:
     assert extra == 2 * 2 * 32 * 4 * 4
 
 
-@pytest.mark.parametrize("free_bytes", [150_000_000, 200_000_000, 333_333_333])
+@pytest.mark.parametrize("free_bytes", [150_000_000, 200_000_000, 250_000_000])
 def test_largest_context_fits_and_the_next_does_not(free_bytes: int, base: Header) -> None:
-    context = ContextSize(cells=1, micro_batch=128, outputs=1)
-    cells = largest_context(base, context, free_bytes=free_bytes)
+    size = LayeredFootprint(base, Layout(1, micro_batch=128))
+    cells = largest_context(size, 8192, free_bytes)
     assert 0 < cells < 8192 and cells % 256 == 0
-    assert predict(base, replace(context, cells=cells)).total <= free_bytes
-    assert predict(base, replace(context, cells=cells + 256)).total > free_bytes
+    assert size.at(cells).total <= free_bytes < size.at(cells + 256).total
 
 
-def test_largest_context_ends_where_training_did(base: Header) -> None:
-    context = ContextSize(cells=1, outputs=1)
-    assert largest_context(base, context, free_bytes=1 << 40) == 8192
-    assert largest_context(base, replace(context, sequences=4), free_bytes=1 << 40) == 4 * 8192
-    assert largest_context(base, context, free_bytes=1 << 20) == 0
+def test_largest_context_ends_where_it_is_told(base: Header) -> None:
+    size = LayeredFootprint(base, Layout(1))
+    assert largest_context(size, 8192, 1 << 40) == 8192
+    assert largest_context(size, 2048, 1 << 40) == 2048
+    assert largest_context(size, 8192, 1 << 20) == 0
 
 
 def test_what_does_not_fit_is_refused_with_what_would(base: Header) -> None:
-    context = ContextSize(cells=8192, micro_batch=128, outputs=1)
-    needed = predict(base, context).total
-    assert require_fit(base, context, free_bytes=needed).total == needed
+    size = LayeredFootprint(base, Layout(1))
+    needed = size.at(8192).total
+    options = RuntimeOptions(device="cpu", context=8192)
+    assert plan_offload(base, options, Machine(needed)).context == 8192
     with pytest.raises(ResourceError) as caught:
-        require_fit(base, context, free_bytes=200_000_000)
-    cells = largest_context(base, context, free_bytes=200_000_000)
+        plan_offload(base, options, Machine(250_000_000))
+    cells = largest_context(size, 8192, 250_000_000)
     message = str(caught.value)
-    assert f"{needed:,}" in message and "200,000,000" in message and f"--context {cells}" in message
+    assert str(base.path) in message and re.search(r"\(weights \d+ MB, KV cache \d+ MB, compute \d+ MB\)", message)
+    assert f"{needed:,}" in message and "250,000,000" in message and f"--context {cells}" in message and cells
     assert caught.value.exit_code == 4
     with pytest.raises(ResourceError, match="smaller quantization"):
-        require_fit(base, context, free_bytes=1000)
+        plan_offload(base, options, Machine(1000))
 
 
 CASES = [
