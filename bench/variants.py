@@ -240,7 +240,7 @@ def build_exported(path: Path, *, checkpoint: Path, dtype: str, template: str | 
 
 
 def build_quantized(path: Path, *, exported: Path, kind: str, threads: int | None) -> Manifest:
-    from gramlite.quant.gguf import quantize_source
+    from gramlite.quant.gguf_file import quantize_source
     from gramlite.quant.source import open_source
 
     with open_source(exported, beside=path) as opened:

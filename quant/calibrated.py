@@ -9,45 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gramlite.errors import InputError
 from gramlite.formats.artifact import Manifest
-from gramlite.generation.decoder import Mode
-from gramlite.generation.scaffold import OWN_TEMPLATE, ChatTemplate
-from gramlite.runtime.options import Device
 
-from .calibration import Transcript, load_calibration
+from .calibration import Transcript
 from .ggml import Job, quantize_file
-from .gguf import NEEDS_MATRIX, check_overrides, file_type, quantize_source
+from .gguf_file import NEEDS_MATRIX, quantize_source
 from .imatrix import ImportanceMatrix, collect_importance
 from .mixed import choose_types, choose_weighed, target_bits
-from .packages import need_packages
 from .report import layer_bar
 from .source import EXACT, Source
+from .tensor_types import check_overrides, file_type
 
 FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
-
-
-def calibrate(
-    source: Path,
-    opened: Source,
-    calibration: Path,
-    *,
-    chat: ChatTemplate = OWN_TEMPLATE,
-    tokens: int,
-    seed: int,
-    device: Device = "auto",
-    mode: Mode = "think",
-) -> tuple[list[Transcript], dict[str, Any]]:
-    """The source's own transcripts of a file of pairs, or a file's transcripts, and what to record of them."""
-    if not source.is_dir():
-        raise InputError(
-            f"A calibration reads the checkpoint layer by layer, and {source} is a file. Give the checkpoint's folder "
-            "as SOURCE; or calibrate once with --save-imatrix FILE, and give that as --imatrix."
-        )
-    need_packages("gptq", "torch", "transformers")
-    return load_calibration(
-        calibration, judge=opened.path, chat=chat, tokens=tokens, seed=seed, device=device, mode=mode
-    )
 
 
 def measure_importance(
@@ -88,23 +61,14 @@ def quantize_calibrated(
             opened, destination, kind=kind, imatrix=imatrix, overrides=overrides, force=force, calibration=calibration
         )
     with layer_bar() as progress:
+        given: dict[str, Any] = {"importance": imatrix.means(), "device": device, "progress": progress}
         if bits is None:
             types = plain_types(opened, file_type(kind), overrides, imatrix)
-            choice = choose_weighed(
-                folder, transcripts, types=types, importance=imatrix.means(), device=device, progress=progress
-            )
+            choice = choose_weighed(folder, transcripts, types=types, **given)
         else:
             wanted = check_overrides(opened, "Q4_0", overrides)
             settled = {name: fits[0] for name in opened.matrices if (fits := matching(name, wanted))}
-            choice = choose_types(
-                folder,
-                transcripts,
-                bits=bits,
-                types=settled,
-                importance=imatrix.means(),
-                device=device,
-                progress=progress,
-            )
+            choice = choose_types(folder, transcripts, bits=bits, types=settled, **given)
     chosen = choice.options
     most = Counter(option.kind for option in chosen.values()).most_common(1)[0][0]
     pinned = [(f"^{re.escape(name)}$", option.kind) for name, option in chosen.items()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,25 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 65_536
 VERSION = 2  # of transcripts; those of 1, which had none, were tokenized again from the judge's text
 
-mode_option = click.option(
-    "--mode",
-    type=click.Choice(["think", "direct"]),
-    default="think",
-    show_default=True,
-    help="How pairs are judged for calibration: as the artifact is to judge.",
+CALIBRATION_OPTIONS = (
+    click.option(
+        "--mode",
+        type=click.Choice(["think", "direct"]),
+        default="think",
+        show_default=True,
+        help="How pairs are judged for calibration: as the artifact is to judge.",
+    ),
+    click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget."),
+    click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda."),
 )
+
+
+def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every command that calibrates, which it hands on to `load_calibration`."""
+    for option in reversed(CALIBRATION_OPTIONS):
+        function = option(function)
+    return function
 
 
 @dataclass(frozen=True)
@@ -67,12 +80,11 @@ def load_calibration(
         raise InputError(f"There is no file {path}. Give --calibration a JSONL file of pairs or of transcripts.")
     if holds_transcripts(path):
         chosen = choose_transcripts(read_transcripts(path), tokens=tokens, seed=seed)
-    else:
-        pairs = read_pairs(path)
-        random.Random(seed).shuffle(pairs)
-        chosen, mode = _judge_pairs(pairs, judge, template, chat, tokens, device, mode)
-    described = describe(chosen, tokens=tokens, seed=seed, source=path.name)
-    return chosen, described if holds_transcripts(path) else described | {"mode": mode}
+        return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name)
+    pairs = read_pairs(path)
+    random.Random(seed).shuffle(pairs)
+    chosen, mode = _judge_pairs(pairs, judge, template, chat, tokens, device, mode)
+    return chosen, describe(chosen, tokens=tokens, seed=seed, source=path.name) | {"mode": mode}
 
 
 def read_transcripts(path: Path) -> list[Transcript]:
@@ -80,11 +92,17 @@ def read_transcripts(path: Path) -> list[Transcript]:
 
     Raises InputError that names the line where a row is something else, or a transcript of another version.
     """
+    with closing(_filled_lines(path)) as lines:
+        return [_parse(line, path, number) for number, line in lines]
+
+
+def _filled_lines(path: Path) -> Generator[tuple[int, bytes], None, None]:
+    """The lines of a file that are not blank, with their numbers."""
     from gramlite.rows import Lines
     from gramlite.rows.lines import whole_lines
 
     with Lines(path) as lines:
-        return [_parse(line, path, number) for number, line in enumerate(whole_lines(lines), 1) if line.strip()]
+        yield from ((number, line) for number, line in enumerate(whole_lines(lines), 1) if line.strip())
 
 
 def _parse(line: bytes, path: Path, number: int) -> Transcript:
@@ -163,11 +181,8 @@ def describe(transcripts: Sequence[Transcript], *, tokens: int, seed: int, sourc
 
 def holds_transcripts(path: Path) -> bool:
     """Whether a JSONL file's first row is a transcript; otherwise its rows should be pairs."""
-    from gramlite.rows import Lines
-    from gramlite.rows.lines import whole_lines
-
-    with Lines(path) as lines:
-        first = next((line for line in whole_lines(lines) if line.strip()), b"")
+    with closing(_filled_lines(path)) as lines:
+        _, first = next(lines, (0, b""))
     return b'"prompt_ids"' in first
 
 

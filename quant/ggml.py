@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -165,13 +165,11 @@ def _library() -> ctypes.CDLL:
     found = importlib.util.find_spec("llama_cpp")
     if found is None or not found.submodule_search_locations:
         raise ModelError("The package llama_cpp is missing. Type: pip install llama-cpp-python")
-    ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-    prefix = "" if sys.platform == "win32" else "lib"
-    library = ctypes.CDLL(str(Path(found.submodule_search_locations[0]) / "lib" / f"{prefix}ggml-base.{ending}"))
+    ending = "dylib" if sys.platform == "darwin" else "so"
+    library = ctypes.CDLL(str(Path(found.submodule_search_locations[0]) / "lib" / f"libggml-base.{ending}"))
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     return library
 
 
@@ -189,8 +187,9 @@ def quantize_rows(weight: Floats, kind: str, importance: Floats | None = None) -
     weight = np.ascontiguousarray(weight, np.float32)
     out = np.zeros((rows, columns // block.block * block.block_bytes), np.uint8)
     counts = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    address = None if counts is None else counts.ctypes.data
     written = _library().ggml_quantize_chunk(
-        TYPE_NUMBERS[kind], weight.ctypes.data, out.ctypes.data, 0, rows, columns, _address(counts)
+        TYPE_NUMBERS[kind], weight.ctypes.data, out.ctypes.data, 0, rows, columns, address
     )
     if written != out.nbytes:
         raise ModelError(f"llama.cpp wrote {written:,} bytes of {kind} where {out.nbytes:,} are due.")
@@ -201,7 +200,9 @@ def dequantize_rows(blocks: npt.NDArray[np.uint8], kind: str, columns: int) -> F
     """The weights [rows, columns] that blocks of a quantized type stand for."""
     out = np.empty((len(blocks), columns), np.float32)
     blocks = np.ascontiguousarray(blocks)
-    _dequantizer(kind)(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
+    dequantize = getattr(_library(), f"dequantize_row_{kind.lower().replace('_k', '_K')}")
+    dequantize.restype = None
+    dequantize(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
     return out
 
 
@@ -212,17 +213,6 @@ def rounded(weight: Floats, kind: str, importance: Floats | None = None) -> Floa
     if kind == "F16":
         return weight.astype(np.float16).astype(np.float32)
     return dequantize_rows(quantize_rows(weight, kind, importance), kind, weight.shape[1])
-
-
-def _dequantizer(kind: str) -> Any:
-    name = kind.lower().replace("_k", "_K")
-    dequantize = getattr(_library(), f"dequantize_row_{name}")
-    dequantize.restype = None
-    return dequantize
-
-
-def _address(values: Floats | None) -> int | None:
-    return None if values is None else values.ctypes.data
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from gramlite.export.smoke import smoke_judge, smoke_option
 
 from gramlite.errors import InputError, ModelError
@@ -32,9 +31,9 @@ from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, Inputs, atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
-from .calibration import DEFAULT_TOKENS, Transcript, load_calibration, mode_option
+from .calibration import Transcript, calibration_options, load_calibration
 from .decoder import STAGES, has_own_head, read_tensor
-from .memory import PeakMemory, Prediction, check_memory, pick_device, predict_bytes
+from .memory import PeakMemory, RunPrediction, check_memory, pick_device, predict_bytes
 from .packages import need_packages
 from .report import LayerReport, Progress, QuantizationReport, layer_bar, print_report
 from .sensitivity import verdict_weights, weighing_room
@@ -53,17 +52,18 @@ def quantize_gptq(
     weigh: Weigh | None = None,
     template: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    checked: tuple[Checkpoint, list[str]] | None = None,
 ) -> QuantizationReport:
     """Quantize every linear layer of the decoder in `source` and write the GPTQ folder `output` with its manifest.
 
     `calibration` is what the manifest says of the transcripts (see `describe`). `weigh` gives the weight of each
-    token where it shall not be the one of `settings.focus`. Embedding, norms and head become float16.
+    token where it shall not be the one of `settings.focus`. `checked` is what `preflight` gave, where it was asked
+    before. Embedding, norms and head become float16.
     Raises InputError for settings that do not fit the layers, ModelError for a broken checkpoint.
     """
     started = time.monotonic()
-    progress = progress or (lambda stage, done, total: None)
-    checkpoint, names = preflight(source, output, settings, template=template, force=force)
+    checkpoint, names = checked or preflight(source, output, settings, template=template, force=force)
     predicted = predict(checkpoint, transcripts, settings, device)
     check_memory(predicted, device)
     layers = len(names) // sum(map(len, STAGES))
@@ -239,7 +239,7 @@ def room_for(checkpoint: Checkpoint, linears: Sequence[str], settings: GptqSetti
 
 def predict(
     checkpoint: Checkpoint, transcripts: Sequence[Transcript], settings: GptqSettings, device: str
-) -> Prediction:
+) -> RunPrediction:
     """What `predict_bytes` says of these transcripts, padding and shared prefix as they are."""
     sizes = [prod(batch.shape) for batch in lay_out(transcripts)]
     batch = max(sizes) + (sizes[0] if len(sizes) > 1 else 0)
@@ -255,7 +255,7 @@ def predict(
 
 
 def _bits_per_weight(folder: Path, checkpoint: Checkpoint) -> float:
-    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     return 8 * sum(tensor.bytes for tensor in open_gptq(folder).tensors.values()) / weights
 
 
@@ -295,10 +295,7 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--focus/--no-focus", default=True, show_default=True, help="Weigh tokens by the verdict's gradient.")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
-@mode_option
-@click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Budget of calibration tokens.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the transcripts that fit the budget.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@calibration_options
 @click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
 @chat_options
 @smoke_option
@@ -313,19 +310,11 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
         exceptions=tuple(map(parse_exception, options["exceptions"])),
         **{name: options[name] for name in same},
     )
-    inputs = [calibration, options["judge"]]
-    preflight(source, output, settings, template=options["template"], force=options["force"], inputs=inputs)
+    made = {name: options[name] for name in ("template", "force")}
+    checked = preflight(source, output, settings, **made, inputs=[calibration, options["judge"]])
     device = pick_device(options["device"])
-    transcripts, described = load_calibration(
-        calibration,
-        judge=options["judge"] or source,
-        template=options["template"],
-        chat=options["chat"],
-        tokens=options["tokens"],
-        seed=options["seed"],
-        device=options["device"],
-        mode=options["mode"],
-    )
+    how = {name: options[name] for name in ("template", "chat", "tokens", "seed", "device", "mode")}
+    transcripts, described = load_calibration(calibration, judge=options["judge"] or source, **how)
     with layer_bar() as progress:
         report = quantize_gptq(
             source,
@@ -334,13 +323,12 @@ def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json:
             settings,
             calibration=described,
             device=device,
-            template=options["template"],
-            force=options["force"],
             progress=progress,
+            checked=checked,
+            **made,
         )
     manifest = read_manifest(output)
     assert manifest is not None  # it was written just now
     if smoke:
-        judging = {name: options[name] for name in ("template", "chat", "force")}
-        manifest = smoke_judge(output, manifest, source, **judging)
+        manifest = smoke_judge(output, manifest, source, chat=options["chat"], **made)
     print_report(report, manifest, as_json=as_json)

@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -55,9 +54,7 @@ class PeakMemory:
             self._sampler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._device.startswith(CUDA):
             import torch
 
@@ -69,7 +66,7 @@ class PeakMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class RunPrediction:
     """Bytes that each part of a run needs at its height, above those of the process itself."""
 
     process: int
@@ -91,7 +88,7 @@ def predict_bytes(
     bits: int = 4,
     focus: bool = True,
     device: str = "cpu",
-) -> Prediction:
+) -> RunPrediction:
     """The memory that GPTQ needs over `tokens` tokens, a shared prefix counted once, from a checkpoint's config.json.
 
     `batch` is the most tokens that pass through a layer at once (1,024 where 0), `room` the bytes of layer inputs that
@@ -127,7 +124,7 @@ def predict_bytes(
     solver = (4 * widest * widest + 8 * widest * hidden) * 4
     states = tokens * (hidden + widest) * item + 8 * batch * widest * item
     shard = min(packed + tables, SHARD_BYTES + table)
-    return Prediction(
+    return RunPrediction(
         process=0 if cuda else PROCESS_BYTES + HELD_BYTES,
         gradients=focused + kept + max(table, backward) if focus else 0,
         quantizing=focused + weights * item + states + solver + pending * (2 if packed > SHARD_BYTES else 1),
@@ -135,7 +132,7 @@ def predict_bytes(
     )
 
 
-def check_memory(predicted: Prediction, device: str) -> None:
+def check_memory(predicted: RunPrediction, device: str) -> None:
     """Raise ResourceError where a run takes more than is free; what the process holds already counts as free."""
     free = free_bytes(device)
     held = 0 if device.startswith(CUDA) else min(psutil.Process().memory_info().rss, predicted.process)

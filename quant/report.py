@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +51,13 @@ class QuantizationReport:
             "bytes": self.size_bytes,
             "bits_per_weight": round(self.bits_per_weight, 3),
             "layers": len(self.layers),
-            "mean_error": mean_error(self.layers),
+            "mean_error": float(np.mean([layer.error for layer in self.layers])),
             "mean_plain_error": float(np.mean([layer.plain_error for layer in self.layers])),
             "worse_than_plain": sum(layer.error >= layer.plain_error for layer in self.layers),
             "seconds": round(self.seconds, 1),
             "peak_bytes": self.peak_bytes,
             "predicted_bytes": self.predicted_bytes,
         }
-
-
-def mean_error(layers: Sequence[LayerReport]) -> float:
-    return float(np.mean([layer.error for layer in layers]))
 
 
 @contextmanager

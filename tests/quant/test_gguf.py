@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gramlite.export.gguf import export_gguf
-from gramlite.quant import calibrated, ggml, gguf
+from gramlite.quant import ggml, gguf, gguf_file
 from gramlite.quant.calibration import Transcript, write_transcripts
 from gramlite.quant.ggml import Job, QuantizerError, dequantize_rows, quantize_file, quantize_rows, rounded
-from gramlite.quant.gguf import command, file_type, parse_override, quantize_gguf
+from gramlite.quant.gguf import command, quantize_gguf
 from gramlite.quant.imatrix import ImportanceMatrix, collect_importance, read_imatrix, write_imatrix
 from gramlite.quant.mixed import CANDIDATES
+from gramlite.quant.tensor_types import file_type, parse_override
 
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.formats.artifact import read_manifest, verify_files
@@ -190,7 +191,7 @@ def test_sources_that_are_refused(exact: Path, importance: ImportanceMatrix, tmp
 def test_what_cannot_be_is_refused_before_anything_is_calibrated(
     exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrated, "calibrate", lambda *arguments, **options: pytest.fail("pairs were judged"))
+    monkeypatch.setattr(gguf, "load_calibration", lambda *arguments, **options: pytest.fail("pairs were judged"))
     wrong = ImportanceMatrix({"blk.0.attn_q.weight": np.ones(32, np.float32)}, 1, 1, ())
     write_imatrix(tmp_path / "other.imatrix", wrong)
     (tmp_path / "there").write_text("before")
@@ -225,7 +226,7 @@ def test_a_full_disk_leaves_what_was_there(exact: Path, small_disk: Path, monkey
     (small_disk / "other").write_bytes(bytes(700_000))
     with pytest.raises(ResourceError, match="MB free"):
         quantize_gguf(exact, small_disk / "model.gguf", kind="Q8_0", force=True)
-    monkeypatch.setattr(gguf, "_room", lambda header, kind: -(1 << 20))
+    monkeypatch.setattr(gguf_file, "_room", lambda header, kind: -(1 << 20))
     with pytest.raises(ResourceError, match="is full"):
         quantize_gguf(exact, small_disk / "model.gguf", kind="Q8_0", force=True)
     assert {path.name for path in small_disk.iterdir()} == {"model.gguf", "other"}
