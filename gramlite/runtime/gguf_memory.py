@@ -1,12 +1,10 @@
 """How much memory llama.cpp will take for a model and a context, told before anything is loaded.
 
 Pure arithmetic on a checked GGUF header. The terms follow the graph of llama.cpp's llama, qwen2 and qwen3 models as
-in llama-cpp-python 0.3.36 on a CPU, with a unified KV cache of 16-bit floats. Weights and KV cache are exact. The
-compute and output buffers were compared with what llama.cpp logs for the reference judge and seven other shapes of
-0.6B to 4B weights, 512 to 65,536 cells, micro-batches of 128 to 2,048 tokens (58 cases, flash attention off): never
-below, 2 % above in the middle, 6 % or 7 MiB at most; with flash attention on (16 cases) 11 % or 3 MiB at most.
-The total was 0.8 % below the growth of the process that had decoded 4,096 tokens, so leave a little room. CUDA runs
-the same graph; it was not measured.
+in llama-cpp-python 0.3.36 on a CPU, with flash attention and a unified KV cache of 16-bit floats. Weights and KV cache
+are exact. The compute and output buffers were compared with what llama.cpp logs for the reference judge and seven other
+shapes of 0.6B to 4B weights in 16 cases: never below, 11 % or 3 MiB above at most. The total was 0.8 % below the growth
+of the process that had decoded 4,096 tokens, so leave a little room. CUDA runs the same graph; it was not measured.
 """
 
 from __future__ import annotations
@@ -56,21 +54,6 @@ def choose_layout(options: RuntimeOptions) -> Layout:
     return Layout(1 if options.deterministic else max(1, options.parallel or 1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextSize:
-    """What the memory of a context depends on.
-
-    `cells` is the total of KV cells, all sequences together; `micro_batch` is n_ubatch; `outputs` is how many
-    tokens of a batch give logits (n_outputs_max), None for all of a micro-batch; `sequences` is n_seq_max.
-    """
-
-    cells: int
-    micro_batch: int = 512
-    outputs: int | None = None
-    sequences: int = 1
-    flash_attention: bool = False
-
-
 @dataclass(frozen=True)
 class LayeredFootprint:
     """What llama.cpp takes for a model and its LoRA adapters in contexts laid out as `layout`, whole or by layers.
@@ -90,14 +73,14 @@ class LayeredFootprint:
         return hyperparameters(self.header).blocks + 1
 
     def at(self, context: int) -> Prediction:
-        size = ContextSize(
-            cells=context,
-            micro_batch=self.layout.micro_batch,
-            outputs=self.layout.outputs,
-            sequences=self.layout.sequences,
-            flash_attention=True,
-        )
-        return predict(self.header, size, adapters=self.adapters)
+        blocks, rest = block_bytes(self.header)
+        weights = sum(blocks) + rest + _tokenizer_bytes(self.header) + self._adapter_bytes
+        kv_cache = kv_cache_bytes(self.header, context)
+        return Prediction(weights, kv_cache, compute_bytes(self.header, self.layout, context))
+
+    @property
+    def _adapter_bytes(self) -> int:
+        return sum(tensor.bytes for adapter in self.adapters for tensor in adapter.tensors)
 
     def layers_in(self, free: int, context: int) -> int:
         """How many layers fit `free` bytes with their KV cache, beside the compute buffers and the adapters."""
@@ -105,7 +88,7 @@ class LayeredFootprint:
         if needed.total <= free:
             return self.layers
         blocks, _ = block_bytes(self.header)
-        left = free - needed.compute - adapter_bytes(self.adapters)
+        left = free - needed.compute - self._adapter_bytes
         layers = 0
         for weights in reversed(blocks):
             left -= weights + needed.kv_cache // len(blocks)
@@ -121,17 +104,6 @@ class LayeredFootprint:
             return 0  # all but the embedding, which is mapped from the file
         needed = self.at(context)
         return needed.total - sum(blocks[len(blocks) - layers :]) - needed.kv_cache * layers // len(blocks)
-
-
-def predict(header: Header, context: ContextSize, *, adapters: Sequence[Header] = ()) -> Prediction:
-    """The memory, in bytes, of a model with one context and its LoRA adapters; the tokenizer's tables are weights too."""
-    blocks, rest = block_bytes(header)
-    weights = sum(blocks) + rest + _tokenizer_bytes(header) + adapter_bytes(adapters)
-    return Prediction(weights, kv_cache_bytes(header, context.cells), compute_bytes(header, context))
-
-
-def adapter_bytes(adapters: Sequence[Header]) -> int:
-    return sum(tensor.bytes for adapter in adapters for tensor in adapter.tensors)
 
 
 def block_bytes(header: Header) -> tuple[tuple[int, ...], int]:
@@ -156,32 +128,26 @@ def kv_cache_bytes(header: Header, cells: int) -> int:
     return _rounded(cells) * sizes.blocks * 2 * sizes.key_value_heads * sizes.head * HALF_BYTES
 
 
-def compute_bytes(header: Header, context: ContextSize) -> int:
+def compute_bytes(header: Header, layout: Layout, context: int) -> int:
     """The compute buffer, the output buffer and the CPU's work buffer, in bytes.
 
-    The compute buffer is as large as the greediest of three moments of the graph: attention, with a score for
-    each head, token and cell; the feed-forward layer; and the logits.
+    The compute buffer is as large as the greediest of three moments of the graph: attention, which reads the mask in 16
+    bits; the feed-forward layer; and the logits.
     """
     sizes = hyperparameters(header)
-    cells = _rounded(context.cells)
-    tokens = min(context.micro_batch, cells)
-    queries, keys = sizes.heads * sizes.head, sizes.key_value_heads * sizes.head
-    outputs = min(tokens, tokens if context.outputs is None else context.outputs)
-    residual = 3 * sizes.embedding
-    if context.flash_attention:
-        inputs = cells // 2 + queries  # the mask in 16 bits, and what the kernel reads
-        scores = 0
-    else:
-        inputs = cells + 2 * keys  # the mask, and 64-bit indices that scatter the transposed values
-        scores = cells * sizes.heads
-    attention = tokens * (inputs + scores + residual + 2 * queries)
+    cells = _rounded(context)
+    tokens = min(layout.micro_batch, cells)
+    queries = sizes.heads * sizes.head
+    outputs = min(tokens, layout.outputs)
+    inputs, residual = cells // 2 + queries, 3 * sizes.embedding
+    attention = tokens * (inputs + residual + 2 * queries)
     feed_forward = tokens * (inputs + residual + 3 * sizes.feed_forward)
     logits = outputs * sizes.vocabulary + tokens * residual
     graph = max(attention, feed_forward, logits) * FLOAT_BYTES
-    # without a limit llama.cpp starts at a row for each sequence, and grows when a batch asks for more
-    rows = max(context.sequences, outputs if outputs < tokens else 1)
+    # it starts at a row for each sequence, and grows when a batch asks for more
+    rows = max(layout.sequences, outputs if outputs < tokens else 1)
     output = sizes.vocabulary * rows * FLOAT_BYTES
-    work = tokens * max(scores, sizes.feed_forward, queries) * HALF_BYTES  # activations in 16 bits
+    work = tokens * max(sizes.feed_forward, queries) * HALF_BYTES  # activations in 16 bits
     return graph + output + work + GRAPH_BYTES
 
 
