@@ -102,6 +102,11 @@ class Decoder:
             gated: torch.Tensor = layer.mlp(layer.post_attention_layernorm(states))
         return gated
 
+    def run(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands behind a layer's attention, and the input of its `down_proj`, of states that enter the layer."""
+        middle = states + layer.self_attn.o_proj(self.attend(layer, batch, states, shared))
+        return middle, self.gate(layer, middle)
+
 
 @contextmanager
 def _bare(module: Any, last: str) -> Iterator[None]:

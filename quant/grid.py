@@ -43,23 +43,21 @@ def choose_grid(weight: torch.Tensor, importance: torch.Tensor, *, bits: int, sy
     """
     import torch
 
-    best: Grid | None = None
-    lowest: torch.Tensor | None = None
-    for candidate in _candidates(weight, bits=bits, symmetric=symmetric, search=search):
-        if best is None or lowest is None:
-            best = candidate
-            lowest = _error(weight, importance, candidate, bits) if search else None
-            if not search:
-                break
-            continue
+    make = _symmetric_candidates if symmetric else _asymmetric_candidates
+    candidates = make(weight, bits, search)
+    best = next(candidates)
+    if not search:
+        return best
+    lowest = _error(weight, importance, best, bits)
+    for candidate in candidates:
         error = _error(weight, importance, candidate, bits)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
-        best = Grid(
+        scales, zeros = (
             torch.where(better, candidate.scales, best.scales),
             torch.where(better, candidate.zeros, best.zeros),
         )
-    assert best is not None
+        best = Grid(scales, zeros)
     return best
 
 
@@ -68,40 +66,36 @@ def _error(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, bits: int
     return difference.mul_(importance).sum(-1, keepdim=True)
 
 
-def _candidates(weight: torch.Tensor, *, bits: int, symmetric: bool, search: bool) -> Iterator[Grid]:
-    """Grids to try, the one that keeps the extremes first."""
-    shrinks = [1.0]
-    if search:
-        lowest = SHRINK_TO[bits]
-        shrinks += [1 - (1 - lowest) * step / SHRINK_STEPS for step in range(1, SHRINK_STEPS + 1)]
-    make = _symmetric_candidates if symmetric else _asymmetric_candidates
-    yield from make(weight, shrinks, bits)
+def _shrinks(bits: int, search: bool) -> list[float]:
+    """How far the extremes are clipped in the grids to try, first not at all."""
+    steps = SHRINK_STEPS if search else 0
+    return [1 - (1 - SHRINK_TO[bits]) * step / SHRINK_STEPS for step in range(steps + 1)]
 
 
-def _symmetric_candidates(weight: torch.Tensor, shrinks: list[float], bits: int) -> Iterator[Grid]:
+def _symmetric_candidates(weight: torch.Tensor, bits: int, search: bool) -> Iterator[Grid]:
     """Codes -half .. half-1 and a scale of either sign: the extreme on the long side, or on the short."""
     import torch
 
     half = 1 << (bits - 1)
     extreme = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
     zeros = torch.full_like(extreme, half)
-    for shrink in shrinks:
+    for shrink in _shrinks(bits, search):
         yield Grid(half_scale(extreme * (-shrink / half)), zeros)
-        if len(shrinks) > 1:
+        if search:
             yield Grid(half_scale(extreme * (shrink / (half - 1))), zeros)
 
 
-def _asymmetric_candidates(weight: torch.Tensor, shrinks: list[float], bits: int) -> Iterator[Grid]:
+def _asymmetric_candidates(weight: torch.Tensor, bits: int, search: bool) -> Iterator[Grid]:
     import torch
 
     top = (1 << bits) - 1
     high = weight.amax(-1, keepdim=True).clamp_(min=0)
     # a zero point is at least 1, so that the grid goes one step below nothing even where no weight does
     low = torch.minimum(weight.amin(-1, keepdim=True), high / -(top - 1))
-    for shrink in shrinks:
+    for shrink in _shrinks(bits, search):
         scale = (high - low) * (shrink / top)
         zero = (low * -shrink / scale.clamp(min=SMALLEST_SCALE)).round_().clamp_(1, top)
-        for shift in (0, -1, 1) if len(shrinks) > 1 else (0,):
+        for shift in (0, -1, 1) if search else (0,):
             moved = (zero + shift).clamp_(1, top)
             yield Grid(half_scale(scale, moved, bits), moved)
 

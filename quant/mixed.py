@@ -154,12 +154,12 @@ def measure(
         return found
 
     with ThreadPoolExecutor() as pool:
-        layers = _Layers(checkpoint, len(transcripts), ways, pool, device)
-        ends = _Ends(checkpoint, transcripts, ways)
+        layers = LayerOptions(checkpoint, len(transcripts), ways, pool, device)
+        outer = EmbeddingOptions(checkpoint, transcripts, ways)
 
         def visit(reading: Reading) -> None:
-            layers.hear(reading)
-            ends.hear(reading)
+            layers.add(reading)
+            outer.add(reading)
 
         read_gradients(
             checkpoint,
@@ -168,11 +168,11 @@ def measure(
             device=device,
             after_layer=lambda done, total: progress("Weighing roundings", done, total),
         )
-        found = layers.options | ends.options()
+        found = layers.options | outer.options()
     return {names(name): listed for name, listed in found.items()}
 
 
-class _Layers:
+class LayerOptions:
     """The linear layers' options. Roundings are computed when a layer comes up, and kept until the next one does."""
 
     def __init__(
@@ -189,7 +189,7 @@ class _Layers:
         self.prefix = ""
         self.errors: dict[str, torch.Tensor] = {}
 
-    def hear(self, reading: Reading) -> None:
+    def add(self, reading: Reading) -> None:
         name = f"{reading.name}.weight"
         prefix = reading.name.split(".self_attn.")[0].split(".mlp.")[0]
         if prefix != self.prefix:
@@ -242,10 +242,10 @@ def products(errors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return torch.stack([error.float() @ gradient for error in errors])
 
 
-class _Ends:
+class EmbeddingOptions:
     """The embedding's and the head's options.
 
-    The gradient at the embedding's output is put together from what the first layer's linears heard of it. The two rows
+    The gradient at the embedding's output is put together from what the first layer's linears were told of it. The two rows
     of the head that a margin reads are taken to be rounded like any other two, independently of each other.
     """
 
@@ -260,18 +260,18 @@ class _Ends:
         verdict_tokens(transcripts)
         self.table = read_tensor(checkpoint, EMBEDDING)
         self.norm = read_tensor(checkpoint, self.FIRST + "input_layernorm.weight").float()
-        self.heard: dict[int, dict[str, torch.Tensor]] = {}
+        self.read: dict[int, dict[str, torch.Tensor]] = {}
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def hear(self, reading: Reading) -> None:
+    def add(self, reading: Reading) -> None:
         part = reading.name.removeprefix(self.FIRST)
         if part not in (*self.READERS, self.BESIDE):
             return
-        parts = self.heard.setdefault(reading.number, {})
+        parts = self.read.setdefault(reading.number, {})
         parts[part] = reading.gradients.float().cpu()
         if len(parts) == len(self.READERS) + 1:
             ids = self.transcripts[reading.number].ids[:-1]
-            self.gradients[reading.number] = self._by_token(ids, self.heard.pop(reading.number))
+            self.gradients[reading.number] = self._by_token(ids, self.read.pop(reading.number))
 
     def _by_token(self, ids: Sequence[int], parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct tokens and the margin's gradient [tokens, width] with respect to their embeddings.
@@ -284,10 +284,10 @@ class _Ends:
         states = self.table[tokens].float().requires_grad_(True)
         epsilon = float(self.checkpoint.config.get("rms_norm_eps", 1e-6))
         weights = [read_tensor(self.checkpoint, f"{self.FIRST}{name}.weight").float() for name in self.READERS]
-        read = [parts[name] @ weight for name, weight in zip(self.READERS, weights, strict=True)]
+        through = [parts[name] @ weight for name, weight in zip(self.READERS, weights, strict=True)]
         with torch.enable_grad():
             normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon) * self.norm
-            normed.backward(torch.stack(read).sum(0))
+            normed.backward(torch.stack(through).sum(0))
         assert states.grad is not None
         gradient = states.grad + parts[self.BESIDE]
         distinct, places = torch.unique(tokens, return_inverse=True)
@@ -298,44 +298,36 @@ class _Ends:
         import torch
 
         seen = torch.unique(torch.cat([tokens for tokens, _ in self.gradients.values()]))
-        rows = self.table[seen].float().numpy()
         final = read_tensor(self.checkpoint, "model.norm.weight").double().square().numpy()
         tied = not has_own_head(self.checkpoint)
 
-        def option(kind: str, importance: Floats | None) -> Option:
-            error = rounded(rows, kind, importance) - rows
+        def as_embedding(error: Floats) -> Doubles:
             changes = np.zeros(len(self.transcripts))
             for number, (tokens, gradient) in self.gradients.items():
                 mine = torch.from_numpy(error)[torch.searchsorted(seen, tokens)]
                 changes[number] = float((mine * gradient).sum())
-            changes += self._as_head(error, final) if tied else 0.0
-            return Option(kind, bytes_of(self.table.shape, kind), changes, _lost(error, rows), importance is not None)
+            return changes + self._as_head(error, final) if tied else changes
 
-        found = {EMBEDDING: [option(*way) for way in self.ways(EMBEDDING, rows.shape[1])]}
+        found = {EMBEDDING: self._tried(EMBEDDING, self.table[seen].float().numpy(), as_embedding)}
         if not tied:
             head = read_tensor(self.checkpoint, HEAD)
             some = head[:: max(1, len(head) // SAMPLE_ROWS)].float().numpy()
-            found[HEAD] = [
-                self._head_option(kind, importance, some, head.shape, final)
-                for kind, importance in self.ways(HEAD, some.shape[1])
-            ]
+            found[HEAD] = self._tried(HEAD, some, lambda error: self._as_head(error, final))
         return found
 
-    def _head_option(
-        self, kind: str, importance: Floats | None, rows: Floats, shape: Sequence[int], final: Doubles
-    ) -> Option:
-        error = rounded(rows, kind, importance) - rows
-        changes = self._as_head(error, final)
-        return Option(kind, bytes_of(shape, kind), changes, _lost(error, rows), importance is not None)
+    def _tried(self, name: str, rows: Floats, changes_by: Callable[[Floats], Doubles]) -> list[Option]:
+        """Every way to write a matrix, by what it does to some of its rows."""
+        found, shape = [], self.checkpoint.tensors[name].shape
+        for kind, importance in self.ways(name, rows.shape[1]):
+            error = rounded(rows, kind, importance) - rows
+            lost = float(np.square(error).sum() / max(float(np.square(rows).sum()), 1e-30))
+            found.append(Option(kind, bytes_of(shape, kind), changes_by(error), lost, importance is not None))
+        return found
 
     def _as_head(self, error: Floats, final: Doubles) -> Doubles:
         """A margin's change of the size to be expected where two rows are rounded, its sign going to and fro."""
         size = math.sqrt(2 * float(np.square(error.astype(np.float64)).mean(0) @ final))
         return size * np.where(np.arange(len(self.transcripts)) % 2, 1.0, -1.0)
-
-
-def _lost(error: Floats, rows: Floats) -> float:
-    return float(np.square(error).sum() / max(float(np.square(rows).sum()), 1e-30))
 
 
 def kinds_for(columns: int) -> list[str]:

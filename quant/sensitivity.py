@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from gramlite.errors import InputError
@@ -32,8 +33,9 @@ STATE_BYTES = 512 << 20  # layer inputs kept at a time at the least; up to a qua
 WEIGHT_SHARE = 4  # for weights of tokens, which keep memory low: layer inputs as large as this part of the checkpoint
 FLOOR = 0.3  # the least weight of a token, where the mean is 1 + this
 
-# hears of a linear layer's inputs and the gradients at its outputs, both [sequences, longest, width], in one batch
-Hear = Callable[[str, Batch, "torch.Tensor", "torch.Tensor"], None]
+# is told of a linear layer's inputs and the gradients at its outputs, both [sequences, longest, width], in one batch
+Listener = Callable[[str, Batch, "torch.Tensor", "torch.Tensor"], None]
+AfterLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def read_gradients(
     visit: Callable[[Reading], None],
     *,
     device: str = "cpu",
-    after_layer: Callable[[int, int], None] | None = None,
+    after_layer: AfterLayer | None = None,
 ) -> list[float]:
     """Show `visit` every linear layer of every transcript; return the margins, log-odds of the first verdict token.
 
@@ -61,7 +63,7 @@ def read_gradients(
     Raises InputError where the transcripts' last tokens are not of two kinds.
     """
 
-    def hear(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+    def listen(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         for row, (number, length) in enumerate(zip(batch.numbers, batch.lengths, strict=True)):
             assert number is not None
             visit(Reading(name, number, inputs[row, :length], gradients[row, :length]))
@@ -71,7 +73,7 @@ def read_gradients(
     batches = lay_out(transcripts, share=False, verdicts=False)
     room = max(STATE_BYTES, free_bytes(device) // 4)
     groups = list(within(decoder, [[batch] for batch in batches], room))
-    found = _Descent(decoder, choices, hear, after_layer).run(groups)
+    found = BackwardPass(decoder, choices, listen, after_layer).run(groups)
     return [found[number] for number in range(len(transcripts))]
 
 
@@ -81,7 +83,7 @@ def verdict_weights(
     *,
     floor: float = FLOOR,
     device: str = "cpu",
-    after_layer: Callable[[int, int], None] | None = None,
+    after_layer: AfterLayer | None = None,
 ) -> Weigh:
     """The weights of tokens for GPTQ: the squared gradient norm at each layer's outputs, mean 1, plus `floor`.
 
@@ -93,7 +95,7 @@ def verdict_weights(
 
     squares: dict[str, _Squares] = {}
 
-    def hear(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+    def listen(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         squares.setdefault(name, _Squares()).add(batch, gradients.float().square().sum(-1).cpu())
 
     choices = verdict_tokens(transcripts)
@@ -101,7 +103,8 @@ def verdict_weights(
     batches = lay_out(transcripts, verdicts=False)
     prefix = [batch for batch in batches if batch.is_prefix]
     units = [[*prefix, batch] for batch in batches if not batch.is_prefix]
-    _Descent(decoder, choices, hear, after_layer).run(list(within(decoder, units, weighing_room(checkpoint, device))))
+    groups = list(within(decoder, units, weighing_room(checkpoint, device)))
+    BackwardPass(decoder, choices, listen, after_layer).run(groups)
     means = {name: max(found.mean(), torch.finfo(torch.float32).tiny) for name, found in squares.items()}
 
     def weigh(name: str, number: int) -> torch.Tensor:
@@ -173,60 +176,51 @@ def within(decoder: Decoder, units: Sequence[list[Batch]], limit: int) -> Iterat
     yield group
 
 
-def _choice_direction(decoder: Decoder, choices: tuple[int, int]) -> Any:
-    """The final norm, filled, and the difference of the two choices' rows of the head."""
-    norm = decoder.skeleton.model.norm
-    weight = read_tensor(decoder.checkpoint, "model.norm.weight").to(device=decoder.device, dtype=decoder.dtype)
-    norm.load_state_dict({"weight": weight}, assign=True)
-    table = read_tensor(decoder.checkpoint, HEAD if has_own_head(decoder.checkpoint) else EMBEDDING)
-    rows = table[list(choices)].to(device=decoder.device, dtype=decoder.dtype)
-    return norm.requires_grad_(False), rows[0] - rows[1]
-
-
-class _Descent:
+class BackwardPass:
     """Forward through all layers with every layer's input kept, and backward through one layer at a time.
 
     It takes groups of units, a unit being a batch with the prefix before it where there is one.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        choices: tuple[int, int],
-        hear: Hear,
-        after_layer: Callable[[int, int], None] | None,
+        self, decoder: Decoder, choices: tuple[int, int], listen: Listener, after_layer: AfterLayer | None
     ) -> None:
-        self.decoder, self.hear, self.after_layer = decoder, hear, after_layer
-        self.head = _choice_direction(decoder, choices)
+        self.decoder, self.listen, self.after_layer = decoder, listen, after_layer
+        self.norm, self.direction = self._head(choices)
         self.margins: dict[int, float] = {}
 
+    def _head(self, choices: tuple[int, int]) -> tuple[Any, torch.Tensor]:
+        """The final norm, filled, and the difference of the two choices' rows of the head."""
+        checkpoint, place = self.decoder.checkpoint, {"device": self.decoder.device, "dtype": self.decoder.dtype}
+        norm = self.decoder.skeleton.model.norm
+        norm.load_state_dict({"weight": read_tensor(checkpoint, "model.norm.weight").to(**place)}, assign=True)
+        table = read_tensor(checkpoint, HEAD if has_own_head(checkpoint) else EMBEDDING)
+        rows = table[list(choices)].to(**place)
+        return norm.requires_grad_(False), rows[0] - rows[1]
+
     def run(self, groups: Sequence[list[list[Batch]]]) -> dict[int, float]:
-        """The transcripts' margins by number, when all has been heard."""
+        """The transcripts' margins by number, when every linear layer was listened to."""
         import torch
 
-        layers = len(self.decoder)
-        total = 2 * len(groups) * layers
+        layers = range(len(self.decoder))
+        steps, total = itertools.count(1), 2 * len(groups) * len(layers)
+        tell = self.after_layer or (lambda done, total: None)
         signs = torch.Generator().manual_seed(0)
-        for done, group in enumerate(groups):
+        for group in groups:
             states = self._rooms(group)
-            for index in range(layers):
+            for index in layers:
                 with self.decoder.layer(index) as layer, torch.no_grad():
                     for unit, kept in zip(group, states, strict=True):
                         self._forward(layer, index, unit, kept)
-                self._tell(2 * done * layers + index + 1, total)
-            gradients = [self._ascend(unit, kept, signs) for unit, kept in zip(group, states, strict=True)]
-            for index in reversed(range(layers)):
+                tell(next(steps), total)
+            gradients = [self._at_the_end(unit, kept, signs) for unit, kept in zip(group, states, strict=True)]
+            for index in reversed(layers):
                 with self.decoder.layer(index) as layer:
-                    watch = _Watch(self.decoder, layer, layer_prefix(index), self.hear)
                     for unit, kept, gradient in zip(group, states, gradients, strict=True):
-                        gradient[:] = watch.backward(unit, [part[index] for part in kept], gradient)
-                self._tell(2 * (done + 1) * layers - index, total)
+                        gradient[:] = self._backward(layer, index, unit, [part[index] for part in kept], gradient)
+                tell(next(steps), total)
             del states, gradients, kept  # before the next group's are made
         return self.margins
-
-    def _tell(self, done: int, total: int) -> None:
-        if self.after_layer is not None:
-            self.after_layer(done, total)
 
     def _rooms(self, group: list[list[Batch]]) -> list[list[torch.Tensor]]:
         """For each batch room for what enters every layer and leaves the last, [layers + 1, sequences, longest, width]."""
@@ -242,76 +236,64 @@ class _Descent:
     def _forward(self, layer: Any, index: int, unit: list[Batch], kept: list[torch.Tensor]) -> None:
         shared = Shared()
         for batch, part in zip(unit, kept, strict=True):
-            states = part[index] + layer.self_attn.o_proj(self.decoder.attend(layer, batch, part[index], shared))
-            part[index + 1] = states + layer.mlp.down_proj(self.decoder.gate(layer, states))
+            middle, gated = self.decoder.run(layer, batch, part[index], shared)
+            part[index + 1] = middle + layer.mlp.down_proj(gated)
 
-    def _ascend(self, unit: list[Batch], kept: list[torch.Tensor], signs: torch.Generator) -> list[torch.Tensor]:
+    def _at_the_end(self, unit: list[Batch], kept: list[torch.Tensor], signs: torch.Generator) -> list[torch.Tensor]:
         """The gradients of the margins with respect to what leaves the last layer."""
         import torch
 
-        norm, direction = self.head
         gradients = [torch.zeros_like(part[-1]) for part in kept]
         batch, states = unit[-1], kept[-1][-1]
         rows, places = torch.arange(len(states)), torch.tensor(batch.lengths) - 1
         last = states[rows, places].clone().requires_grad_(True)
         with torch.enable_grad():
-            margins = (norm(last) * direction).sum(-1)
+            margins = (self.norm(last) * self.direction).sum(-1)
             margins.sum().backward()
-        assert last.grad is not None
         sign = torch.ones(len(states))
         if len(unit) > 1:
             sign -= 2.0 * torch.randint(2, (len(states),), generator=signs)
-        gradients[-1][rows, places] = last.grad * sign.to(last).unsqueeze(-1)
+        gradients[-1][rows, places] = gradient_of(last) * sign.to(last).unsqueeze(-1)
         self.margins.update(zip(cast("tuple[int, ...]", batch.numbers), margins.tolist(), strict=True))
         return gradients
 
-
-class _Watch:
-    """Backward through one layer for one unit, with an ear at each linear's input and output."""
-
-    def __init__(self, decoder: Decoder, layer: Any, prefix: str, hear: Hear) -> None:
-        self.decoder, self.layer, self.prefix, self.hear = decoder, layer, prefix, hear
-
-    def backward(
-        self, unit: list[Batch], entering: list[torch.Tensor], leaving: list[torch.Tensor]
+    def _backward(
+        self, layer: Any, index: int, unit: list[Batch], entering: list[torch.Tensor], leaving: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The gradients at the layer's inputs, given the ones at its outputs."""
+        """The gradients at the layer's inputs for one unit, given the ones at its outputs; each linear is listened to."""
         import torch
 
-        shared = Shared()
+        shared, prefix = Shared(), layer_prefix(index)
         inputs = [states.detach().requires_grad_(True) for states in entering]
         ends: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         for batch, states, gradient in zip(unit, inputs, leaving, strict=True):
-            with torch.enable_grad(), self._listening(batch):
-                mixed = self.decoder.attend(self.layer, batch, states, shared)
-                middle = states + self.layer.self_attn.o_proj(mixed)
-                gated = self.decoder.gate(self.layer, middle)
+            with torch.enable_grad(), self._listening(layer, prefix, batch):
+                middle, gated = self.decoder.run(layer, batch, states, shared)
             # what the last linear puts out is not needed, and what its inputs' gradient is needs no graph
-            self.hear(f"{self.prefix}mlp.down_proj", batch, gated.detach(), gradient)
+            self.listen(f"{prefix}mlp.down_proj", batch, gated.detach(), gradient)
             ends += [gated, middle]
-            gradients += [gradient @ self.layer.mlp.down_proj.weight, gradient]
+            gradients += [gradient @ layer.mlp.down_proj.weight, gradient]
         torch.autograd.backward(ends, gradients)
-        return [_gradient_of(states) for states in inputs]
+        return [gradient_of(states) for states in inputs]
 
     @contextmanager
-    def _listening(self, batch: Batch) -> Iterator[None]:
+    def _listening(self, layer: Any, prefix: str, batch: Batch) -> Iterator[None]:
+        """Have each linear's input and output but the last one's listened to."""
+
+        def hook(name: str, module: Any, inputs: Any, output: torch.Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self.listen(prefix + name, batch, x, gradient))
+
         names = [name for stage in STAGES[:-1] for name in stage]
-        handles = [self.layer.get_submodule(name).register_forward_hook(self._hook(name, batch)) for name in names]
+        handles = [layer.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str, batch: Batch) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda gradient: self.hear(self.prefix + name, batch, x, gradient))
 
-        return hook
-
-
-def _gradient_of(states: torch.Tensor) -> torch.Tensor:
+def gradient_of(states: torch.Tensor) -> torch.Tensor:
     assert states.grad is not None
     return states.grad
