@@ -42,7 +42,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     then one or two types are changed at a time while that helps within the budget.
     Raises InputError where the smallest options don't fit.
     """
-    table = _Table(options)
+    table = OptionTable(options)
     least = sum(min(option.bytes for option in listed) for listed in options.values())
     if least > budget:
         raise InputError(
@@ -73,7 +73,7 @@ def unseen_changes(options: Mapping[str, Sequence[Option]], budget: int) -> Doub
     return found
 
 
-class _Table:
+class OptionTable:
     """Every option of every matrix as a row, and which row each matrix has now."""
 
     def __init__(self, options: Mapping[str, Sequence[Option]]) -> None:

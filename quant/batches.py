@@ -99,7 +99,7 @@ def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
     return length if length >= LEAST_PREFIX and len(sequences) > 1 else 0
 
 
-class Shared:
+class SharedPrefix:
     """A layer's keys and values of the prefix: taken when the prefix passes, put before those of batches that follow.
 
     It goes in the place of transformers' cache.

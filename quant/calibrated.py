@@ -14,32 +14,18 @@ from gramlite.formats.artifact import Manifest
 from .calibration import Transcript
 from .ggml import Job, quantize_file
 from .gguf_file import NEEDS_MATRIX, quantize_source
-from .imatrix import ImportanceMatrix, collect_importance
+from .imatrix import ImportanceMatrix
 from .mixed import choose_types, choose_weighed, target_bits
 from .report import layer_bar
-from .source import EXACT, Source
+from .source import EXACT, ExactModel
 from .tensor_types import check_overrides, file_type
 
 FILE_OF_TYPE = {kind: f"{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
 
 
-def measure_importance(
-    source: Path, opened: Source, transcripts: Sequence[Transcript], name: str, *, device: str = "cpu"
-) -> ImportanceMatrix:
-    """The importance matrix of a checkpoint over transcripts, with a progress bar."""
-    with layer_bar() as progress:
-        return collect_importance(
-            source,
-            transcripts,
-            dataset=name,
-            device=device,
-            after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
-        )
-
-
 def quantize_calibrated(
     folder: Path,
-    opened: Source,
+    opened: ExactModel,
     destination: Path,
     transcripts: Sequence[Transcript],
     *,
@@ -92,18 +78,13 @@ def matching(name: str, overrides: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def plain_types(
-    source: Source, kind: str, overrides: Sequence[tuple[str, str]], imatrix: ImportanceMatrix
+    source: ExactModel, kind: str, overrides: Sequence[tuple[str, str]], imatrix: ImportanceMatrix
 ) -> dict[str, str]:
     """The type that llama.cpp gives every matrix where it has no importance matrix, as far as it can do without."""
     wanted = check_overrides(source, kind, overrides)
     needed = imatrix.means() if kind in NEEDS_MATRIX else {}
     job = Job(
-        source=str(source.path),
-        output=str(source.path.with_suffix(".none")),
-        kind=kind,
-        overrides=wanted,
-        importance=tuple((name, len(values)) for name, values in needed.items()),
-        dry_run=True,
+        source=str(source.path), output=str(source.path.with_suffix(".none")), kind=kind, overrides=wanted, dry_run=True
     )
     changed = quantize_file(job, needed, advance=lambda done, total: None).types
     held = {tensor.name: tensor.type for tensor in source.header.tensors}

@@ -12,7 +12,7 @@ from gramlite.formats.architecture import family_of
 from gramlite.formats.checkpoint import Checkpoint, StoredTensor, damaged
 from gramlite.formats.model_folder import attention_window
 
-from .batches import Batch, Shared
+from .batches import Batch, SharedPrefix
 from .memory import FreedMemory
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ STAGES = (  # the linears of every family's layers, which are pre-norm
 )
 
 
-class Decoder:
+class CheckpointDecoder:
     """The decoder layers of transformers, on the meta device until `layer` fills one from its own tensors.
 
     Weights and activations are float32 on a CPU and as the checkpoint has them on CUDA.
@@ -79,9 +79,9 @@ class Decoder:
             yield layer.requires_grad_(False)
         finally:
             layer.to("meta")
-            self.freed.give_back()
+            self.freed.release()
 
-    def attend(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> torch.Tensor:
+    def attend(self, layer: Any, batch: Batch, states: torch.Tensor, shared: SharedPrefix) -> torch.Tensor:
         """The input of a layer's `o_proj`, of states that enter the layer; the prefix has to come first."""
         import torch
 
@@ -102,7 +102,9 @@ class Decoder:
             gated: torch.Tensor = layer.mlp(layer.post_attention_layernorm(states))
         return gated
 
-    def run(self, layer: Any, batch: Batch, states: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, layer: Any, batch: Batch, states: torch.Tensor, shared: SharedPrefix
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What stands behind a layer's attention, and the input of its `down_proj`, of states that enter the layer."""
         middle = states + layer.self_attn.o_proj(self.attend(layer, batch, states, shared))
         return middle, self.gate(layer, middle)

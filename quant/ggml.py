@@ -44,8 +44,7 @@ Floats = npt.NDArray[np.float32]
 class Job:
     """One file to quantize: `kind` names llama.cpp's file type; `overrides` are pairs of a pattern and a tensor type.
 
-    `importance` has how many floats of the importance matrix belong to each tensor, in the order in which they follow;
-    with `dry_run` nothing is written.
+    With `dry_run` nothing is written.
     """
 
     source: str
@@ -53,7 +52,6 @@ class Job:
     kind: str
     overrides: tuple[tuple[str, str], ...] = ()
     threads: int = 1
-    importance: tuple[tuple[str, int], ...] = ()
     dry_run: bool = False
 
 
@@ -102,9 +100,10 @@ def quantize_file(job: Job, matrix: Mapping[str, Floats], *, advance: Callable[[
 
 def _send(stream: IO[bytes], job: Job, matrix: Mapping[str, Floats]) -> None:
     try:
-        stream.write(json.dumps(asdict(job)).encode() + b"\n")
-        for name, _ in job.importance:
-            stream.write(np.ascontiguousarray(matrix[name], np.float32).tobytes())
+        importance = [(name, len(values)) for name, values in matrix.items()]  # whose floats follow in this order
+        stream.write(json.dumps(asdict(job) | {"importance": importance}).encode() + b"\n")
+        for values in matrix.values():
+            stream.write(np.ascontiguousarray(values, np.float32).tobytes())
         stream.close()
     except BrokenPipeError:
         pass  # it ended early, and its exit says why

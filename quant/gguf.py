@@ -16,14 +16,15 @@ from gramlite.formats.carried import plan_notices
 from gramlite.options import chat_options
 from gramlite.storage import check_output
 
-from .calibrated import measure_importance, quantize_calibrated
+from .calibrated import quantize_calibrated
 from .calibration import calibration_options, load_calibration
 from .gguf_file import check_belongs, quantize_source
-from .imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from .imatrix import ImportanceMatrix, collect_importance, read_imatrix, write_imatrix
 from .memory import pick_device
 from .mixed import target_bits
 from .packages import need_packages
-from .source import Source, open_source
+from .report import layer_bar
+from .source import ExactModel, open_source
 from .tensor_types import named_overrides
 
 
@@ -52,7 +53,7 @@ def quantize_gguf(
 
 def quantize_and_calibrate(
     source: Path,
-    opened: Source,
+    opened: ExactModel,
     output: Path,
     *,
     kind: str,
@@ -71,16 +72,24 @@ def quantize_and_calibrate(
         )
     transcripts, described = load_calibration(calibration, judge=opened.path, **how)
     device = pick_device(how["device"])
-    matrix = imatrix or measure_importance(source, opened, transcripts, calibration.name, device=device)
+    if imatrix is None:
+        with layer_bar() as progress:
+            imatrix = collect_importance(
+                source,
+                transcripts,
+                dataset=calibration.name,
+                device=device,
+                after_layer=lambda index: progress("Calibrating layer", index + 1, opened.blocks),
+            )
     if save_imatrix:
-        write_imatrix(save_imatrix, matrix, force=force)
+        write_imatrix(save_imatrix, imatrix, force=force)
     return quantize_calibrated(
         source,
         opened,
         output,
         transcripts,
         kind=kind,
-        imatrix=matrix,
+        imatrix=imatrix,
         overrides=overrides,
         calibration=described,
         device=device,

@@ -26,7 +26,7 @@ from gramlite.storage import check_output, sha256_file
 from .ggml import Job, Outcome, QuantizerError, quantize_file
 from .imatrix import ImportanceMatrix, matrix_sha256
 from .report import Progress, layer_bar
-from .source import EXACT, Source
+from .source import EXACT, ExactModel
 from .tensor_types import check_overrides, file_type
 
 NEEDS_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S")
@@ -35,7 +35,7 @@ TYPICAL_BITS = re.compile(r"(\d)")
 
 
 def quantize_source(
-    source: Source,
+    source: ExactModel,
     destination: Path,
     *,
     kind: str,
@@ -66,7 +66,6 @@ def quantize_source(
                 kind=kind,
                 overrides=wanted,
                 threads=thread_count(threads),
-                importance=tuple((name, len(values)) for name, values in matrix.items()),
             )
             outcome = _run(job, matrix, progress)
             written = read_header(temporary)
@@ -89,7 +88,7 @@ def quantize_source(
         return publish_file(destination, build, source.path, force=force, need_bytes=_room(source.header, kind))
 
 
-def check_matrix(source: Source, kind: str, imatrix: ImportanceMatrix | None) -> None:
+def check_matrix(source: ExactModel, kind: str, imatrix: ImportanceMatrix | None) -> None:
     """Refuse a type that needs an importance matrix and has none, or a matrix of another model."""
     if imatrix is None:
         if kind in NEEDS_MATRIX:
@@ -98,7 +97,7 @@ def check_matrix(source: Source, kind: str, imatrix: ImportanceMatrix | None) ->
     check_belongs(source, imatrix)
 
 
-def check_belongs(source: Source, imatrix: ImportanceMatrix) -> None:
+def check_belongs(source: ExactModel, imatrix: ImportanceMatrix) -> None:
     """Refuse the importance matrix of another model, whose values native code would read past their end."""
     widths = {tensor.name: tensor.shape[0] for tensor in source.header.tensors}
     fitting = [name for name, values in imatrix.sums.items() if widths.get(name) == len(values)]

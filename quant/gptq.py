@@ -66,35 +66,10 @@ def quantize_gptq(
     checkpoint, names = checked or preflight(source, output, settings, template=template, force=force)
     predicted = predict(checkpoint, transcripts, settings, device)
     check_memory(predicted, device)
-    layers = len(names) // sum(map(len, STAGES))
     room = room_for(checkpoint, names, settings)
-    reports: list[LayerReport] = []
-    digests: dict[str, str] = {}
     with PeakMemory(device) as memory, atomic_output(output, force=force, need_bytes=room) as folder:
         folder.mkdir()
-        writer = GptqWriter(folder)
-
-        def visit(stage: Stage) -> None:
-            for name, linear, report in quantize_stage(stage, settings):
-                writer.add_linear(name, linear)
-                digests[name] = digest(linear)
-                reports.append(report)
-
-        if weigh is None and settings.focus:
-            weigh = verdict_weights(
-                checkpoint, transcripts, device=device, after_layer=partial(progress, "Reading gradients")
-            )
-        stream_decoder(
-            checkpoint,
-            transcripts,
-            visit,
-            device=device,
-            weigh=weigh,
-            after_layer=lambda index: progress("Quantizing layers", index + 1, layers),
-        )
-        _add_unquantized(checkpoint, names, writer)
-        writer.finish(checkpoint.config, quantization_config(settings), source)
-        _check_written(folder, digests)
+        reports = _write_layers(folder, checkpoint, names, transcripts, settings, device, weigh, progress)
         bits = _bits_per_weight(folder, checkpoint)
         manifest = Manifest(
             format="gptq",
@@ -121,14 +96,42 @@ def quantize_gptq(
     )
 
 
-def preflight(
-    source: Path,
-    output: Path,
+def _write_layers(
+    folder: Path,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    transcripts: Sequence[Transcript],
     settings: GptqSettings,
-    *,
-    template: str | None,
-    force: bool,
-    inputs: Inputs = (),
+    device: str,
+    weigh: Weigh | None,
+    progress: Progress,
+) -> list[LayerReport]:
+    """Quantize the linear layers into the files of a GPTQ folder, with everything else that goes there."""
+    writer = GptqWriter(folder)
+    reports: list[LayerReport] = []
+    digests: dict[str, str] = {}
+
+    def visit(stage: Stage) -> None:
+        for name, linear, report in quantize_stage(stage, settings):
+            writer.add_linear(name, linear)
+            digests[name] = digest(linear)
+            reports.append(report)
+
+    def after_layer(index: int) -> None:
+        progress("Quantizing layers", index + 1, len(names) // sum(map(len, STAGES)))
+
+    if weigh is None and settings.focus:
+        told = partial(progress, "Reading gradients")
+        weigh = verdict_weights(checkpoint, transcripts, device=device, after_layer=told)
+    stream_decoder(checkpoint, transcripts, visit, device=device, weigh=weigh, after_layer=after_layer)
+    _add_unquantized(checkpoint, names, writer)
+    writer.finish(checkpoint.config, quantization_config(settings), checkpoint.folder)
+    _check_written(folder, digests)
+    return reports
+
+
+def preflight(
+    source: Path, output: Path, settings: GptqSettings, *, template: str | None, force: bool, inputs: Inputs = ()
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint and its linears' names, when all that can be refused before anything is computed was looked at."""
     checkpoint = open_checkpoint(source)

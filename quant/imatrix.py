@@ -21,7 +21,7 @@ from gramlite.formats.publish import unicode_name
 from gramlite.storage import atomic_output
 
 from .calibration import Transcript
-from .stream import Stage, Weigh, stream_decoder
+from .stream import Stage, stream_decoder
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,20 @@ def collect_importance(
     *,
     dataset: str,
     device: str = "cpu",
-    weigh: Weigh | None = None,
     after_layer: Callable[[int], None] | None = None,
 ) -> ImportanceMatrix:
     """Run the transcripts through a checkpoint, layer by layer, and sum the squares of every linear layer's inputs."""
     checkpoint = open_checkpoint(folder)
     names = gguf_names(read_architecture(checkpoint.config))
     sums: dict[str, npt.NDArray[np.float32]] = {}
-    mass = 0.0
 
     def visit(stage: Stage) -> None:
-        nonlocal mass
-        mass = stage.mass
         values = stage.moment.float().cpu().numpy()
         sums.update({names(f"{name}.weight"): values for name in stage.linears})
 
-    stream_decoder(checkpoint, transcripts, visit, device=device, weigh=weigh, diagonal=True, after_layer=after_layer)
-    return ImportanceMatrix(sums, mass, len(transcripts), (dataset,))
+    stream_decoder(checkpoint, transcripts, visit, device=device, diagonal=True, after_layer=after_layer)
+    tokens = float(sum(len(transcript.ids) for transcript in transcripts))
+    return ImportanceMatrix(sums, tokens, len(transcripts), (dataset,))
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix, *, force: bool = False) -> None:

@@ -13,6 +13,7 @@ import psutil
 
 from gramlite.errors import InputError, ResourceError
 from gramlite.formats.gptq_folder import SHARD_BYTES
+from gramlite.runtime import torch_devices
 from gramlite.runtime.machine import free_memory, thread_count
 
 from .batches import BATCH_TOKENS
@@ -37,32 +38,33 @@ class PeakMemory:
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
-    def _look(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss)
-
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self._look()
+        closed = False
+        while not closed:
+            closed = self._stop.wait(SAMPLE_SECONDS)
+            self.peak = max(self.peak, self._process.memory_info().rss)
 
     def __enter__(self) -> PeakMemory:
-        if self._device.startswith(CUDA):
+        if on_cuda(self._device):
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            self._look()
             self._sampler.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._device.startswith(CUDA):
+        if on_cuda(self._device):
             import torch
 
             self.peak = torch.cuda.max_memory_allocated(self._device)
         else:
             self._stop.set()
             self._sampler.join()
-            self._look()
+
+
+def on_cuda(device: str) -> bool:
+    return device.startswith(CUDA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def predict_bytes(
     once more while a shard is written
     writing: the last shard twice, and the embedding as it was read and as float16
     """
-    cuda = device.startswith(CUDA)
+    cuda = on_cuda(device)
     item = 2 if cuda else 4
     hidden, wide, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = int(config["num_attention_heads"])
@@ -135,7 +137,7 @@ def predict_bytes(
 def check_memory(predicted: RunPrediction, device: str) -> None:
     """Raise ResourceError where a run takes more than is free; what the process holds already counts as free."""
     free = free_bytes(device)
-    held = 0 if device.startswith(CUDA) else min(psutil.Process().memory_info().rss, predicted.process)
+    held = 0 if on_cuda(device) else min(psutil.Process().memory_info().rss, predicted.process)
     if predicted.total - held > free:
         raise ResourceError(
             f"Quantizing takes {predicted.total / 1e9:,.1f} GB on {device} and {(free + held) / 1e9:,.1f} GB are free. "
@@ -159,12 +161,12 @@ class FreedMemory:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        linux = sys.platform.startswith("linux") and not device.startswith(CUDA)
+        linux = sys.platform.startswith("linux") and not on_cuda(device)
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if linux else None
         self._process = psutil.Process()
         self._least = self._process.memory_info().rss
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         if self._trim is not None and self._process.memory_info().rss > self._least + HELD_BYTES:
             self._trim(0)
             self._least = self._process.memory_info().rss
@@ -179,13 +181,14 @@ def pick_device(choice: str) -> str:
         raise InputError(f"--device {choice} is unknown; it is auto, cpu or cuda.")
     import torch
 
-    if choice != "cpu" and torch.cuda.is_available():
+    found = torch_devices.machine()
+    if choice != "cpu" and found.gpus:
         return CUDA
-    torch.set_num_threads(thread_count(None))
-    if choice == "cpu":
-        return "cpu"
-    reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device answers"
     if choice == CUDA:
-        raise ResourceError(f"--device cuda was asked for, and {reason}. Use --device cpu.")
-    logger.info("Quantizing on the CPU: %s.", reason)
+        raise ResourceError(
+            f"--device cuda was asked for, but {found.why_no_gpu}. Type --device cpu, or: gramlite doctor"
+        )
+    torch.set_num_threads(thread_count(None))
+    if choice == "auto":
+        logger.info("Quantizing on the CPU: %s.", found.why_no_gpu)
     return "cpu"

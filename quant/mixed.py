@@ -28,6 +28,7 @@ from .calibration import Transcript
 from .decoder import EMBEDDING, HEAD, has_own_head, read_tensor
 from .ggml import NEED_IMPORTANCE, TYPE_NUMBERS, rounded
 from .memory import free_bytes
+from .report import Progress
 from .sensitivity import Reading, read_gradients, verdict_tokens
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ UNWEIGHED = ("Q8_0", "F16", "BF16", "F32")  # types that an importance matrix ch
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 Way = tuple[str, Floats | None]  # a type, and the importance it is written with
 
 

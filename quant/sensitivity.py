@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 from gramlite.errors import InputError
 from gramlite.formats.checkpoint import Checkpoint
 
-from .batches import Batch, Shared, lay_out
+from .batches import Batch, SharedPrefix, lay_out
 from .calibration import Transcript
-from .decoder import EMBEDDING, HEAD, STAGES, Decoder, has_own_head, layer_prefix, read_tensor
+from .decoder import EMBEDDING, HEAD, STAGES, CheckpointDecoder, has_own_head, layer_prefix, read_tensor
 from .memory import free_bytes
 from .stream import Weigh
 
@@ -69,7 +69,7 @@ def read_gradients(
             visit(Reading(name, number, inputs[row, :length], gradients[row, :length]))
 
     choices = verdict_tokens(transcripts)
-    decoder = Decoder(checkpoint, device)
+    decoder = CheckpointDecoder(checkpoint, device)
     batches = lay_out(transcripts, share=False, verdicts=False)
     room = max(STATE_BYTES, free_bytes(device) // 4)
     groups = list(within(decoder, [[batch] for batch in batches], room))
@@ -93,13 +93,13 @@ def verdict_weights(
     """
     import torch
 
-    squares: dict[str, _Squares] = {}
+    squares: dict[str, SquaredGradients] = {}
 
     def listen(name: str, batch: Batch, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        squares.setdefault(name, _Squares()).add(batch, gradients.float().square().sum(-1).cpu())
+        squares.setdefault(name, SquaredGradients()).add(batch, gradients.float().square().sum(-1).cpu())
 
     choices = verdict_tokens(transcripts)
-    decoder = Decoder(checkpoint, device)
+    decoder = CheckpointDecoder(checkpoint, device)
     batches = lay_out(transcripts, verdicts=False)
     prefix = [batch for batch in batches if batch.is_prefix]
     units = [[*prefix, batch] for batch in batches if not batch.is_prefix]
@@ -114,7 +114,7 @@ def verdict_weights(
     return weigh
 
 
-class _Squares:
+class SquaredGradients:
     """Squared gradient norms at one linear layer's outputs: of each transcript's tokens, and the prefix's sums."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ def weighing_room(checkpoint: Checkpoint, device: str) -> int:
     return min(stored // WEIGHT_SHARE, free_bytes(device) // 4)
 
 
-def within(decoder: Decoder, units: Sequence[list[Batch]], limit: int) -> Iterator[list[list[Batch]]]:
+def within(decoder: CheckpointDecoder, units: Sequence[list[Batch]], limit: int) -> Iterator[list[list[Batch]]]:
     """Runs of units whose kept states stay within a limit of bytes, or of one unit."""
     each = int(decoder.skeleton.config.hidden_size) * (len(decoder) + 1) * decoder.dtype.itemsize
     group: list[list[Batch]] = []
@@ -183,7 +183,7 @@ class BackwardPass:
     """
 
     def __init__(
-        self, decoder: Decoder, choices: tuple[int, int], listen: Listener, after_layer: AfterLayer | None
+        self, decoder: CheckpointDecoder, choices: tuple[int, int], listen: Listener, after_layer: AfterLayer | None
     ) -> None:
         self.decoder, self.listen, self.after_layer = decoder, listen, after_layer
         self.norm, self.direction = self._head(choices)
@@ -225,16 +225,16 @@ class BackwardPass:
     def _rooms(self, group: list[list[Batch]]) -> list[list[torch.Tensor]]:
         """For each batch room for what enters every layer and leaves the last, [layers + 1, sequences, longest, width]."""
         embedded = iter(self.decoder.embed([batch for unit in group for batch in unit]))
-        rooms: list[list[torch.Tensor]] = []
-        for unit in group:
-            rooms.append([])
-            for entering in itertools.islice(embedded, len(unit)):
-                rooms[-1].append(entering.new_empty(len(self.decoder) + 1, *entering.shape))
-                rooms[-1][-1][0] = entering
-        return rooms
+
+        def room(entering: torch.Tensor) -> torch.Tensor:
+            kept = entering.new_empty(len(self.decoder) + 1, *entering.shape)
+            kept[0] = entering
+            return kept
+
+        return [[room(next(embedded)) for _ in unit] for unit in group]
 
     def _forward(self, layer: Any, index: int, unit: list[Batch], kept: list[torch.Tensor]) -> None:
-        shared = Shared()
+        shared = SharedPrefix()
         for batch, part in zip(unit, kept, strict=True):
             middle, gated = self.decoder.run(layer, batch, part[index], shared)
             part[index + 1] = middle + layer.mlp.down_proj(gated)
@@ -263,7 +263,7 @@ class BackwardPass:
         """The gradients at the layer's inputs for one unit, given the ones at its outputs; each linear is listened to."""
         import torch
 
-        shared, prefix = Shared(), layer_prefix(index)
+        shared, prefix = SharedPrefix(), layer_prefix(index)
         inputs = [states.detach().requires_grad_(True) for states in entering]
         ends: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []

@@ -22,7 +22,7 @@ EXACT = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExactModel:
     """An exact GGUF to quantize: its file, its checked header, and what the manifest will say of its origin."""
 
     path: Path
@@ -45,7 +45,7 @@ class Source:
 
 
 @contextmanager
-def open_source(source: Path, *, beside: Path, template: str | None = None) -> Iterator[Source]:
+def open_source(source: Path, *, beside: Path, template: str | None = None) -> Iterator[ExactModel]:
     """An exact GGUF as it is, or a checkpoint exported without loss into a temporary folder beside the destination."""
     if not source.is_dir():
         yield _open_file(source, template)
@@ -55,12 +55,12 @@ def open_source(source: Path, *, beside: Path, template: str | None = None) -> I
     try:
         exported = folder / f"{beside.stem}.gguf"
         manifest = export_gguf(source, exported, dtype=_exact_dtype(source), template=template)
-        yield Source(exported, read_header(exported), manifest.source, manifest.template)
+        yield ExactModel(exported, read_header(exported), manifest.source, manifest.template)
     finally:
         remove_path(folder)
 
 
-def _open_file(path: Path, template: str | None) -> Source:
+def _open_file(path: Path, template: str | None) -> ExactModel:
     if not path.is_file():
         raise InputError(f"There is no model at {path}. Give a checkpoint's folder or an F16, BF16 or F32 GGUF file.")
     header = read_header(path)
@@ -81,7 +81,7 @@ def _open_file(path: Path, template: str | None) -> Source:
     }
     if manifest:
         described["source"] = manifest.source
-    return Source(path, header, described, _template_of(header, manifest, template))
+    return ExactModel(path, header, described, _template_of(header, manifest, template))
 
 
 def _template_of(header: Header, manifest: Manifest | None, choice: str | None) -> dict[str, Any] | None:

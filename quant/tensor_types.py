@@ -9,7 +9,7 @@ from gramlite.errors import InputError
 from gramlite.formats.ggml_types import GGML_TYPES
 
 from .ggml import FILE_TYPE_NUMBERS, TYPE_NUMBERS
-from .source import EXACT, Source
+from .source import EXACT, ExactModel
 
 SHORT_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -31,7 +31,7 @@ def tensor_type(name: str) -> str:
     return name.upper()
 
 
-def check_overrides(source: Source, kind: str, overrides: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def check_overrides(source: ExactModel, kind: str, overrides: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """The overrides with llama.cpp's names; raises InputError for one that cannot be, or would change nothing."""
     if overrides and kind in EXACT:
         raise InputError(f"llama.cpp knows no types for single tensors in a file of {kind}. Take a quantized --type.")
@@ -46,7 +46,7 @@ def check_overrides(source: Source, kind: str, overrides: Sequence[tuple[str, st
 
 
 def named_overrides(
-    source: Source, texts: Sequence[str], embedding: str | None, head: str | None
+    source: ExactModel, texts: Sequence[str], embedding: str | None, head: str | None
 ) -> list[tuple[str, str]]:
     """The command line's overrides, those of the embedding and the head first; a tied head is the embedding."""
     named = [(EMBEDDING, embedding), (HEAD if HEAD in source.matrices else EMBEDDING, head)]

@@ -94,13 +94,7 @@ ONNX_INSTALL = "pip uninstall -y onnxruntime onnxruntime-genai && pip install 'g
 RUNTIMES = (  # that judge on CUDA: a name, packages whose version is told, their extra, a module, what to type
     ("CUDA for gguf (llama.cpp)", (), "", "gramlite.backends.gguf.library", CUDA_INSTALL),
     ("CUDA for hf and gptq (torch)", ("torch",), "hf", "gramlite.runtime.torch_devices", TORCH_INSTALL),
-    (
-        "CUDA for onnx (onnxruntime)",
-        ("onnxruntime-gpu", "onnxruntime"),
-        "onnx",
-        "gramlite.backends.onnx",
-        ONNX_INSTALL,
-    ),
+    ("CUDA for onnx (onnxruntime)", ("onnxruntime-gpu", "onnxruntime"), "onnx", "gramlite.backends.onnx", ONNX_INSTALL),
 )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gramlite.quant.memory import HELD_BYTES, PROCESS_BYTES, predict_bytes
+import pytest
+from gramlite.quant.memory import HELD_BYTES, PROCESS_BYTES, pick_device, predict_bytes
+
+from gramlite.errors import InputError, ResourceError
 
 REFERENCE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -40,3 +43,13 @@ def test_the_reference_judge_takes_little_more_than_its_libraries() -> None:
     assert (
         replace(predicted, writing=10 * predicted.writing).total == PROCESS_BYTES + HELD_BYTES + 10 * predicted.writing
     )
+
+
+def test_cuda_is_refused_with_its_reason_where_there_is_none() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises(ResourceError, match="--device cuda was asked for, but .*CUDA.* Type --device cpu"):
+        pick_device("cuda")
+    with pytest.raises(InputError, match="auto, cpu or cuda"):
+        pick_device("gpu")

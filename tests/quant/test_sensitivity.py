@@ -10,7 +10,7 @@ import pytest
 import torch
 from gramlite.quant import batches, sensitivity
 from gramlite.quant.calibration import Transcript
-from gramlite.quant.decoder import Decoder
+from gramlite.quant.decoder import CheckpointDecoder
 from gramlite.quant.memory import HELD_BYTES, PeakMemory
 from gramlite.quant.sensitivity import Reading, read_gradients, verdict_tokens, verdict_weights, weighing_room
 from transformers import AutoModelForCausalLM
@@ -82,13 +82,13 @@ def test_a_checkpoint_is_read_as_often_as_the_room_asks_for(
     shared = [Transcript(tuple(range(40)) + one.prompt_ids, one.generated_ids, one.id) for one in transcripts]
     monkeypatch.setattr(batches, "BATCH_TOKENS", 150)
     read: list[int] = []
-    layer_of = Decoder.layer
+    layer_of = CheckpointDecoder.layer
 
-    def counted(self: Decoder, index: int) -> Any:
+    def counted(self: CheckpointDecoder, index: int) -> Any:
         read.append(index)
         return layer_of(self, index)
 
-    monkeypatch.setattr(Decoder, "layer", counted)
+    monkeypatch.setattr(CheckpointDecoder, "layer", counted)
     found = []
     for room in (0, 3 * 64 * 4 * 600, 1 << 30):
         monkeypatch.setattr(sensitivity, "weighing_room", lambda checkpoint, device, room=room: room)
