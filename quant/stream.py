@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gramlite.errors import InputError
 from gramlite.formats.checkpoint import Checkpoint
@@ -65,9 +65,11 @@ def stream_decoder(
     with torch.inference_mode():
         decoder = CheckpointDecoder(checkpoint, device)
         hidden = decoder.embed(batches)
-        moments = MomentPass(decoder, batches, visit, weigh, diagonal)
         for index in range(len(decoder)):
-            moments.run(index, hidden)
+            with decoder.layer(index) as layer:
+                LayerPass(decoder, layer, layer_prefix(index), visit, TokenWeights(batches, weigh), diagonal).run(
+                    hidden
+                )
             if after_layer is not None:
                 after_layer(index)
     return _apart(batches, hidden)
@@ -86,69 +88,15 @@ def _apart(batches: Sequence[Batch], hidden: Sequence[torch.Tensor]) -> list[tor
     return [rows[number] for number in range(len(rows))]
 
 
-class MomentPass:
-    """Runs decoder layers over all transcripts, halting at the four inputs that a layer's linears read."""
+class TokenWeights:
+    """How much each token of a batch counts; one of the prefix as much as in all transcripts together."""
 
-    def __init__(
-        self,
-        decoder: CheckpointDecoder,
-        batches: Sequence[Batch],
-        visit: Callable[[Stage], None],
-        weigh: Weigh | None,
-        diagonal: bool,
-    ) -> None:
-        self.decoder, self.batches, self.visit = decoder, batches, visit
-        self.weigh, self.diagonal = weigh, diagonal
+    def __init__(self, batches: Sequence[Batch], weigh: Weigh | None) -> None:
+        self.batches, self.weigh = batches, weigh
         self.count = sum(len(batch.numbers) for batch in batches if not batch.is_prefix)
 
-    def run(self, index: int, hidden: list[torch.Tensor]) -> None:
-        """Replace each batch's hidden states by the layer's output."""
-        shared = SharedPrefix()
-        with self.decoder.layer(index) as layer:
-
-            def halt(names: Sequence[str], inputs: Iterable[torch.Tensor]) -> None:
-                self._halt({layer_prefix(index) + name: layer.get_submodule(name) for name in names}, inputs)
-
-            halt(STAGES[0], (layer.input_layernorm(states) for states in hidden))
-            mixed = [
-                self.decoder.attend(layer, batch, states, shared)
-                for batch, states in zip(self.batches, hidden, strict=True)
-            ]
-            halt(STAGES[1], mixed)
-            for states, out in zip(hidden, mixed, strict=True):
-                states += layer.self_attn.o_proj(out)
-            del mixed
-            halt(STAGES[2], (layer.post_attention_layernorm(states) for states in hidden))
-            gated = [self.decoder.gate(layer, states) for states in hidden]
-            halt(STAGES[3], gated)
-            for states, out in zip(hidden, gated, strict=True):
-                states += layer.mlp.down_proj(out)
-
-    def _halt(self, linears: dict[str, nn.Linear], inputs: Iterable[torch.Tensor]) -> None:
-        """Sum up the inputs' second moment, for each linear apart where each weighs tokens by itself, and show it."""
-        import torch
-
-        groups = [linears] if self.weigh is None else [{name: linear} for name, linear in linears.items()]
-        width = next(iter(linears.values())).in_features
-        shape = (width,) if self.diagonal else (width, width)
-        moments = [torch.zeros(shape, device=self.decoder.device) for _ in groups]
-        for batch, states in zip(self.batches, inputs, strict=True):
-            x = batch.tokens(states).float()
-            for group, moment in zip(groups, moments, strict=True):
-                weights = self._weights(next(iter(group)), batch)
-                weighted = x if weights is None else x * weights.to(x).unsqueeze(-1)
-                if self.diagonal:
-                    moment += (weighted * x).sum(0)
-                else:
-                    _add_products(moment, weighted, x)
-        for group, moment in zip(groups, moments, strict=True):
-            if not self.diagonal:
-                moment.triu_()
-                moment += moment.triu(1).T
-            self.visit(Stage(group, moment))
-
-    def _weights(self, name: str, batch: Batch) -> torch.Tensor | None:
-        """How much each token of a batch counts, None where all of them are 1; one of the prefix as in all transcripts."""
+    def of(self, name: str, batch: Batch) -> torch.Tensor | None:
+        """The weights [tokens] of a linear layer's inputs, None where all are 1."""
         import torch
 
         if self.weigh is None:
@@ -156,6 +104,77 @@ class MomentPass:
         if batch.is_prefix:
             return sum((self.weigh(name, number)[: batch.lengths[0]] for number in range(self.count)), torch.zeros(1))
         return torch.cat([self.weigh(name, number)[batch.start :] for number in batch.numbers if number is not None])
+
+
+class LayerPass:
+    """Runs one decoder layer over all transcripts, halting at the four inputs that its linears read."""
+
+    def __init__(
+        self,
+        decoder: CheckpointDecoder,
+        layer: Any,
+        prefix: str,
+        visit: Callable[[Stage], None],
+        weights: TokenWeights,
+        diagonal: bool,
+    ) -> None:
+        self.decoder, self.layer, self.prefix = decoder, layer, prefix
+        self.visit, self.weights, self.diagonal = visit, weights, diagonal
+        self.batches = weights.batches
+
+    def run(self, hidden: list[torch.Tensor]) -> None:
+        """Replace each batch's hidden states by the layer's output."""
+        layer, shared = self.layer, SharedPrefix()
+        self._halt(STAGES[0], (layer.input_layernorm(states) for states in hidden))
+        mixed = [
+            self.decoder.attend(layer, batch, states, shared)
+            for batch, states in zip(self.batches, hidden, strict=True)
+        ]
+        self._halt(STAGES[1], mixed)
+        for states, out in zip(hidden, mixed, strict=True):
+            states += layer.self_attn.o_proj(out)
+        del mixed
+        self._halt(STAGES[2], (layer.post_attention_layernorm(states) for states in hidden))
+        gated = [self.decoder.gate(layer, states) for states in hidden]
+        self._halt(STAGES[3], gated)
+        for states, out in zip(hidden, gated, strict=True):
+            states += layer.mlp.down_proj(out)
+
+    def _halt(self, names: Sequence[str], inputs: Iterable[torch.Tensor]) -> None:
+        linears = {self.prefix + name: self.layer.get_submodule(name) for name in names}
+        shared = [linears] if self.weights.weigh is None else [{name: linear} for name, linear in linears.items()]
+        moments = [SecondMoment(group, self.decoder.device, self.diagonal) for group in shared]
+        for batch, states in zip(self.batches, inputs, strict=True):
+            x = batch.tokens(states)
+            for moment in moments:
+                moment.add(x, self.weights.of(next(iter(moment.linears)), batch))
+        for moment in moments:
+            self.visit(moment.stage())
+
+
+class SecondMoment:
+    """The second moment of one input as it is summed."""
+
+    def __init__(self, linears: dict[str, nn.Linear], device: str, diagonal: bool) -> None:
+        import torch
+
+        width = next(iter(linears.values())).in_features
+        self.linears, self.diagonal = linears, diagonal
+        self.sum = torch.zeros((width,) if diagonal else (width, width), device=device)
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        x = x.float()
+        weighted = x if weights is None else x * weights.to(x).unsqueeze(-1)
+        if self.diagonal:
+            self.sum += (weighted * x).sum(0)
+        else:
+            _add_products(self.sum, weighted, x)
+
+    def stage(self) -> Stage:
+        if not self.diagonal:
+            self.sum.triu_()
+            self.sum += self.sum.triu(1).T
+        return Stage(self.linears, self.sum)
 
 
 def _add_products(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
