@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from gramlite.export.report import judge_command, print_artifact, print_notes
-from gramlite.export.smoke import smoke_judge, smoke_option
+from gramlite.export.options import ArtifactOptions, artifact_options
+from gramlite.export.smoke import smoke_judge
 
 from gramlite.errors import InputError
 from gramlite.formats.artifact import Manifest
 from gramlite.formats.carried import plan_notices
-from gramlite.options import chat_options
 from gramlite.storage import check_output
 
 from .calibrated import quantize_calibrated
@@ -107,7 +107,6 @@ def no_low_rank(context: click.Context, parameter: click.Parameter, value: str |
 
 @click.command("gguf", short_help="checkpoint or GGUF -> GGUF in any of llama.cpp's types")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option(
     "--type",
     "kind",
@@ -127,31 +126,28 @@ def no_low_rank(context: click.Context, parameter: click.Parameter, value: str |
     "--low-rank", hidden=True, is_flag=False, flag_value="", is_eager=True, expose_value=False, callback=no_low_rank
 )
 @calibration_options
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the source.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, **options: Any) -> None:
+@artifact_options("The GGUF file to write.", kind="file", template="that of the source")
+def command(source: Path, kind: str, options: ArtifactOptions, **given: Any) -> None:
     """Quantize SOURCE, a checkpoint folder or an F16, BF16 or F32 GGUF, with llama.cpp's own quantizer."""
-    calibration, saved, force = options["calibration"], options["save_imatrix"], options["force"]
+    output, force = options.output, options.force
+    calibration, saved = given["calibration"], given["save_imatrix"]
     if saved and not calibration:
         raise InputError("--save-imatrix keeps what a calibration measures. Add --calibration PAIRS.jsonl.")
-    inputs = [calibration, options["imatrix"], options["template"]]
+    inputs = [calibration, given["imatrix"], options.template]
     check_output(output, [source], force=force, file=True, inputs=inputs)
     plan_notices(output, source)  # what is in their way had better be told before a calibration
     if saved:
         sources = [source, output, output.with_name(f"{output.name}.json")]
         check_output(saved, sources, force=force, file=True, inputs=inputs)
-    with open_source(source, beside=output, template=options["template"]) as opened:
-        overrides = named_overrides(opened, options["overrides"], options["embedding_type"], options["output_type"])
-        matrix = read_imatrix(options["imatrix"]) if options["imatrix"] else None
+    with open_source(source, beside=output, template=options.template) as opened:
+        overrides = named_overrides(opened, given["overrides"], given["embedding_type"], given["output_type"])
+        matrix = read_imatrix(given["imatrix"]) if given["imatrix"] else None
         if matrix:
             check_belongs(opened, matrix)
         same = {"kind": kind, "imatrix": matrix, "overrides": overrides, "force": force}
         if calibration:
             need_packages("gptq", "torch", "transformers")
-            how = {name: options[name] for name in ("chat", "tokens", "seed", "device", "mode")}
+            how = {name: given[name] for name in ("tokens", "seed", "device", "mode")} | {"chat": options.chat}
             manifest = quantize_and_calibrate(
                 source, opened, output, calibration=calibration, save_imatrix=saved, **same, **how
             )
@@ -159,8 +155,4 @@ def command(source: Path, output: Path, kind: str, smoke: bool, as_json: bool, *
             raise InputError("--type auto weighs types by what they do to verdicts. Add --calibration PAIRS.jsonl.")
         else:
             manifest = quantize_source(opened, output, **same)
-        if smoke:
-            judging = {name: options[name] for name in ("template", "chat", "force")}
-            manifest = smoke_judge(output, manifest, opened.path, **judging)
-    print_notes(manifest)
-    print_artifact(output, manifest, command=judge_command(output, manifest), as_json=as_json)
+        options.finish(manifest, partial(smoke_judge, source=opened.path))

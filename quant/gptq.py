@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gramlite.export.smoke import smoke_judge, smoke_option
+from gramlite.export.options import ArtifactOptions, artifact_options
+from gramlite.export.smoke import smoke_judge
 
 from gramlite.errors import InputError, ModelError
 from gramlite.formats.architecture import family_of
@@ -27,7 +28,6 @@ from gramlite.formats.gptq_folder import GptqWriter, open_gptq
 from gramlite.formats.publish import describe_source, manifest_text, tool_versions, write_durably
 from gramlite.formats.quantized_linear import QuantizedLinear
 from gramlite.judging.template import judge_template
-from gramlite.options import chat_options
 from gramlite.storage import FOLDER_MANIFEST, Inputs, atomic_output, check_output, sha256_cached
 
 from .batches import lay_out
@@ -272,7 +272,6 @@ def parse_exception(text: str) -> tuple[str, int]:
 
 @click.command("gptq", short_help="checkpoint -> GPTQ, calibrated on judge transcripts")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
 @click.option("--bits-for", "exceptions", multiple=True, metavar="PART=BITS", help="Other bits for some layers.")
 @click.option(
@@ -299,39 +298,36 @@ def parse_exception(text: str) -> tuple[str, int]:
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="Pairs or transcripts, JSONL.")
 @click.option("--judge", metavar="MODEL", help="Who judges the pairs for calibration; by default SOURCE itself.")
 @calibration_options
-@click.option("--template", metavar="NAME|FILE", help="The judge's template; by default that of the model card.")
-@chat_options
-@smoke_option
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: Path, output: Path, calibration: Path, smoke: bool, as_json: bool, **options: Any) -> None:
+@artifact_options("The folder to write.")
+def command(source: Path, calibration: Path, judge: str | None, options: ArtifactOptions, **given: Any) -> None:
     """Quantize the SOURCE checkpoint's linear layers with GPTQ into a folder that vLLM and transformers load."""
     need_packages("gptq", "torch", "transformers")
     same = ("group_size", "symmetric", "order", "damping", "search", "sequential", "focus")
     settings = GptqSettings(
-        bits=int(options["bits"]),
-        exceptions=tuple(map(parse_exception, options["exceptions"])),
-        **{name: options[name] for name in same},
+        bits=int(given["bits"]),
+        exceptions=tuple(map(parse_exception, given["exceptions"])),
+        **{name: given[name] for name in same},
     )
-    made = {name: options[name] for name in ("template", "force")}
-    checked = preflight(source, output, settings, **made, inputs=[calibration, options["judge"]])
-    device = pick_device(options["device"])
-    how = {name: options[name] for name in ("template", "chat", "tokens", "seed", "device", "mode")}
-    transcripts, described = load_calibration(calibration, judge=options["judge"] or source, **how)
+    checked = preflight(source, options.output, settings, **options.writing, inputs=[calibration, judge])
+    device = pick_device(given["device"])
+    how = {name: given[name] for name in ("tokens", "seed", "device", "mode")}
+    transcripts, described = load_calibration(
+        calibration, judge=judge or source, template=options.template, chat=options.chat, **how
+    )
     with layer_bar() as progress:
         report = quantize_gptq(
             source,
-            output,
+            options.output,
             transcripts,
             settings,
             calibration=described,
             device=device,
             progress=progress,
             checked=checked,
-            **made,
+            **options.writing,
         )
-    manifest = read_manifest(output)
+    manifest = read_manifest(options.output)
     assert manifest is not None  # it was written just now
-    if smoke:
-        manifest = smoke_judge(output, manifest, source, chat=options["chat"], **made)
-    print_report(report, manifest, as_json=as_json)
+    if options.smoke:
+        manifest = smoke_judge(options.output, manifest, source, chat=options.chat, **options.writing)
+    print_report(report, manifest, as_json=options.as_json)

@@ -53,8 +53,6 @@ KNOWN_CIRCLES: set[str] = {
     "gramlite.export.adapter",
     "gramlite.export.smoke_lora",
     "gramlite.export.merge",
-    "gramlite.quant.gguf",
-    "gramlite.quant.calibrated",
     "gramlite.bench.picture",
     "gramlite.bench.tables",
     "gramlite.bench.gate",
@@ -65,15 +63,12 @@ KNOWN_CIRCLES: set[str] = {
 }
 KNOWN_CLASSES: set[str] = {
     "Comparison",
-    "Decoder",
     "Finding",
     "Generation",
     "Plan",
-    "Prediction",
-    "Source",
     "Vocabulary",
 }
-KNOWN_SILENT: set[str] = {"gramlite.backends.gguf", "gramlite.bench", "gramlite.export", "gramlite.quant"}
+KNOWN_SILENT: set[str] = {"gramlite.backends.gguf", "gramlite.bench", "gramlite.export"}
 KNOWN_LONG: set[str] = {
     "bench/sweep.py",
     "gramlite/judging/judge.py",
