@@ -117,7 +117,7 @@ def test_folders_made_of_a_folder(words: list[str], checkpoint: Path, tmp_path: 
 @pytest.mark.parametrize("target", ["gguf", pytest.param("onnx", marks=pytest.mark.slow)])
 @notices
 def test_gptq_and_what_is_packed_of_it(target: str, checkpoint: Path, tmp_path: Path) -> None:
-    from .quant.test_pack import GptqSettings, quantize
+    from ..quant.test_pack import GptqSettings, quantize
 
     folder = quantize(checkpoint, tmp_path / "gptq", GptqSettings(group_size=32))
     assert_inside(folder)
