@@ -13,7 +13,7 @@ from gramlite.console import console, progress
 from gramlite.judging.pair import Order, Verdict
 from gramlite.terminal import say_json, visible
 
-from . import identifier_text
+from .shapes import identifier_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
