@@ -59,6 +59,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
     "gramlite/rows/files.py": ("tests/rows/test_files.py", "tests/rows/test_ids.py"),
     "gramlite/judging/delimiters.py": ("tests/judging/test_delimiters.py", "tests/generation/test_prompt.py"),
     "gramlite/judging/confidence.py": ("tests/judging/test_confidence.py", "tests/commands/test_calibrate.py"),
+    "gramlite/rows/judged_run.py": ("tests/rows/test_judged_run.py", "tests/commands/test_limit.py"),
     "gramlite/rows/journal.py": ("tests/rows/test_journal.py", "tests/test_outputs.py"),
     **dict.fromkeys(
         ("bench/scoring.py", "bench/records.py", "bench/suites/*.py"),
