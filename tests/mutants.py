@@ -42,6 +42,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
     "gramlite/rows/conversations.py": (
         "tests/rows/test_conversations_refused.py",
         "tests/rows/test_conversations.py",
+        "tests/rows/test_messages.py",
         "tests/rows/test_completions.py",
         "tests/rows/test_shapes.py",
     ),
@@ -49,6 +50,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
         "tests/rows/test_rows.py",
         "tests/rows/test_conversations_refused.py",
         "tests/rows/test_conversations.py",
+        "tests/rows/test_messages.py",
         "tests/rows/test_ids.py",
         "tests/rows/test_shapes.py",
         "tests/rows/test_completions.py",

@@ -55,9 +55,6 @@ KNOWN_LONG: set[str] = {
     "tests/bench/test_sweep.py",
     "tests/broken_gguf.py",
     "tests/reference/test_reference.py",
-    "tests/rows/test_conversations.py",
-    "tests/test_outputs.py",
-    "tests/test_terminal.py",
 }
 
 
