@@ -42,6 +42,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
     "gramlite/rows/conversations.py": (
         "tests/rows/test_conversations_refused.py",
         "tests/rows/test_conversations.py",
+        "tests/rows/test_messages.py",
         "tests/rows/test_completions.py",
         "tests/rows/test_shapes.py",
     ),
@@ -49,6 +50,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
         "tests/rows/test_rows.py",
         "tests/rows/test_conversations_refused.py",
         "tests/rows/test_conversations.py",
+        "tests/rows/test_messages.py",
         "tests/rows/test_ids.py",
         "tests/rows/test_shapes.py",
         "tests/rows/test_completions.py",
@@ -59,6 +61,7 @@ PARTS: dict[str, Sequence[str]] = {  # the likeliest to notice come first, for t
     "gramlite/rows/files.py": ("tests/rows/test_files.py", "tests/rows/test_ids.py"),
     "gramlite/judging/delimiters.py": ("tests/judging/test_delimiters.py", "tests/generation/test_prompt.py"),
     "gramlite/judging/confidence.py": ("tests/judging/test_confidence.py", "tests/commands/test_calibrate.py"),
+    "gramlite/rows/judged_run.py": ("tests/rows/test_judged_run.py", "tests/commands/test_limit.py"),
     "gramlite/rows/journal.py": ("tests/rows/test_journal.py", "tests/test_outputs.py"),
     **dict.fromkeys(
         ("bench/scoring.py", "bench/records.py", "bench/suites/*.py"),

@@ -13,6 +13,7 @@ import pytest
 
 no_home = pytest.mark.fault("no-home")
 NOBODY = 12345  # who has no entry
+PLACE = "PLACE"  # stands for the folder where a command is run
 PAIR = {"id": "p", "prompt": "q", "response_a": "a", "response_b": "b", "label": "A"}
 BECOME = [
     "setpriv",
@@ -48,6 +49,7 @@ def place(tmp_path: Path, scripted: Path) -> Path:
     for parent in tmp_path.parents:
         if parent.owner() == "root" and parent.stat().st_mode & 0o007 == 0:
             parent.chmod(parent.stat().st_mode | 0o005)
+    (tmp_path / "closed").mkdir(mode=0o700)
     return tmp_path
 
 
@@ -55,13 +57,14 @@ def as_nobody(place: Path, *arguments: str, **environment: str) -> subprocess.Co
     """Run a command as a user without a home, an entry or a name."""
     own = ("HOME", "USER", "LOGNAME", "GRAMLITE_CACHE", "XDG_CACHE_HOME")
     kept = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {name: value.replace(PLACE, str(place)) for name, value in environment.items()}
     words = [*BECOME, sys.executable, "-W", "ignore", "-m", "gramlite", *arguments]
     return subprocess.run(words, cwd=place, env=kept | environment, capture_output=True, text=True, timeout=300)
 
 
 ENVIRONMENTS = {
     "no home": {},
-    "a home that is closed": {"HOME": "/root"},
+    "a home that is closed": {"HOME": f"{PLACE}/closed"},
     "a home that is none": {"HOME": "/nonexistent"},
     "an unwritable cache": {"GRAMLITE_CACHE": "/proc/1/cache"},
     "a cache that is a file": {"GRAMLITE_CACHE": "/etc/passwd"},

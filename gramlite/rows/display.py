@@ -13,11 +13,10 @@ from gramlite.console import console, progress
 from gramlite.judging.pair import Order, Verdict
 from gramlite.terminal import say_json, visible
 
-from . import identifier_text
+from .shapes import identifier_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
 
 WINNER_STYLES = {"A": "bold green", "B": "bold cyan", "tie": "bold yellow", None: "bold red"}
 ORDER_TITLES = {"ab": "As given (A, then B)", "ba": "Swapped (B stands first, and is called A here)"}
@@ -46,7 +45,7 @@ class Display(ExitStack):
         self._errors = console(stderr=True)
         self._streaming: Order | None = None
         self._line_ended = False
-        self._progress: Progress | None = None
+        self._progress = None
         if total is not None:
             on = self._errors if quiet or not self._readable else self._out
             self._progress = self.enter_context(progress(on=on))

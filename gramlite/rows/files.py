@@ -20,7 +20,7 @@ from typing import Any
 
 from gramlite.errors import InputError
 
-from .lines import LINE_LIMIT_BYTES, Value, read_lines, whole_lines
+from .lines import LINE_LIMIT_BYTES, read_lines, whole_lines
 from .shapes import is_table_head
 
 COMPRESSED = {  # what files begin with, and the modules that unpack them
@@ -50,17 +50,17 @@ class Lines:
 
     def __init__(self, source: str | Path) -> None:
         self.name = "standard input" if source == "-" else str(source)
-        self._lines: Iterator[bytes] | None = None
         try:
             self._file: Any = sys.stdin.buffer if source == "-" else Path(source).open("rb")
         except OSError as error:
             raise InputError(f"{self.name} cannot be read ({error.strerror}).") from error
+        self._lines = self._read()
         if source != "-" or _is_ready(self._file):
-            self._guarded(self._open)
+            self._lines = chain([next(self._lines, b"")], self._lines)
 
     def readline(self, limit: int = -1, /) -> bytes:
         """The next line; of one that is too long, the next part."""
-        return self._guarded(lambda: next(self._open(), b""))
+        return next(self._lines, b"")
 
     def close(self) -> None:
         """Close a file; standard input stays open."""
@@ -73,22 +73,15 @@ class Lines:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open(self) -> Iterator[bytes]:
-        if self._lines is None:
-            self._lines = _json_lines(self._file, self.name)
-        return self._lines
-
-    def _guarded(self, read: Callable[[], Value]) -> Value:
+    def _read(self) -> Iterator[bytes]:
         try:
-            return read()
+            yield from _json_lines(self._file, self.name)
         except InputError:
             self.close()
             raise
         except _damages() as error:
             self.close()
-            reason = (
-                error.strerror if isinstance(error, OSError) and error.strerror else f"damaged or cut short: {error}"
-            )
+            reason = isinstance(error, OSError) and error.strerror or f"damaged or cut short: {error}"
             raise InputError(f"{self.name} cannot be read ({reason}).") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from messages import (
     said,
 )
 
-from gramlite.errors import InputError
 from gramlite.rows import pair_from_json
 
 
@@ -378,42 +376,3 @@ def test_what_both_share_is_the_prompt_and_what_differs_the_response(
 ) -> None:
     pair = pair_from_json(row)
     assert (pair.prompt, pair.response_a, pair.response_b) == (prompt, first, second)
-
-
-@pytest.mark.fault("conversations")
-def test_the_published_rows_are_read_or_refused_in_words(shared: Path) -> None:
-    refused = {}
-    for line in (shared / "faults/conversations.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        row.pop("overall_preference", None)  # a label of numbers means nothing by itself
-        try:
-            pair = pair_from_json(row)
-        except InputError as error:
-            refused[row["id"]] = str(error)
-            continue
-        assert pair.id == row["id"]
-        for text in (pair.response_a, pair.response_b):
-            assert text and "\n\nHuman:" not in text and text not in pair.prompt
-    assert sorted(refused) == ["1", "ends_with_user"]
-
-
-def test_messages_beside_two_responses_are_what_comes_before_them() -> None:
-    """Whichever of the columns that may hold a side stands beside `messages`."""
-    row = {"messages": [{"role": "user", "content": RYE}], "chosen": YES, "rejected": NO, "rejected_response": "Maybe."}
-    pair = pair_from_json(row)
-    assert (pair.prompt, pair.response_a, pair.response_b) == (RYE, YES, NO)
-
-
-def test_a_system_text_stands_before_a_prompt_that_is_a_transcript() -> None:
-    asked = f"\n\nHuman: {RYE}\n\nAssistant:"
-    row = {"system": "Be kind.", "prompt": asked, "chosen": f"{asked} {YES}", "rejected": f"{asked} {NO}"}
-    pair = pair_from_json(row)
-    assert pair.prompt == f"System: Be kind.\n\nHuman: {RYE}"
-    assert (pair.response_a, pair.response_b) == (YES, NO)
-
-
-@pytest.mark.parametrize("text", ["Human: only asked", "Said first.\n\nAssistant: Yes.", "plain"])
-def test_other_texts_are_no_transcripts(text: str) -> None:
-    from gramlite.rows.conversations import transcript
-
-    assert transcript(text) is None
