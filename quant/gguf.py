@@ -144,7 +144,7 @@ def command(source: Path, kind: str, options: ArtifactOptions, **given: Any) -> 
         matrix = read_imatrix(given["imatrix"]) if given["imatrix"] else None
         if matrix:
             check_belongs(opened, matrix)
-        same = {"kind": kind, "imatrix": matrix, "overrides": overrides, "force": force}
+        same: dict[str, Any] = {"kind": kind, "imatrix": matrix, "overrides": overrides, "force": force}
         if calibration:
             need_packages("gptq", "torch", "transformers")
             how = {name: given[name] for name in ("tokens", "seed", "device", "mode")} | {"chat": options.chat}
