@@ -30,7 +30,7 @@ LAYERS = (  # from below; what stands on one line may not import each other, but
 )
 FREE = (("export", "quant"), ("quant", "export"), ("bench", "export"), ("bench", "quant"))
 MOST_LINES = 400
-MOST_SKIPS = 122  # lines that `ruff format` is told to leave alone; to be lowered, never raised
+MOST_SKIPS = 120  # lines that `ruff format` is told to leave alone; to be lowered, never raised
 
 # What is still wrong: to be emptied, never added to. An entry that does not hold any more may go at any time.
 KNOWN_IMPORTS: set[str] = {
@@ -42,11 +42,9 @@ KNOWN_CIRCLES: set[str] = {
     "gramlite.ranking.rank",
 }
 KNOWN_CLASSES: set[str] = {
-    "Decoder",
     "Generation",
-    "Prediction",
 }
-KNOWN_SILENT: set[str] = {"gramlite.backends.gguf", "gramlite.quant"}
+KNOWN_SILENT: set[str] = {"gramlite.backends.gguf"}
 KNOWN_LONG: set[str] = {
     "gramlite/judging/judge.py",
     "tests/bench/test_suites.py",
