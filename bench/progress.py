@@ -71,6 +71,9 @@ class SweepProgress:
         self._suite_done += 1
         self._update(self._step)
 
+    def advance(self) -> None:
+        """A row was there from before; `judged` counts those."""
+
     def judged(self, seconds_per_pair: float | None) -> None:
         """The suite is done; pairs that were kept from before count as done too."""
         rate = "" if seconds_per_pair is None else f", {seconds_per_pair:.2f} s a pair"

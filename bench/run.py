@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT
 from gramlite.judging.pair import Pair, Verdict
 from gramlite.options import JudgeOptions, judge_options, labels_option
-from gramlite.rows.journal import Journal
+from gramlite.rows.judged_run import JudgedRun, RowsOutput, Watcher, judge_record, say_rows_on_interrupt
 from gramlite.storage import write_json
 from gramlite.terminal import say, say_json, visible
 
@@ -48,14 +48,8 @@ HELP = (
 )
 
 
-class RowDisplay(Protocol):
-    """What shows rows as they are judged."""
-
-    def show(self, row: Mapping[str, Any], verdict: Verdict | None) -> None: ...
-
-
 def run_suite(
-    judge: Judge, work: SuiteWork, folder: Path, *, display: RowDisplay, resume: bool = False, force: bool = False,
+    judge: Judge, work: SuiteWork, folder: Path, *, display: Watcher, resume: bool = False, force: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge what is not judged yet and return the finished run.json.
@@ -64,20 +58,17 @@ def run_suite(
     folder was made with another model, other settings or another suite, and InputError when it is there and
     neither `resume` nor `force` is given.
     """
-    record = {
-        "settings_hash": judge.settings_hash, "settings": judge.settings_record, "model": judge.model,
-        "suite": {key: work.to_json()[key] for key in ("name", "sha256", "labels")},
-    }  # fmt: skip
+    suite = {key: work.to_json()[key] for key in ("name", "sha256", "labels")}
+    output = RowsOutput(path=folder / ROWS, resume=resume, force=force)
     started = now()
     check_run_folder(folder, resume=resume, force=force)
-    with Journal(folder / ROWS, record=record, resume=resume, force=force) as journal:
-        kept = sum(journal.kept.values())
+    with JudgedRun(judge, output, display, judge_record(judge) | {"suite": suite}) as run:
+        kept = sum(run.kept.values())
         about = {"name": folder.name, **describe_run(judge, work), **(about or {}), "started": started}
         write_json(folder / RECORD, {**about, "finished": None})
         began = time.perf_counter()
-        for row, verdict in judged_rows(judge, work.pairs, journal.kept):
-            journal.append(row)
-            display.show(row, verdict)
+        for row, verdict in judged_rows(judge, work.pairs, run.kept):
+            run.add(row, verdict)
         seconds = time.perf_counter() - began
     return finish(folder, work, {**about, "finished": now(), "seconds": round(seconds, 3), "kept": kept})
 
@@ -181,7 +172,6 @@ def command(
 ) -> int:
     """Judge a suite and print its score."""
     from gramlite.rows.display import Display
-    from gramlite.rows.judged_run import say_rows_on_interrupt
 
     say_rows_on_interrupt(output / ROWS, output)
     work = load_work(suite, limit, sample=sample, longest=longest, labels=labels)
