@@ -17,7 +17,9 @@ from .formats.model_folder import is_text, read_json_object
 from .generation.scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
 from .judging.confidence import stored_calibration
 from .judging.judge import Judge, Settings
+from .judging.settings import MOST_SEQUENCES
 from .judging.template import resolve_template
+from .ranking.rank import rank
 from .runtime.options import RuntimeOptions
 from .storage import sha256_cached
 
@@ -48,12 +50,10 @@ def load(
         model = cached_gguf()
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
     settings, runtime = settings or Settings(), runtime or RuntimeOptions()
-    asked = runtime.parallel or 1
-    runtime = replace(runtime, parallel=runtime.parallel or settings.sequences)
     artifact = open_artifact(Path(model))
-    backend = open_backend(artifact, runtime)
-    if asked > 1 and getattr(backend, "one_at_a_time", False):
-        told = (asked, artifact.path, artifact.format)
+    backend = open_backend(artifact, replace(runtime, parallel=runtime.parallel or MOST_SEQUENCES))
+    if (runtime.parallel or 1) > 1 and backend.capabilities.sequences == 1 and not runtime.deterministic:
+        told = (runtime.parallel, artifact.path, artifact.format)
         logger.warning(
             "--parallel %d changes nothing: %s (%s) runs one sequence at a time. GGUF files run several.", *told
         )
@@ -99,7 +99,9 @@ def _judge(
             artifact.path, ", ".join(sorted(strangers)), chat.choice,
         )  # fmt: skip
     model = describe_model(artifact, metadata, runtime)
-    return Judge(backend, chosen, scaffold, settings, model, adapter=runtime.adapter)
+    return Judge(
+        backend, chosen, scaffold, settings, model, adapter=runtime.adapter, parallel=runtime.parallel, rank=rank
+    )
 
 
 def open_artifact(path: Path) -> Artifact:

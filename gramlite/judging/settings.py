@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gramlite.errors import InputError
-from gramlite.generation.decoder import Mode, Sampling
+from gramlite.generation.decoder import Mode
 
 from .delimiters import Policy
 from .pair import Order
@@ -64,8 +64,9 @@ class Settings:
         """How many generations to decode together where nobody says."""
         return 1 if self.mode == "direct" else min(MOST_SEQUENCES, THINK_SEQUENCES * self.votes)
 
-    def sampling(self, seed: int = 0) -> Sampling:
-        temperature = self.temperature
-        if temperature is None:
-            temperature = SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
-        return Sampling(mode=self.mode, budget=self.budget, temperature=temperature, seed=seed)
+    @property
+    def sampled_at(self) -> float:
+        """The temperature, with what `None` stands for; 0 is greedy."""
+        if self.temperature is None:
+            return SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
+        return self.temperature

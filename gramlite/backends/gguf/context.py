@@ -197,7 +197,7 @@ class LlamaContext:
         """Make a running or the next `decode` stop; safe to call from another thread."""
         self._abort_text.value = b"x"
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Take an `abort` back."""
         self._abort_text.value = b""
 

@@ -1,0 +1,378 @@
+"""The engine: one thread owns an open model, and all that is judged with it comes through one queue.
+
+Callers in any thread put pairs in and get them back with their generations. What a backend has room for runs together,
+pairs in the order in which they came; what memory that ran out has dropped starts again, with less beside it. Nothing
+that a caller does, reading input or listening, happens in this thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+from weakref import WeakSet
+
+from gramlite.backends.protocol import Backend
+from gramlite.errors import GramliteError, OutOfMemory
+from gramlite.forks import keep, require_process
+from gramlite.generation.decoder import Generation
+from gramlite.generation.request import Ended, Event, Request, Written
+
+from .open_pair import OpenPair
+from .pair import Order
+from .settings import FEW_SEQUENCES, OPEN_PAIRS
+
+WAIT = 1.0  # seconds that a backend may wait for something to do
+IDLE = 5.0  # seconds after which a thread without work ends; the next work starts another
+AT_EXIT = 2.0  # seconds that all engines have to stop in when the process ends
+MOST_UNHEARD = 1000  # pieces of text that wait for a listener, beyond which it is told no more
+MOST_BYPASSES = 16  # pairs that may be tried to start when an earlier one has no room
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A piece of a rationale, as it was written in one order of a pair."""
+
+    order: Order
+    text: str
+
+
+Message = OpenPair | Spoken | Exception
+
+
+@dataclass(eq=False)
+class Caller:
+    """Who waits for pairs: `inbox` takes the pairs that are done, what is heard meanwhile, and the error that ends it all.
+
+    At most `limit` of its requests run at a time. `notify` is called after each message. `aborts` is how often the
+    engine had been aborted when this began.
+    """
+
+    limit: int
+    aborts: int
+    inbox: SimpleQueue[Message] = field(default_factory=SimpleQueue)
+    notify: Callable[[], object] | None = None
+    running: int = 0
+
+    def put(self, message: Message) -> None:
+        self.inbox.put(message)
+        if self.notify:
+            self.notify()
+
+
+@dataclass(eq=False)
+class Work:
+    """A pair in the engine: what of it waits to be started, and what is heard of it in each order."""
+
+    pair: OpenPair
+    caller: Caller
+    waiting: deque[tuple[Order, int, Request]] = field(default_factory=deque)
+    running: set[int] = field(default_factory=set)
+    heard: dict[Order, int] = field(default_factory=dict)
+    deaf: bool = False
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.pair.asked)
+
+
+class Engine:
+    """Runs a backend in a thread of its own, for all judges on it. Use it through a judge."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.aborts = 0
+        self._backend = backend
+        self._process = os.getpid()
+        self._closed = self._freed = False
+        self._inside: set[int] = set()  # threads that do what belongs to a verdict
+        self._posted: SimpleQueue[Callable[[], object]] = SimpleQueue()  # safe in destructors, which withdraw
+        self._lock = threading.Lock()  # held to start the thread, and by it to end
+        self._thread: threading.Thread | None = None
+        self._keys = itertools.count()
+        self._works: dict[OpenPair, Work] = {}  # in the order in which they came
+        self._started: dict[int, tuple[Work, Order, int, Request]] = {}
+        self._most = backend.capabilities.sequences
+        self._expired = 0  # the aborts that were heard
+        self._changed = False  # since it was last looked at what may start
+        keep(self)
+        _engines.add(self)
+
+    # ------------------------------------------------------------ called from any thread
+    def require_open(self) -> None:
+        """Raise GramliteError where the model is closed, or was opened before this process was forked."""
+        require_process(self._process)
+        if self._closed:
+            raise GramliteError("This judge is closed. Load it again with gramlite.load(...).")
+
+    def submit(self, pair: OpenPair, caller: Caller) -> None:
+        """Put a pair on the queue; it comes back to the caller's inbox."""
+        self._post(lambda: self._add(Work(pair, caller)))
+
+    def withdraw(self, caller: Caller) -> None:
+        """Drop what a caller has on the queue."""
+        if os.getpid() == self._process:
+            self._posted.put(lambda: self._drop_all(caller))
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the engine's thread, between two steps."""
+        self.require_open()
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future.result()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Mark this thread as one that is in the middle of a verdict, and must not close the model."""
+        self.require_open()
+        thread = threading.get_ident()
+        nested = thread in self._inside
+        self._inside.add(thread)
+        try:
+            yield
+        finally:
+            if not nested:
+                self._inside.discard(thread)
+
+    def abort(self) -> None:
+        """Let all that is being judged end with an error soon; safe to call from a signal's thread."""
+        require_process(self._process)
+        self.aborts += 1
+        self._backend.abort()
+        self._posted.put(lambda: None)
+
+    def close(self) -> None:
+        """Let nobody use the model any more, stop who does, and free it; a forked child leaves it to its parent."""
+        if os.getpid() != self._process:
+            return
+        if threading.get_ident() in self._inside:
+            raise GramliteError("This judge is in the middle of a verdict in this thread. Close it after that.")
+        self.stop()
+        if not self._freed:
+            self._freed = True
+            self._backend.close()
+
+    def stop(self, most: float | None = None) -> None:
+        """Refuse every use from here on, and wait for the thread to end, at most so many seconds."""
+        self._closed = True
+        ends = time.monotonic() + most if most is not None else None
+        while (thread := self._thread) and thread.is_alive() and (ends is None or time.monotonic() < ends):
+            self.abort()
+            thread.join(0.05)
+
+    def _post(self, function: Callable[[], None]) -> None:
+        with self._lock:
+            self.require_open()
+            self._posted.put(function)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="gramlite-engine", daemon=True)
+                self._thread.start()
+        self._backend.wake()
+
+    # ------------------------------------------------------------ the engine's own thread
+    def _run(self) -> None:
+        while not self._closed:
+            self._take_posted()
+            if self._changed:
+                self._changed = False
+                self._start_waiting()
+            if self._started:
+                self._step()
+                continue
+            try:
+                self._posted.get(timeout=IDLE)()
+            except Empty:
+                if self._may_end():
+                    return
+        with self._lock:
+            self.aborts += 1
+            self._take_posted()
+
+    def _take_posted(self) -> None:
+        while not self._posted.empty():
+            self._posted.get()()
+        self._expire()
+
+    def _may_end(self) -> bool:
+        with self._lock:
+            if not self._posted.empty() or self._works:
+                return False
+            self._thread = None
+            return True
+
+    def _add(self, work: Work) -> None:
+        self._works[work.pair] = work
+        self._changed = True
+
+    def _drop_all(self, caller: Caller) -> None:
+        for work in [work for work in self._works.values() if work.caller is caller]:
+            self._drop(work)
+
+    def _expire(self) -> None:
+        """Fail what had begun before the last abort."""
+        if self._expired != self.aborts or self._closed:
+            self._expired = self.aborts
+            for work in [work for work in self._works.values() if work.caller.aborts != self.aborts]:
+                self._fail(work, GramliteError("The judging was stopped."))
+
+    def _start_waiting(self) -> None:
+        """Start what there is room for: pairs in the order in which they came, and a few past those that have no room."""
+        open_pairs = sum(
+            work.begun and work.pair.stops_early and work.pair.may_want_more for work in self._works.values()
+        )
+        waits = bypasses = 0
+        for work in list(self._works.values()):
+            if not work.begun and work.pair.stops_early:
+                if open_pairs >= OPEN_PAIRS:
+                    waits += 1
+                    continue
+                open_pairs += 1
+            if not self._start_work(work):
+                waits += 1
+                bypasses += 1
+            if bypasses > MOST_BYPASSES:
+                return
+        for work in list(self._works.values()):
+            if not waits and len(self._started) < FEW_SEQUENCES and not work.pair.alone:
+                self._start_work(work, ahead=True)
+
+    def _start_work(self, work: Work, *, ahead: bool = False) -> bool:
+        """Start what a pair wants; False where something of it has to wait."""
+        while True:
+            if not work.waiting:
+                if ahead and len(self._started) >= FEW_SEQUENCES:
+                    return True
+                vote = work.pair.next_vote(ahead=ahead)
+                if vote is None:
+                    return True
+                work.waiting.append((*vote, work.pair.request(next(self._keys), *vote)))
+            order, vote_number, request = work.waiting[0]
+            if work.caller.running >= work.caller.limit or len(self._started) >= self._most:
+                return False
+            try:
+                if not self._backend.start(request):
+                    return False
+            except Exception as error:
+                self._fail(work, error)
+                return True
+            work.waiting.popleft()
+            work.running.add(request.key)
+            work.caller.running += 1
+            self._started[request.key] = work, order, vote_number, request
+
+    def _step(self) -> None:
+        try:
+            events = self._backend.step(WAIT)
+        except OutOfMemory as error:
+            self._expire()
+            if self._started:
+                self._step_down(error)
+        except Exception as error:
+            if self._expired != self.aborts:
+                self._expire()
+                self._start_again()
+            else:
+                for work in {id(work): work for work, *_ in self._started.values()}.values():
+                    self._fail(work, error)
+        else:
+            for event in events:
+                self._take(event)
+
+    def _step_down(self, error: OutOfMemory) -> None:
+        """Go where memory suffices, and start what ran again, with less beside it."""
+        self._most = max(1, len(self._started) // 2)
+        try:
+            lower = self._backend.step_down()
+        except Exception as refusal:
+            lower, error = False, refusal  # type: ignore[assignment]
+        if lower:
+            self._start_again()
+        else:
+            for work in {id(work): work for work, *_ in self._started.values()}.values():
+                self._fail(work, error)
+
+    def _start_again(self) -> None:
+        """Put what the backend has dropped back before all that waits."""
+        for key in sorted(self._started, reverse=True):
+            work, order, vote, request = self._started.pop(key)
+            self._ended(work, key)
+            work.waiting.appendleft((order, vote, request))
+        self._changed = True
+
+    def _take(self, event: Event) -> None:
+        if event.key not in self._started:
+            return
+        work, order, vote, _ = self._started[event.key]
+        if isinstance(event, Written):
+            self._tell(work, order, event)
+            return
+        assert isinstance(event, Ended)
+        del self._started[event.key]
+        self._ended(work, event.key)
+        self._changed = True
+        if not isinstance(event.outcome, Generation):
+            self._fail(work, event.outcome)
+            return
+        work.pair.done[order, vote] = event.outcome
+        if work.pair.settled():
+            self._drop(work)
+            work.caller.put(work.pair)
+
+    def _tell(self, work: Work, order: Order, event: Written) -> None:
+        """Pass on what goes beyond what was heard; a listener that has stopped listening is told no more."""
+        heard = work.heard.get(order, 0)
+        fresh = event.text[max(0, heard - event.offset) :]
+        work.deaf = work.deaf or work.caller.inbox.qsize() > MOST_UNHEARD
+        if fresh and not work.deaf:
+            work.heard[order] = heard + len(fresh)
+            work.caller.put(Spoken(order, fresh))
+
+    def _ended(self, work: Work, key: int) -> None:
+        work.running.discard(key)
+        work.caller.running -= 1
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        self._drop(work)
+        work.caller.put(error)
+
+    def _drop(self, work: Work) -> None:
+        """Take a pair off the queue, and what of it runs or waits out of the backend."""
+        if self._works.pop(work.pair, None) is None:
+            return
+        self._changed = True
+        for key in list(work.running):
+            del self._started[key]
+            self._ended(work, key)
+            self._backend.cancel(key)
+        for _, _, request in work.waiting:
+            self._backend.cancel(request.key)
+        self._backend.release(work.pair.group)
+
+
+_engines: WeakSet[Engine] = WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Let no thread compute while Python ends."""
+    ends = time.monotonic() + AT_EXIT
+    for engine in list(_engines):
+        if engine._process == os.getpid():
+            engine.stop(max(0.0, ends - time.monotonic()))
