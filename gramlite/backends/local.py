@@ -32,6 +32,12 @@ class LocalBackend:
         self._failure = OutOfMemory("memory ran out"), 0
 
     @property
+    def context(self) -> int:
+        """The most tokens one sequence may hold."""
+        context: int = self._fallback.place.context
+        return context
+
+    @property
     def _running(self) -> int:
         """How many requests were started and have not ended."""
         raise NotImplementedError
@@ -94,10 +100,10 @@ class LocalBackend:
         """Take an `abort` back, once it was heard."""
         self._aborted.clear()
 
-    def _require_room(self, request: Request, context: int) -> None:
+    def _require_fit(self, request: Request) -> None:
         """Raise InputError for a request that no sequence holds."""
-        if (tokens := len(request.prompt) + request.most_tokens) > context:
-            raise InputError(f"{tokens:,} tokens exceed the context of {context:,}. Raise --context.")
+        if (tokens := len(request.prompt) + request.most_tokens) > self.context:
+            raise InputError(f"{tokens:,} tokens exceed the context of {self.context:,}. Raise --context.")
 
     def _decoder(self, request: Request) -> Decoder:
         """A request's decoder, whose text becomes events."""

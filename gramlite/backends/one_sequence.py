@@ -40,12 +40,6 @@ class OneSequenceBackend(LocalBackend):
         """See that the cache holds so many tokens."""
 
     @property
-    def context(self) -> int:
-        """The most tokens one sequence may hold."""
-        context: int = self._fallback.place.context
-        return context
-
-    @property
     def capabilities(self) -> Capabilities:
         return Capabilities(sequences=1, cells=self.context, context=self.context)
 
@@ -58,7 +52,7 @@ class OneSequenceBackend(LocalBackend):
         self._fallback.require_loaded()
         if self._running:
             return False
-        self._require_room(request, self.context)
+        self._require_fit(request)
         self._key, self._work = request.key, self._generate(request, self._decoder(request))
         return True
 

@@ -83,6 +83,7 @@ class ScriptedBackend(LocalBackend):
         self._seconds = script.get("seconds", 0.0)
         self._sequences, self._cells, self._tokens, self._takes_adapters = sequences, cells, tokens, adapters
         self._full_at, self._places, self._steps = full_at, places, 0
+        self.context = min(self.context, cells)
         self._door = Door()
         self._set: tuple[str | None, bool] = None, False  # the adapter in force, and whether the one that runs is alone
         self._playing: list[Playing] = []
@@ -90,9 +91,8 @@ class ScriptedBackend(LocalBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        context = min(self.context, self._cells)
         return Capabilities(
-            sequences=self._sequences, cells=self._cells, context=context, adapters=self._takes_adapters
+            sequences=self._sequences, cells=self._cells, context=self.context, adapters=self._takes_adapters
         )
 
     @property
@@ -101,7 +101,7 @@ class ScriptedBackend(LocalBackend):
 
     def start(self, request: Request) -> bool:
         """See Backend.start."""
-        self._require_room(request, self.capabilities.context)
+        self._require_fit(request)
         asked = request.adapter, request.alone
         if self._running and (
             self._again

@@ -250,14 +250,14 @@ class Engine:
             if bypasses > MOST_BYPASSES:
                 return
         for work in list(self._works.values()):
-            if not waits and len(self._started) < FEW_SEQUENCES and not work.pair.alone:
+            if not waits and not work.pair.alone:
                 self._start_work(work, ahead=True)
 
     def _start_work(self, work: Work, *, ahead: bool = False) -> bool:
         """Start what a pair wants; False where something of it has to wait."""
         while True:
             if not work.waiting:
-                if ahead and len(self._started) >= FEW_SEQUENCES:
+                if ahead and len(self._started) >= min(FEW_SEQUENCES, self._most):
                     return True
                 vote = work.pair.next_vote(ahead=ahead)
                 if vote is None:

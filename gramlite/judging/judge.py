@@ -216,6 +216,7 @@ class Judge:
         known: Any = None,
     ) -> Any:
         """Rank the completions of one prompt; see `gramlite.ranking.rank.rank`."""
+        self._engine.require_open()
         if self._rank is None:
             raise GramliteError("This judge was made without a way to rank. Load it with gramlite.load(...).")
         return self._rank(self, prompt=prompt, completions=completions, method=method, known=known)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from broken_gguf import UINT32, model_pieces
-
 from gramlite.backends.stepping_down import Finished, Steps
+
 from gramlite.errors import GramliteError, OutOfMemory, ResourceError
 from gramlite.formats.gguf_header import Header, read_header
 from gramlite.generation.decoder import Generation

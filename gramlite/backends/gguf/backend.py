@@ -77,7 +77,7 @@ class GgufBackend(LocalBackend):
         self._held = HeldPrompts(self._llama, range(self._layout.parallel + 1, self._layout.sequences))
         self._door = Door()
         self._sequences: list[Running] = []
-        self._again: list[Running] = []  # what had to make room for others and starts again
+        self._again: list[Request] = []  # what had to make room for others and starts again
         self._forget()
 
     def _unload(self) -> None:
@@ -90,8 +90,7 @@ class GgufBackend(LocalBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        context = self._fallback.place.context
-        return Capabilities(sequences=self._layout.parallel, cells=context, context=context, adapters=True)
+        return Capabilities(sequences=self._layout.parallel, cells=self.context, context=self.context, adapters=True)
 
     @property
     def device(self) -> str:
@@ -104,16 +103,12 @@ class GgufBackend(LocalBackend):
     def start(self, request: Request) -> bool:
         """See Backend.start."""
         self._fallback.require_loaded()
-        self._require_room(request, self._fallback.place.context)
+        self._require_fit(request)
         lane = Lane(request.adapter, request.alone or self._options.deterministic)
         if self._running:
-            waits = (
-                bool(self._again)
-                or lane.alone
-                or lane != self._adapters.lane
-                or self._door.is_held_against(request.key)
-            )
-            if waits or not self._has_room(request):
+            joins = lane == self._adapters.lane and not lane.alone
+            waits = bool(self._again) or self._door.is_held_against(request.key)
+            if not joins or waits or not self._has_room(request):
                 return self._door.refuse(request.key)
         elif lane != self._adapters.lane:
             self.release_prompts()
@@ -130,7 +125,7 @@ class GgufBackend(LocalBackend):
     def cancel(self, key: int) -> None:
         """See Backend.cancel."""
         self._door.forget(key)
-        self._again = [one for one in self._again if one.request.key != key]
+        self._again = [request for request in self._again if request.key != key]
         for running in [one for one in self._sequences if one.request.key == key]:
             self._stop(running)
 
@@ -149,8 +144,8 @@ class GgufBackend(LocalBackend):
 
     def _advance(self) -> None:
         """Compute a piece of the first prompt that waits, and where none does a step of all that is thinking."""
-        while self._again and self._has_room(self._again[-1].request):
-            self._add(self._again.pop().request)
+        while self._again and self._has_room(self._again[-1]):
+            self._add(self._again.pop())
         fresh = next((running for running in self._sequences if not running.begun), None)
         if fresh:
             fresh.beginning = fresh.beginning or self._begin(fresh)
@@ -178,7 +173,7 @@ class GgufBackend(LocalBackend):
     def _fits(self, request: Request, gone: Sequence[tuple[int, ...]]) -> bool:
         """Whether there are likely to be cells for a request once the prompts `gone` are held no more."""
         used = self._stem_cells(gone) + sum(running.likely for running in self._sequences)
-        return used + self._new_cells(request) + likely_tokens(request) <= self._fallback.place.context
+        return used + self._new_cells(request) + likely_tokens(request) <= self.context
 
     def _new_cells(self, request: Request) -> int:
         """The cells that a request's prompt will take, none where it is computed as a whole or is going to be."""
@@ -193,10 +188,7 @@ class GgufBackend(LocalBackend):
         """Before a step: while the cells may not suffice, let go what only might be used again, then what began last."""
         while True:
             step = sum(len(running.waiting) + DRAFT_TOKENS for running in self._sequences)
-            if (
-                self._stem_cells() + sum(running.own for running in self._sequences) + step
-                <= self._fallback.place.context
-            ):
+            if self._stem_cells() + sum(running.own for running in self._sequences) + step <= self.context:
                 return
             if self._held.prompts:
                 self._held.release(self._held.prompts[0])
@@ -204,7 +196,7 @@ class GgufBackend(LocalBackend):
                 self._llama.cut(TRUNK, 0)
                 self._set_trunk(Trunk())
             elif len(self._sequences) > 1:
-                self._again.append(self._sequences[-1])
+                self._again.append(self._sequences[-1].request)
                 self._stop(self._sequences[-1])
             else:
                 return  # there is room for one: it was not let in without
