@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import read_jsonl
+from fakes import generation
 from labelled_files import pairs_file
 
 from gramlite.backends.scripted import ScriptedBackend
