@@ -71,7 +71,7 @@ class OnnxBackend(OneSequenceBackend):
         self._head_size = head_size(folder, graph)
         self._session: Any = None
         self._buffers: dict[str, Any] = {}
-        self._running: Any = None
+        self._run_options: Any = None
         self._lock = threading.Lock()
         self._fallback = Fallback(placement, load=self._load, free=self._free, below=below)
         self.metadata: Mapping[str, Any] = folder.describe(quantization)
@@ -131,7 +131,7 @@ class OnnxBackend(OneSequenceBackend):
             binding.bind_ortvalue_output(present_name(name), buffer)
         options = onnxruntime.RunOptions()
         with self._lock:
-            self._running = options
+            self._run_options = options
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:  # onnxruntime's kinds have no common parent but this
@@ -141,7 +141,7 @@ class OnnxBackend(OneSequenceBackend):
             raise GramliteError(f"onnxruntime failed at {total:,} tokens: {_first_line(error)}") from error
         finally:
             with self._lock:
-                self._running = None
+                self._run_options = None
         logits: Logits = np.array(binding.get_outputs()[0].numpy()[0, -1], dtype=np.float32)
         return logits
 
@@ -153,8 +153,8 @@ class OnnxBackend(OneSequenceBackend):
     def abort(self) -> None:
         super().abort()
         with self._lock:
-            if self._running is not None:
-                self._running.terminate = True
+            if self._run_options is not None:
+                self._run_options.terminate = True
 
     def close(self) -> None:
         self._free()

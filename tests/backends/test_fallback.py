@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from broken_gguf import UINT32, model_pieces
-from gramlite.backends.fallback import Fallback
 
+from gramlite.backends.fallback import Fallback
 from gramlite.errors import OutOfMemory, ResourceError
 from gramlite.formats.gguf_header import Header, read_header
 from gramlite.runtime.gguf_memory import LayeredFootprint, choose_layout
