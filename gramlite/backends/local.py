@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from typing import Any
 
 from gramlite.errors import GramliteError, InputError, OutOfMemory
@@ -117,23 +118,23 @@ class Door:
     """Who may start where something waits for room: what others went past too often holds the door, the first of them."""
 
     def __init__(self) -> None:
-        self._passed: dict[int, int] = {}
+        self._passed: dict[Hashable, int] = {}
 
-    def is_held_against(self, key: int) -> bool:
+    def is_held_against(self, key: Hashable) -> bool:
         holder = next((waiting for waiting, passed in self._passed.items() if passed >= MOST_PASSED), key)
         return holder != key
 
-    def refuse(self, key: int) -> bool:
+    def refuse(self, key: Hashable) -> bool:
         """Take note of a request that has to wait; always False."""
         self._passed.setdefault(key, 0)
         return False
 
-    def enter(self, key: int) -> bool:
+    def enter(self, key: Hashable) -> bool:
         """Take note of a request that starts; always True."""
         self._passed.pop(key, None)
         for waiting in self._passed:
             self._passed[waiting] += 1
         return True
 
-    def forget(self, key: int) -> None:
+    def forget(self, key: Hashable) -> None:
         self._passed.pop(key, None)

@@ -8,7 +8,7 @@ prompt again, as votes ask for it, begins from the logits that it ended with.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from gramlite.generation.decoder import Decoder, Logits
@@ -29,7 +29,7 @@ class OneSequenceBackend(LocalBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._key: int | None = None
+        self._key: Hashable = None
         self._work: Iterator[None] = iter(())
         self._drop()
 
@@ -56,7 +56,7 @@ class OneSequenceBackend(LocalBackend):
         self._key, self._work = request.key, self._generate(request, self._decoder(request))
         return True
 
-    def cancel(self, key: int) -> None:
+    def cancel(self, key: Hashable) -> None:
         """See Backend.cancel."""
         if key == self._key:
             self._key, self._work = None, iter(())

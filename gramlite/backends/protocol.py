@@ -78,7 +78,7 @@ class Backend(Protocol):
         """End a wait; safe to call from another thread."""
         ...
 
-    def cancel(self, key: int) -> None:
+    def cancel(self, key: Hashable) -> None:
         """Drop a request between two steps, one that waits for room too; an unknown one is no error."""
         ...
 

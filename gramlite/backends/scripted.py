@@ -6,7 +6,7 @@ Its artifact is a JSON file `{"format": "scripted", "name": ..., "seconds": 0.01
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,7 +116,7 @@ class ScriptedBackend(LocalBackend):
         self._playing.append(Playing(request))
         return self._door.enter(request.key)
 
-    def cancel(self, key: int) -> None:
+    def cancel(self, key: Hashable) -> None:
         """See Backend.cancel."""
         self._door.forget(key)
         self._playing = [one for one in self._playing if one.request.key != key]

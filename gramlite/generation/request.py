@@ -19,7 +19,7 @@ class Request:
     its bits depend on nothing else. `streams` asks for the text as it is written. `key` comes back with each event.
     """
 
-    key: int
+    key: Hashable
     prompt: tuple[int, ...]
     answer: Answer
     budget: int = 1024
@@ -52,7 +52,7 @@ class Request:
 class Written:
     """A piece of a generation's thinking, which stands `offset` characters behind its beginning."""
 
-    key: int
+    key: Hashable
     offset: int
     text: str
 
@@ -61,7 +61,7 @@ class Written:
 class Ended:
     """The end of a request: its generation, or the error that it failed with."""
 
-    key: int
+    key: Hashable
     outcome: Generation | Exception
 
 

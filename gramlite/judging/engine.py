@@ -8,12 +8,10 @@ that a caller does, reading input or listening, happens in this thread.
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from gramlite.backends.protocol import Backend
 from gramlite.errors import GramliteError, OutOfMemory
 from gramlite.forks import keep, require_process
 from gramlite.generation.decoder import Generation
-from gramlite.generation.request import Ended, Event, Request, Written
+from gramlite.generation.request import Event, Request, Written
 
 from .open_pair import OpenPair
 from .pair import Order
@@ -71,22 +69,6 @@ class Caller:
             self.notify()
 
 
-@dataclass(eq=False)
-class Work:
-    """A pair in the engine: what of it waits to be started, and what is heard of it in each order."""
-
-    pair: OpenPair
-    caller: Caller
-    waiting: deque[tuple[Order, int, Request]] = field(default_factory=deque)
-    running: set[int] = field(default_factory=set)
-    heard: dict[Order, int] = field(default_factory=dict)
-    deaf: bool = False
-
-    @property
-    def begun(self) -> bool:
-        return bool(self.pair.asked)
-
-
 class Engine:
     """Runs a backend in a thread of its own, for all judges on it. Use it through a judge."""
 
@@ -99,9 +81,8 @@ class Engine:
         self._posted: SimpleQueue[Callable[[], object]] = SimpleQueue()  # safe in destructors, which withdraw
         self._lock = threading.Lock()  # held to start the thread, and by it to end
         self._thread: threading.Thread | None = None
-        self._keys = itertools.count()
-        self._works: dict[OpenPair, Work] = {}  # in the order in which they came
-        self._started: dict[int, tuple[Work, Order, int, Request]] = {}
+        self._pairs: dict[OpenPair, Caller] = {}  # in the order in which they came
+        self._started: dict[Hashable, tuple[OpenPair, Request]] = {}
         self._most = backend.capabilities.sequences
         self._expired = 0  # the aborts that were heard
         self._changed = False  # since it was last looked at what may start
@@ -117,7 +98,7 @@ class Engine:
 
     def submit(self, pair: OpenPair, caller: Caller) -> None:
         """Put a pair on the queue; it comes back to the caller's inbox."""
-        self._post(lambda: self._add(Work(pair, caller)))
+        self._post(lambda: self._add(pair, caller))
 
     def withdraw(self, caller: Caller) -> None:
         """Drop what a caller has on the queue."""
@@ -212,158 +193,134 @@ class Engine:
 
     def _may_end(self) -> bool:
         with self._lock:
-            if not self._posted.empty() or self._works:
+            if not self._posted.empty() or self._pairs:
                 return False
             self._thread = None
             return True
 
-    def _add(self, work: Work) -> None:
-        self._works[work.pair] = work
+    def _add(self, pair: OpenPair, caller: Caller) -> None:
+        self._pairs[pair] = caller
         self._changed = True
 
     def _drop_all(self, caller: Caller) -> None:
-        for work in [work for work in self._works.values() if work.caller is caller]:
-            self._drop(work)
+        for pair in [pair for pair, its in self._pairs.items() if its is caller]:
+            self._drop(pair)
 
     def _expire(self) -> None:
         """Fail what had begun before the last abort."""
         if self._expired != self.aborts or self._closed:
             self._expired = self.aborts
-            for work in [work for work in self._works.values() if work.caller.aborts != self.aborts]:
-                self._fail(work, GramliteError("The judging was stopped."))
+            begun = [pair for pair, caller in self._pairs.items() if caller.aborts != self.aborts]
+            self._fail(begun, GramliteError("The judging was stopped."))
 
     def _start_waiting(self) -> None:
         """Start what there is room for: pairs in the order in which they came, and a few past those that have no room."""
-        open_pairs = sum(
-            work.begun and work.pair.stops_early and work.pair.may_want_more for work in self._works.values()
-        )
-        waits = bypasses = 0
-        for work in list(self._works.values()):
-            if not work.begun and work.pair.stops_early:
-                if open_pairs >= OPEN_PAIRS:
-                    waits += 1
-                    continue
-                open_pairs += 1
-            if not self._start_work(work):
-                waits += 1
-                bypasses += 1
-            if bypasses > MOST_BYPASSES:
+        voting = sum(pair.stops_early and pair.may_want_more for pair in self._pairs if pair.asked)
+        waits = 0
+        for pair in list(self._pairs):
+            if not pair.asked and pair.stops_early:
+                voting += 1
+            crowded = not pair.asked and pair.stops_early and voting > OPEN_PAIRS
+            waits += crowded or not self._start(pair)
+            if waits > MOST_BYPASSES:
                 return
-        for work in list(self._works.values()):
-            if not waits and not work.pair.alone:
-                self._start_work(work, ahead=True)
+        for pair in list(self._pairs):
+            if not waits and not pair.alone:
+                self._start(pair, ahead=True)
 
-    def _start_work(self, work: Work, *, ahead: bool = False) -> bool:
-        """Start what a pair wants; False where something of it has to wait."""
-        while True:
-            if not work.waiting:
-                if ahead and len(self._started) >= min(FEW_SEQUENCES, self._most):
-                    return True
-                vote = work.pair.next_vote(ahead=ahead)
-                if vote is None:
-                    return True
-                work.waiting.append((*vote, work.pair.request(next(self._keys), *vote)))
-            order, vote_number, request = work.waiting[0]
-            if work.caller.running >= work.caller.limit or len(self._started) >= self._most:
+    def _start(self, pair: OpenPair, *, ahead: bool = False) -> bool:
+        """Start what a pair wants, `ahead` of knowing whether it will; False where something of it has to wait."""
+        caller = self._pairs[pair]
+        few = min(FEW_SEQUENCES, self._most)
+        while pair.waiting or ((not ahead or len(self._started) < few) and pair.ask(ahead=ahead)):
+            if caller.running >= caller.limit or len(self._started) >= self._most:
                 return False
+            request = pair.waiting[0]
             try:
                 if not self._backend.start(request):
                     return False
             except Exception as error:
-                self._fail(work, error)
+                self._fail([pair], error)
                 return True
-            work.waiting.popleft()
-            work.running.add(request.key)
-            work.caller.running += 1
-            self._started[request.key] = work, order, vote_number, request
+            self._started[request.key] = pair, pair.waiting.popleft()
+            caller.running += 1
+        return True
 
     def _step(self) -> None:
         try:
             events = self._backend.step(WAIT)
-        except OutOfMemory as error:
-            self._expire()
-            if self._started:
-                self._step_down(error)
         except Exception as error:
-            if self._expired != self.aborts:
-                self._expire()
-                self._start_again()
-            else:
-                for work in {id(work): work for work, *_ in self._started.values()}.values():
-                    self._fail(work, error)
+            stopped = self._expired != self.aborts
+            self._expire()
+            if not stopped and (not isinstance(error, OutOfMemory) or not self._step_down()):
+                self._fail_started(error)
+            for key in list(self._started)[::-1]:  # before all that waits
+                pair, request = self._end(key)
+                pair.waiting.appendleft(request)
         else:
             for event in events:
-                self._take(event)
+                if event.key in self._started:
+                    self._take(event)
 
-    def _step_down(self, error: OutOfMemory) -> None:
-        """Go where memory suffices, and start what ran again, with less beside it."""
+    def _step_down(self) -> bool:
+        """Go where memory suffices, to start what ran again with less beside it; False where there is no such place."""
         self._most = max(1, len(self._started) // 2)
         try:
-            lower = self._backend.step_down()
+            return self._backend.step_down()
         except Exception as refusal:
-            lower, error = False, refusal  # type: ignore[assignment]
-        if lower:
-            self._start_again()
-        else:
-            for work in {id(work): work for work, *_ in self._started.values()}.values():
-                self._fail(work, error)
-
-    def _start_again(self) -> None:
-        """Put what the backend has dropped back before all that waits."""
-        for key in sorted(self._started, reverse=True):
-            work, order, vote, request = self._started.pop(key)
-            self._ended(work, key)
-            work.waiting.appendleft((order, vote, request))
-        self._changed = True
+            self._fail_started(refusal)
+            return True
 
     def _take(self, event: Event) -> None:
-        if event.key not in self._started:
-            return
-        work, order, vote, _ = self._started[event.key]
         if isinstance(event, Written):
-            self._tell(work, order, event)
+            self._tell(event)
             return
-        assert isinstance(event, Ended)
-        del self._started[event.key]
-        self._ended(work, event.key)
-        self._changed = True
+        pair, _ = self._end(event.key)
         if not isinstance(event.outcome, Generation):
-            self._fail(work, event.outcome)
+            self._fail([pair], event.outcome)
             return
-        work.pair.done[order, vote] = event.outcome
-        if work.pair.settled():
-            self._drop(work)
-            work.caller.put(work.pair)
+        pair.take(event.key, event.outcome)
+        if pair.settled():
+            caller = self._pairs[pair]
+            self._drop(pair)
+            caller.put(pair)
 
-    def _tell(self, work: Work, order: Order, event: Written) -> None:
+    def _tell(self, event: Written) -> None:
         """Pass on what goes beyond what was heard; a listener that has stopped listening is told no more."""
-        heard = work.heard.get(order, 0)
+        pair, _ = self._started[event.key]
+        order, caller = pair.order_of(event.key), self._pairs[pair]
+        heard = pair.heard.get(order, 0)
         fresh = event.text[max(0, heard - event.offset) :]
-        work.deaf = work.deaf or work.caller.inbox.qsize() > MOST_UNHEARD
-        if fresh and not work.deaf:
-            work.heard[order] = heard + len(fresh)
-            work.caller.put(Spoken(order, fresh))
+        pair.streams = pair.streams and caller.inbox.qsize() <= MOST_UNHEARD
+        if fresh and pair.streams:
+            pair.heard[order] = heard + len(fresh)
+            caller.put(Spoken(order, fresh))
 
-    def _ended(self, work: Work, key: int) -> None:
-        work.running.discard(key)
-        work.caller.running -= 1
-
-    def _fail(self, work: Work, error: Exception) -> None:
-        self._drop(work)
-        work.caller.put(error)
-
-    def _drop(self, work: Work) -> None:
-        """Take a pair off the queue, and what of it runs or waits out of the backend."""
-        if self._works.pop(work.pair, None) is None:
-            return
+    def _end(self, key: Hashable) -> tuple[OpenPair, Request]:
         self._changed = True
-        for key in list(work.running):
-            del self._started[key]
-            self._ended(work, key)
+        pair, request = self._started.pop(key)
+        self._pairs[pair].running -= 1
+        return pair, request
+
+    def _fail_started(self, error: Exception) -> None:
+        self._fail(list(dict.fromkeys(pair for pair, _ in self._started.values())), error)
+
+    def _fail(self, pairs: Sequence[OpenPair], error: Exception) -> None:
+        for pair in pairs:
+            caller = self._pairs[pair]
+            self._drop(pair)
+            caller.put(error)
+
+    def _drop(self, pair: OpenPair) -> None:
+        """Take a pair off the queue, and what of it runs or waits out of the backend."""
+        running = [key for key, (its, _) in self._started.items() if its is pair]
+        for key in running:
+            self._end(key)
+        for key in [*running, *(request.key for request in pair.waiting)]:
             self._backend.cancel(key)
-        for _, _, request in work.waiting:
-            self._backend.cancel(request.key)
-        self._backend.release(work.pair.group)
+        self._backend.release(pair.group)
+        del self._pairs[pair]
+        self._changed = True
 
 
 _engines: WeakSet[Engine] = WeakSet()

@@ -307,7 +307,7 @@ class Judge:
         """Refuse a prompt that does not fit, before anything is computed; nothing is ever truncated."""
         context = self.backend.capabilities.context
         for order in opened.prompts:
-            request = opened.request(0, order, 0)
+            request = opened.request(order, 0)
             length, more = len(request.prompt), request.most_tokens
             if length + more > context:
                 room = f" + {more:,}" if more else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,8 @@ class OpenPair:
     """A pair that is being judged: its requests, and its generations as they arrive, by order and vote.
 
     `splits` are the beginnings of each order's prompt that others share, `asked` is how many generations of each order
-    were asked for, and the other fields are those of its requests.
+    were asked for, `waiting` those that the backend has no room for yet, `heard` how many characters of an order's
+    thinking were passed on, and the other fields are those of the requests.
     """
 
     pair: Pair
@@ -40,11 +42,30 @@ class OpenPair:
     calibration: Calibration | None = None
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
     asked: dict[Order, int] = field(default_factory=dict)
+    waiting: deque[Request] = field(default_factory=deque)
+    heard: dict[Order, int] = field(default_factory=dict)
 
-    def request(self, key: int, order: Order, vote: int) -> Request:
+    def ask(self, *, ahead: bool = False) -> bool:
+        """Put the next vote's request behind those that wait; False where there is none."""
+        vote = self.next_vote(ahead=ahead)
+        if vote:
+            self.waiting.append(self.request(*vote))
+        return vote is not None
+
+    def take(self, key: Hashable, generation: Generation) -> None:
+        """Take in what one of the requests has come to."""
+        assert isinstance(key, tuple)
+        self.done[key[1:]] = generation
+
+    def order_of(self, key: Hashable) -> Order:
+        assert isinstance(key, tuple)
+        order: Order = key[1]
+        return order
+
+    def request(self, order: Order, vote: int) -> Request:
         """The request for one generation."""
         return Request(
-            key=key,
+            key=(id(self), order, vote),
             prompt=(*self.prompts[order].tokens, *self.answer.opening),
             answer=self.answer,
             budget=self.settings.budget,

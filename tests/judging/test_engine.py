@@ -149,7 +149,7 @@ def run_schedule(room: Room, callers: list[Asking], ends: Callable[[Judge], None
     if not ends:
         assert judge(**TEXTS).winner, "it goes on"
     judge.close()
-    assert not judge._engine._works and not judge._engine._started
+    assert not judge._engine._pairs and not judge._engine._started
 
 
 @given(ROOM, st.lists(ASKING, min_size=1, max_size=5))
@@ -223,7 +223,7 @@ def test_a_coroutine_that_is_cancelled_leaves_the_queue() -> None:
     release.set()
     assert judge(**TEXTS).winner
     judge.close()
-    assert not judge._engine._works
+    assert not judge._engine._pairs
 
 
 def test_a_listener_that_does_not_listen_loses_its_stream_and_keeps_nobody_waiting() -> None:

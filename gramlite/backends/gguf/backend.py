@@ -122,7 +122,7 @@ class GgufBackend(LocalBackend):
         reserved = self._new_cells(request) + likely_tokens(request)
         self._sequences.append(Running(request, self._decoder(request), self._free.pop(), reserved))
 
-    def cancel(self, key: int) -> None:
+    def cancel(self, key: Hashable) -> None:
         """See Backend.cancel."""
         self._door.forget(key)
         self._again = [request for request in self._again if request.key != key]
