@@ -51,10 +51,11 @@ class LocalBackend:
 
     def step(self, wait: float) -> list[Event]:
         """See Backend.step."""
-        if not self._running and not self._aborted.is_set():
-            self._woken.wait(wait)
+        if not self._running:
+            self._woken.wait(0 if self._aborted.is_set() else wait)
             self._woken.clear()
-            return []
+            if not self._aborted.is_set():
+                return []
         note_computing()
         running = self._running
         try:

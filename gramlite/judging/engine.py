@@ -85,6 +85,7 @@ class Engine:
         self._started: dict[Hashable, tuple[OpenPair, Request]] = {}
         self._most = backend.capabilities.sequences
         self._expired = 0  # the aborts that were heard
+        self._stopping = False  # since one was heard, until the backend has heard it too
         self._changed = False  # since it was last looked at what may start
         keep(self)
         _engines.add(self)
@@ -135,8 +136,8 @@ class Engine:
     def abort(self) -> None:
         """Let all that is being judged end with an error soon; safe to call from a signal's thread."""
         require_process(self._process)
-        self.aborts += 1
         self._backend.abort()
+        self.aborts += 1
         self._posted.put(lambda: None)
 
     def close(self) -> None:
@@ -170,18 +171,20 @@ class Engine:
     # ------------------------------------------------------------ the engine's own thread
     def _run(self) -> None:
         while not self._closed:
-            self._take_posted()
-            if self._changed:
-                self._changed = False
-                self._start_waiting()
-            if self._started:
-                self._step()
-                continue
             try:
-                self._posted.get(timeout=IDLE)()
+                self._take_posted()
+                if self._changed:
+                    self._changed = False
+                    self._start_waiting()
+                if self._started or self._stopping:
+                    self._step()
+                else:
+                    self._posted.get(timeout=IDLE)()
             except Empty:
                 if self._may_end():
                     return
+            except Exception as error:  # a fault of ours: whoever waits hears of it
+                self._fail(list(self._pairs), error)
         with self._lock:
             self.aborts += 1
             self._take_posted()
@@ -209,7 +212,7 @@ class Engine:
     def _expire(self) -> None:
         """Fail what had begun before the last abort."""
         if self._expired != self.aborts or self._closed:
-            self._expired = self.aborts
+            self._expired, self._stopping = self.aborts, True
             begun = [pair for pair, caller in self._pairs.items() if caller.aborts != self.aborts]
             self._fail(begun, GramliteError("The judging was stopped."))
 
@@ -250,14 +253,16 @@ class Engine:
         try:
             events = self._backend.step(WAIT)
         except Exception as error:
-            stopped = self._expired != self.aborts
+            stopped = self._stopping or self._expired != self.aborts
             self._expire()
+            self._stopping = False
             if not stopped and (not isinstance(error, OutOfMemory) or not self._step_down()):
                 self._fail_started(error)
             for key in list(self._started)[::-1]:  # before all that waits
                 pair, request = self._end(key)
                 pair.waiting.appendleft(request)
         else:
+            self._stopping = False
             for event in events:
                 if event.key in self._started:
                     self._take(event)
@@ -318,8 +323,9 @@ class Engine:
             self._end(key)
         for key in [*running, *(request.key for request in pair.waiting)]:
             self._backend.cancel(key)
-        self._backend.release(pair.group)
         del self._pairs[pair]
+        if not any(other.group == pair.group for other in self._pairs):
+            self._backend.release(pair.group)
         self._changed = True
 
 

@@ -26,6 +26,7 @@ from gramlite.generation.decoder import Generation
 from gramlite.generation.request import Request
 from gramlite.generation.scaffold import SMOLLM2
 from gramlite.judging.engine import MOST_UNHEARD
+from gramlite.judging.open_pair import OpenPair
 from gramlite.judging.template import packaged_template
 
 THINK = Settings(budget=64)
@@ -270,6 +271,28 @@ def test_an_error_of_one_start_fails_that_one_alone() -> None:
     assert len(list(good)) == 3
 
 
+def test_what_is_asked_after_a_stop_is_not_stopped() -> None:
+    judge = judge_on(ScriptedBackend({}, tokens=5))
+    for _ in range(3):
+        judge.abort()
+        assert judge(**TEXTS).winner
+    threads = [threading.Thread(target=judge.abort) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert judge(**TEXTS).winner
+
+
+def test_a_fault_of_a_pair_is_told_to_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = judge_on(ScriptedBackend({}))
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenPair, "settled", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            judge(**TEXTS)
+    assert judge(**TEXTS).winner
+
+
 def test_what_waits_for_room_is_not_passed_for_ever() -> None:
     backend = ScriptedBackend({}, sequences=2, cells=100)
     assert backend.start(request_for(0, [1] * 60)) and not backend.start(request_for(1, [1] * 90))
@@ -304,7 +327,12 @@ import sys, threading, time
 sys.path.insert(0, {tests!r})
 import gramlite
 judge = gramlite.load(sys.argv[1])
-threading.Thread(target=lambda: list(judge.many(gramlite.Pair(str(n), "x", "y") for n in range(999))), daemon=True).start()
+def work():
+    try:
+        list(judge.many(gramlite.Pair(str(n), "x", "y") for n in range(999)))
+    except gramlite.GramliteError:
+        pass
+threading.Thread(target=work, daemon=True).start()
 time.sleep(1)
 """
 
