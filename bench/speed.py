@@ -70,9 +70,9 @@ def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int,
     for tokens in [*prompts] * repetitions:
         backend._forget()
         for sequence in sequences:
-            list(backend._prefill(tokens[:shared], [sequence], 0))
+            list(backend._prompts.prefill(tokens[:shared], [sequence], 0))
             began = time.perf_counter()
-            list(backend._prefill(tokens[shared:], [sequence], shared))
+            list(backend._prompts.prefill(tokens[shared:], [sequence], shared))
             rates.append((len(tokens) - shared) / (time.perf_counter() - began))
         for step in range(8):
             llama.begin()

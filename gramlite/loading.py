@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any
 
 from .backends.protocol import Backend, open_backend
 from .errors import InputError, ModelError
-from .formats.artifact import PICKLE_SUFFIXES, Artifact, Manifest, manifest_path, read_manifest, verify_files
+from .formats.artifact import PICKLE_SUFFIXES, Artifact, Manifest, artifact_sha256, read_manifest, verify_files
 from .formats.model_folder import is_text, read_json_object
 from .generation.scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
 from .judging.confidence import stored_calibration
@@ -152,20 +150,3 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: Run
         "sha256": artifact_sha256(artifact.path),
     }
     return described | ({"adapter": sha256_cached(Path(runtime.adapter))} if runtime.adapter else {})
-
-
-def artifact_sha256(path: Path, *, manifest: bool = True) -> str:
-    """A file's sha256; of a folder, the sha256 of its files' names and hashes.
-
-    Without `manifest` only the template counts of what the folder's gramlite.json says.
-    """
-    if path.is_file():
-        return sha256_cached(path)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    if not manifest:
-        files = [file for file in files if file != manifest_path(path)]
-    listing = [[str(file.relative_to(path)), sha256_cached(file)] for file in files]
-    if not manifest:
-        recorded = read_manifest(path)
-        listing.append(["template", str(((recorded.template if recorded else None) or {}).get("sha256"))])
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

@@ -48,7 +48,7 @@ def through_llama(judge: Judge) -> Reader:
 
     def read(tokens: Sequence[int]) -> None:
         backend._forget()
-        list(backend._prefill(list(tokens), [1], 0))
+        list(backend._prompts.prefill(list(tokens), [1], 0))
 
     def write(token: int, position: int) -> None:
         llama.begin()

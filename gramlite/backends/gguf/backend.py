@@ -10,7 +10,6 @@ tokens guessed ahead, whose logits tell how many were right.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +19,27 @@ from gramlite.backends.local import Door, LocalBackend
 from gramlite.backends.protocol import Capabilities
 from gramlite.formats.artifact import Artifact
 from gramlite.formats.gguf_header import Header, check_adapter_fits, read_header
-from gramlite.generation.decoder import Logits
 from gramlite.generation.drafting import CONTEXT_TOKENS, Drafter
 from gramlite.generation.prompt import common_prefix
 from gramlite.generation.request import Request
-from gramlite.runtime.device import DRAFT_TOKENS, GPU_MARGIN, MOST_DRAFTED, Offload, offload_below, plan_offload
+from gramlite.runtime.device import (
+    DRAFT_TOKENS,
+    GPU_MARGIN,
+    MOST_DRAFTED,
+    Offload,
+    context_size,
+    offload_below,
+    plan_offload,
+)
+from gramlite.runtime.memory import predict
 from gramlite.runtime.options import RuntimeOptions
 
 from .adapters import Adapters
-from .cells import TRUNK, HeldPrompts, Lane, Running, Stem, Trunk, batches, cells_of, likely_tokens
+from .cells import Lane, Running, batches, cells_of, likely_tokens
 from .context import LlamaContext
 from .library import machine
+from .prompts import Prompts
 from .vocabulary import LlamaVocabulary, judging_metadata
-
-LAST_TILE = 64  # smaller batches take another path of flash attention: a margin was 0.05 nats off there, 0.01 here
 
 
 class GgufBackend(LocalBackend):
@@ -48,9 +54,9 @@ class GgufBackend(LocalBackend):
         self.metadata = judging_metadata(header)
         self._header = header
         self._options = options
-        self._separate = options.deterministic
         self._drafter = None if options.deterministic else Drafter()
         self._vocabulary: LlamaVocabulary | None = None
+        normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
         plan = plan_offload(header, options, machine(), adapters=adapters)
         self._layout = plan.layout
 
@@ -60,10 +66,10 @@ class GgufBackend(LocalBackend):
 
         try:
             if plan.gpu_layers:  # it outlives the model, which may be loaded again elsewhere
-                self._vocabulary = LlamaVocabulary.of_file(header.path, normalize=self._normalizes)
+                self._vocabulary = LlamaVocabulary.of_file(header.path, normalize=normalize)
             self._fallback = Fallback(plan, load=self._load, free=self._unload, below=below)
             if self._vocabulary is None:
-                self._vocabulary = LlamaVocabulary(self._llama.model, normalize=self._normalizes)
+                self._vocabulary = LlamaVocabulary(self._llama.model, normalize=normalize)
             self.vocabulary = self._vocabulary
         except BaseException:
             self.close()
@@ -74,7 +80,8 @@ class GgufBackend(LocalBackend):
         room = room_on_gpu if plan.gpu_layers else room_in_memory
         self._adapters = Adapters(self._llama, self._header, room)
         self._adapters.load(self._options.adapter)
-        self._held = HeldPrompts(self._llama, range(self._layout.parallel + 1, self._layout.sequences))
+        self._prompts = Prompts(self._llama, self._layout, separate=self._options.deterministic)
+        self._memory = predict(self._header, context_size(self._layout, plan.context)).total
         self._door = Door()
         self._sequences: list[Running] = []
         self._again: list[Request] = []  # what had to make room for others and starts again
@@ -83,10 +90,6 @@ class GgufBackend(LocalBackend):
     def _unload(self) -> None:
         if self._opened:
             self._opened.close()
-
-    @property
-    def _normalizes(self) -> bool:
-        return self._header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
 
     @property
     def capabilities(self) -> Capabilities:
@@ -111,8 +114,8 @@ class GgufBackend(LocalBackend):
             if not joins or waits or not self._has_room(request):
                 return self._door.refuse(request.key)
         elif lane != self._adapters.lane:
-            self.release_prompts()
-            self._set_trunk(self._adapters.switch(lane, self._trunk))
+            trunk = self._adapters.switch(lane, self._prompts.trunk)
+            self._prompts.clear(trunk)
         else:
             self._has_room(request)
         self._add(request)
@@ -131,11 +134,7 @@ class GgufBackend(LocalBackend):
 
     def release(self, group: Hashable) -> None:
         """See Backend.release."""
-        self._held.release(*self._held.of_group(group))
-
-    def release_prompts(self) -> None:
-        """Hold no prompt any more."""
-        self._held.release(*self._held.prompts)
+        self._prompts.held.release(*self._prompts.held.of_group(group))
 
     def open_adapter(self, path: str | None) -> None:
         """See Backend.open_adapter."""
@@ -161,13 +160,13 @@ class GgufBackend(LocalBackend):
         """Whether a request may start; prompts that are held make room for it where that is enough."""
         if not self._free:
             return False
-        others = [prompt for prompt in self._held.prompts if prompt != request.prompt]
+        others = [prompt for prompt in self._prompts.held.prompts if prompt != request.prompt]
         for count in range(len(others) + 1):
             if self._fits(request, others[:count]):
-                self._held.release(*others[:count])
+                self._prompts.held.release(*others[:count])
                 return True
         if not self._sequences:
-            self.release_prompts()
+            self._prompts.held.release(*self._prompts.held.prompts)
         return not self._sequences
 
     def _fits(self, request: Request, gone: Sequence[tuple[int, ...]]) -> bool:
@@ -179,10 +178,16 @@ class GgufBackend(LocalBackend):
         """The cells that a request's prompt will take, none where it is computed as a whole or is going to be."""
         coming = any(running.request.prompt == request.prompt for running in self._sequences)
         shares = request.splits[-1:] == (len(request.prompt),) and coming
-        return 0 if shares or self._holds(request) else len(request.prompt)
+        return 0 if shares or self._prompts.holds(request) else len(request.prompt)
 
     def _stem_cells(self, gone: Sequence[tuple[int, ...]] = ()) -> int:
-        return cells_of([self._stem, *(running.stem for running in self._sequences), *self._held.stems(without=gone)])
+        return cells_of(
+            [
+                self._prompts.stem,
+                *(running.stem for running in self._sequences),
+                *self._prompts.held.stems(without=gone),
+            ]
+        )
 
     def _make_room(self) -> None:
         """Before a step: while the cells may not suffice, let go what only might be used again, then what began last."""
@@ -190,11 +195,10 @@ class GgufBackend(LocalBackend):
             step = sum(len(running.waiting) + DRAFT_TOKENS for running in self._sequences)
             if self._stem_cells() + sum(running.own for running in self._sequences) + step <= self.context:
                 return
-            if self._held.prompts:
-                self._held.release(self._held.prompts[0])
-            elif self._trunk.tokens and self._stem not in (running.stem for running in self._sequences):
-                self._llama.cut(TRUNK, 0)
-                self._set_trunk(Trunk())
+            if self._prompts.held.prompts:
+                self._prompts.held.release(self._prompts.held.prompts[0])
+            elif self._prompts.trunk.tokens and self._prompts.stem not in (running.stem for running in self._sequences):
+                self._prompts.cut_trunk(0)
             elif len(self._sequences) > 1:
                 self._again.append(self._sequences[-1].request)
                 self._stop(self._sequences[-1])
@@ -206,90 +210,22 @@ class GgufBackend(LocalBackend):
         self._sequences.remove(running)
         if running.beginning and not running.begun:
             running.beginning.close()
-            self._llama.cut(TRUNK, len(self._trunk.tokens))
+            self._prompts.cut_trunk(len(self._prompts.trunk.tokens))
         self._release(running)
 
     def _release(self, running: Running) -> None:
         self._llama.cut(running.sequence, 0)
         self._free.append(running.sequence)
 
-    def _holds(self, request: Request) -> bool:
-        """Whether a request begins from a prompt that is computed as a whole."""
-        return request.splits[-1:] == (len(request.prompt),) and request.prompt in self._held
-
     def _begin(self, running: Running) -> Generator[None, None, None]:
         """Compute a request's prompt, a micro-batch between two yields, and take its first step."""
-        request = running.request
-        prompt, splits = request.prompt, request.splits
-        shared = splits[-1] if splits else 0
-        if self._holds(request):
-            kept, stem = len(prompt), self._held.share(prompt, running.sequence)
-        else:
-            kept = self._trim_trunk(request)
-            logits = yield from self._compute(prompt, running.sequence, kept, splits)
-            stem = Stem(shared, logits.copy())
-            self._trunk, self._stem = Trunk(prompt[:shared], splits[0] if splits else 0, request.group), stem
-            if shared == len(prompt):
-                self._held.hold(prompt, stem, request.group)
+        prompt = running.request.prompt
+        running.cached, stem = yield from self._prompts.begin(running.request, running.sequence)
         assert stem.logits is not None
-        running.begun, running.fed, running.cached, running.stem = True, len(prompt), kept, stem
+        running.begun, running.fed, running.stem = True, len(prompt), stem
         running.said = list(prompt[-CONTEXT_TOKENS:])
         running.waiting = running.decoder.advance(stem.logits)
         self._learn(running)
-
-    def _compute(
-        self, prompt: Sequence[int], sequence: int, kept: int, splits: Sequence[int]
-    ) -> Generator[None, None, Logits]:
-        """Compute a prompt but its first `kept` tokens, up to the last split in the trunk, and let a sequence share it."""
-        shared = splits[-1] if splits else 0
-        logits: Logits
-        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
-            # the last stretch of the trunk goes together with what follows it
-            if end == shared and not self._separate:
-                self._llama.share(TRUNK, sequence, start)
-                return (yield from self._prefill(prompt[start:], [sequence], start, trunk_until=end))
-            logits = yield from self._prefill(prompt[start:end], [TRUNK], start)
-            yield
-        if shared == len(prompt):
-            self._llama.share(TRUNK, sequence, shared)
-            return logits
-        start = max(0, min(shared, len(prompt) - LAST_TILE))
-        self._llama.share(TRUNK, sequence, start)
-        return (yield from self._prefill(prompt[start:], [sequence], start))
-
-    def _trim_trunk(self, request: Request) -> int:
-        """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is.
-
-        Beyond the first split only a prompt of the same group shares it, so that each is computed in the same pieces
-        whatever came before it.
-        """
-        common = min(common_prefix(self._trunk.tokens, request.prompt), len(request.prompt) - 1)
-        if request.group != self._trunk.group:
-            common = min(common, *request.splits[:1])
-        kept = max((split for split in request.splits if split <= common), default=0)
-        if kept < len(self._trunk.tokens):
-            self._llama.cut(TRUNK, kept)
-            self._trunk = Trunk(self._trunk.tokens[:kept], min(self._trunk.root, kept), self._trunk.group)
-        return kept
-
-    def _prefill(
-        self, tokens: Sequence[int], sequences: Sequence[int], position: int, *, trunk_until: int = 0
-    ) -> Generator[None, None, Logits]:
-        """Compute tokens from `position` on; those before `trunk_until` belong to the trunk too. Returns the last logits."""
-        parts = -(-len(tokens) // self._layout.micro_batch)
-        for number in range(parts):
-            start, end = (len(tokens) * edge // parts for edge in (number, number + 1))
-            if number:
-                yield
-            part = tokens[start:end]
-            common = min(max(trunk_until - position - start, 0), len(part))
-            self._llama.begin()
-            self._llama.add(part[:common], [TRUNK, *sequences], position + start)
-            self._llama.add(part[common:], sequences, position + start + common)
-            if end == len(tokens):
-                self._llama.want(len(part) - 1)
-            self._llama.decode()
-        return self._llama.logits(self._llama.filled - 1)
 
     def _step(self) -> None:
         """Feed every running sequence's waiting tokens at once and let each go on from what it reads.
@@ -355,17 +291,13 @@ class GgufBackend(LocalBackend):
         if self._drafter is not None:
             self._drafter.learn(running.said, len(running.waiting))
 
-    def _set_trunk(self, trunk: Trunk) -> None:
-        self._trunk, self._stem = trunk, Stem(len(trunk.tokens))
-
     def _forget(self) -> None:
         """Drop everything that is started and computed."""
         self._llama.clear()
         self._free = list(range(self._layout.parallel, 0, -1))
         self._sequences.clear()
         self._again.clear()
-        self.release_prompts()
-        self._set_trunk(Trunk())
+        self._prompts.clear()
 
     def abort(self) -> None:
         """See Backend.abort."""
