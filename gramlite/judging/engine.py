@@ -39,14 +39,14 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Spoken:
+class TextPiece:
     """A piece of a rationale, as it was written in one order of a pair."""
 
     order: Order
     text: str
 
 
-Message = OpenPair | Spoken | Exception
+Message = OpenPair | TextPiece | Exception
 
 
 @dataclass(eq=False)
@@ -299,7 +299,7 @@ class Engine:
         pair.streams = pair.streams and caller.inbox.qsize() <= MOST_UNHEARD
         if fresh and pair.streams:
             pair.heard[order] = heard + len(fresh)
-            caller.put(Spoken(order, fresh))
+            caller.put(TextPiece(order, fresh))
 
     def _end(self, key: Hashable) -> tuple[OpenPair, Request]:
         self._changed = True

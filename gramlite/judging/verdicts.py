@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from gramlite.errors import GramliteError
 
-from .engine import Caller, Engine, Spoken
+from .engine import Caller, Engine, TextPiece
 from .open_pair import OpenPair
 from .pair import Order, Pair, Verdict
 
@@ -131,7 +131,7 @@ class Verdicts(Iterator[Verdict], AsyncIterator[Verdict]):
             self._engine.submit(opened, self._caller)
         self._read += 1
 
-    def _take(self, message: OpenPair | Spoken | Exception) -> None:
+    def _take(self, message: OpenPair | TextPiece | Exception) -> None:
         if isinstance(message, Exception):
             raise message
         if isinstance(message, OpenPair):
