@@ -157,8 +157,9 @@ class LlamaContext:
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def clear(self) -> None:
-        """Forget every sequence."""
-        llama_cpp.llama_memory_clear(self._memory, False)
+        """Forget every sequence, also where none is left since the model was freed."""
+        if self._context:
+            llama_cpp.llama_memory_clear(self._memory, False)
 
     @uninterrupted()
     def save(self, sequence: int) -> Saved | None:
