@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -65,8 +65,9 @@ class Caller:
 
     def put(self, message: Message) -> None:
         self.inbox.put(message)
-        if self.notify:
-            self.notify()
+        if notify := self.notify:
+            with suppress(RuntimeError):  # the caller's event loop may be closed
+                notify()
 
 
 class Engine:
