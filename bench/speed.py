@@ -179,7 +179,7 @@ def measure_speed(
     import gramlite
     from gramlite import RuntimeOptions, Settings
     from gramlite.judging.settings import THINK_SEQUENCES
-    from gramlite.runtime.device import thread_count
+    from gramlite.runtime.machine import thread_count
 
     context, threads = 4096, thread_count(None)
     load_seconds = 0.0

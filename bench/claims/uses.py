@@ -27,7 +27,7 @@ from gramlite.generation.request import Request
 from gramlite.judging.judge import Judge, Settings
 from gramlite.judging.pair import Pair
 from gramlite.loading import load
-from gramlite.runtime.device import thread_count
+from gramlite.runtime.machine import thread_count
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.terminal import say_json
 

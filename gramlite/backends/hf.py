@@ -20,7 +20,6 @@ from gramlite.formats.artifact import Artifact
 from gramlite.formats.model_folder import ModelFolder, read_model_folder
 from gramlite.generation.decoder import Logits
 from gramlite.generation.tokenizer_json import read_vocabulary
-from gramlite.runtime.device import thread_count
 from gramlite.runtime.folder_memory import (
     ITEM_BYTES,
     bytes_when_quantized,
@@ -29,6 +28,7 @@ from gramlite.runtime.folder_memory import (
     stored_bytes,
     stored_type,
 )
+from gramlite.runtime.machine import thread_count
 from gramlite.runtime.options import LoadIn, RuntimeOptions
 from gramlite.runtime.placement import Placement, place, placement_below
 from gramlite.runtime.torch_devices import machine

@@ -22,7 +22,7 @@ from gramlite.formats.model_folder import ModelFolder, read_model_folder
 from gramlite.formats.onnx_graph import OnnxGraph, present_name, read_graph
 from gramlite.generation.decoder import Logits
 from gramlite.generation.tokenizer_json import read_vocabulary
-from gramlite.runtime.device import Machine, free_memory, has_driver, has_mps, thread_count
+from gramlite.runtime.machine import Machine, free_memory, has_driver, has_mps, thread_count
 from gramlite.runtime.onnx_folder import GENAI, footprint, graph_name, head_size
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.runtime.placement import Placement, place, placement_below

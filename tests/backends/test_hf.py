@@ -24,7 +24,7 @@ import gramlite
 from gramlite.backends.hf import HfBackend, machine, open_artifact
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.formats.artifact import Artifact
-from gramlite.runtime.device import Machine
+from gramlite.runtime.machine import Machine
 from gramlite.runtime.options import PIECE, RuntimeOptions
 
 from .conftest import logits_of

@@ -21,8 +21,8 @@ from gramlite.backends.gguf.context import LlamaContext
 from gramlite.backends.protocol import Backend
 from gramlite.errors import GramliteError, ModelError, OutOfMemory
 from gramlite.formats.artifact import Artifact
-from gramlite.runtime.device import Gpu, Machine, Offload
-from gramlite.runtime.placement import Placement
+from gramlite.runtime.machine import Gpu, Machine
+from gramlite.runtime.placement import Offload, Placement
 
 from .conftest import Probe, run_probes, tiny_backend, tiny_judge
 

@@ -22,17 +22,9 @@ from gramlite.formats.gguf_header import Header, check_adapter_fits, read_header
 from gramlite.generation.drafting import CONTEXT_TOKENS, Drafter
 from gramlite.generation.prompt import common_prefix
 from gramlite.generation.request import Request
-from gramlite.runtime.device import (
-    DRAFT_TOKENS,
-    GPU_MARGIN,
-    MOST_DRAFTED,
-    Offload,
-    context_size,
-    offload_below,
-    plan_offload,
-)
-from gramlite.runtime.memory import predict
+from gramlite.runtime.gguf_memory import DRAFT_TOKENS, MOST_DRAFTED, LayeredFootprint
 from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.placement import GPU_MARGIN, Offload, offload_below, plan_offload
 
 from .adapters import Adapters
 from .cells import Lane, Running, batches, cells_of, likely_tokens
@@ -81,7 +73,7 @@ class GgufBackend(LocalBackend):
         self._adapters = Adapters(self._llama, self._header, room)
         self._adapters.load(self._options.adapter)
         self._prompts = Prompts(self._llama, self._layout, separate=self._options.deterministic)
-        self._memory = predict(self._header, context_size(self._layout, plan.context)).total
+        self._memory = LayeredFootprint(self._header, self._layout).at(plan.context).total
         self._door = Door()
         self._sequences: list[Running] = []
         self._again: list[Request] = []  # what had to make room for others and starts again
@@ -93,7 +85,8 @@ class GgufBackend(LocalBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(sequences=self._layout.parallel, cells=self.context, context=self.context, adapters=True)
+        sequences, cells = self._layout.parallel, self.context
+        return Capabilities(sequences=sequences, cells=cells, context=cells, adapters=True, memory=self._memory)
 
     @property
     def device(self) -> str:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from gramlite.errors import GramliteError, ModelError, OutOfMemory, ResourceError
 from gramlite.generation.decoder import Logits
 from gramlite.interrupt import uninterrupted
-from gramlite.runtime.device import Offload, thread_count
+from gramlite.runtime.machine import thread_count
+from gramlite.runtime.placement import Offload
 
 from .library import first_words, forget_words, last_words, memory_words, start_library
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from gramlite.generation.decoder import Logits
 from gramlite.generation.prompt import common_prefix
 from gramlite.generation.request import Request
-from gramlite.runtime.device import Layout
+from gramlite.runtime.gguf_memory import Layout
 
 from .cells import TRUNK, HeldPrompts, Stem, Trunk
 from .context import LlamaContext
