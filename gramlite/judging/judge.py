@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -23,8 +21,8 @@ from .conclusion import conclude, conclude_order, mean_log_odds, winner_of
 from .confidence import Calibration
 from .engine import Engine
 from .open_pair import OpenPair
-from .pair import Identifier, Order, OrderVerdict, Pair, Verdict, Winner
-from .settings import Settings
+from .pair import Identifier, Order, Pair, Verdict
+from .settings import Settings, digest_without
 from .template import Template, presented, screen
 from .verdicts import Listener, Verdicts
 
@@ -161,7 +159,7 @@ class Judge:
     @property
     def settings_hash(self) -> str:
         """Twelve hexadecimal digits that change with `settings_record`."""
-        return hashlib.sha256(json.dumps(self.settings_record, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_without(self.settings_record)
 
     def __call__(
         self, *, prompt: str, response_a: str, response_b: str, id: Identifier = None, on_text: Listener | None = None
@@ -332,19 +330,5 @@ class Judge:
         )
         return self._verdict(opened.pair, flags=opened.flags, orders=orders, **conclude(orders))
 
-    def _verdict(
-        self,
-        pair: Pair,
-        *,
-        winner: Winner | None = None,
-        p_a: float | None = None,
-        margin: float | None = None,
-        consistent: bool | None = None,
-        reason: str | None = None,
-        flags: tuple[str, ...] = (),
-        orders: tuple[OrderVerdict, ...] = (),
-    ) -> Verdict:
-        return Verdict(
-            id=pair.id, winner=winner, p_a=p_a, margin=margin, consistent=consistent, reason=reason, flags=flags,
-            orders=orders, model=self.model, settings=self.settings_hash,
-        )  # fmt: skip
+    def _verdict(self, pair: Pair, **found: Any) -> Verdict:
+        return Verdict(id=pair.id, model=self.model, settings=self.settings_hash, **found)

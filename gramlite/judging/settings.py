@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gramlite.errors import InputError
 from gramlite.generation.decoder import Mode
@@ -70,3 +73,9 @@ class Settings:
         if self.temperature is None:
             return SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
         return self.temperature
+
+
+def digest_without(record: Mapping[str, Any], *names: str) -> str:
+    """Twelve hexadecimal digits of a `settings_record`, whatever these settings in it are."""
+    kept = {key: value for key, value in record.items() if key not in names}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
