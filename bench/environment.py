@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from gramlite.runtime.device import thread_count, usable_cores
+from gramlite.runtime.machine import thread_count, usable_cores
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -70,9 +70,9 @@ def measure_kernels(judge: Judge, prompts: Sequence[Sequence[int]], shared: int,
     for tokens in [*prompts] * repetitions:
         backend._forget()
         for sequence in sequences:
-            backend._prefill(tokens[:shared], [sequence], 0)
+            list(backend._prompts.prefill(tokens[:shared], [sequence], 0))
             began = time.perf_counter()
-            backend._prefill(tokens[shared:], [sequence], shared)
+            list(backend._prompts.prefill(tokens[shared:], [sequence], shared))
             rates.append((len(tokens) - shared) / (time.perf_counter() - began))
         for step in range(8):
             llama.begin()
@@ -179,7 +179,7 @@ def measure_speed(
     import gramlite
     from gramlite import RuntimeOptions, Settings
     from gramlite.judging.settings import THINK_SEQUENCES
-    from gramlite.runtime.device import thread_count
+    from gramlite.runtime.machine import thread_count
 
     context, threads = 4096, thread_count(None)
     load_seconds = 0.0

@@ -21,11 +21,10 @@ import click
 from filelock import FileLock, Timeout
 
 from gramlite.errors import SOME_ROWS_WITHOUT_VERDICT, GramliteError, IntegrityError
-from gramlite.formats.artifact import read_manifest
+from gramlite.formats.artifact import artifact_sha256, read_manifest
 from gramlite.formats.gguf_header import read_header
 from gramlite.formats.quantization import bits_per_weight
 from gramlite.interrupt import say_on_interrupt
-from gramlite.loading import artifact_sha256
 from gramlite.options import JudgeOptions, chat_options, labels_option
 from gramlite.rows import identifier_text
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,12 +10,14 @@ from typing import Any
 
 from .backends.protocol import Backend, open_backend
 from .errors import InputError, ModelError
-from .formats.artifact import PICKLE_SUFFIXES, Artifact, Manifest, manifest_path, read_manifest, verify_files
+from .formats.artifact import PICKLE_SUFFIXES, Artifact, Manifest, artifact_sha256, read_manifest, verify_files
 from .formats.model_folder import is_text, read_json_object
 from .generation.scaffold import OWN_TEMPLATE, ChatTemplate, scaffold_for
 from .judging.confidence import stored_calibration
 from .judging.judge import Judge, Settings
+from .judging.settings import MOST_SEQUENCES
 from .judging.template import resolve_template
+from .ranking.rank import rank
 from .runtime.options import RuntimeOptions
 from .storage import sha256_cached
 
@@ -48,12 +48,10 @@ def load(
         model = cached_gguf()
         logger.info("No model was given; using the reference judge (SmolLM2-135M with gramlite's adapter, Q8_0).")
     settings, runtime = settings or Settings(), runtime or RuntimeOptions()
-    asked = runtime.parallel or 1
-    runtime = replace(runtime, parallel=runtime.parallel or settings.sequences)
     artifact = open_artifact(Path(model))
-    backend = open_backend(artifact, runtime)
-    if asked > 1 and getattr(backend, "one_at_a_time", False):
-        told = (asked, artifact.path, artifact.format)
+    backend = open_backend(artifact, replace(runtime, parallel=runtime.parallel or MOST_SEQUENCES))
+    if (runtime.parallel or 1) > 1 and backend.capabilities.sequences == 1 and not runtime.deterministic:
+        told = (runtime.parallel, artifact.path, artifact.format)
         logger.warning(
             "--parallel %d changes nothing: %s (%s) runs one sequence at a time. GGUF files run several.", *told
         )
@@ -99,7 +97,9 @@ def _judge(
             artifact.path, ", ".join(sorted(strangers)), chat.choice,
         )  # fmt: skip
     model = describe_model(artifact, metadata, runtime)
-    return Judge(backend, chosen, scaffold, settings, model, adapter=runtime.adapter)
+    return Judge(
+        backend, chosen, scaffold, settings, model, adapter=runtime.adapter, parallel=runtime.parallel, rank=rank
+    )
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -150,20 +150,3 @@ def describe_model(artifact: Artifact, metadata: Mapping[str, Any], runtime: Run
         "sha256": artifact_sha256(artifact.path),
     }
     return described | ({"adapter": sha256_cached(Path(runtime.adapter))} if runtime.adapter else {})
-
-
-def artifact_sha256(path: Path, *, manifest: bool = True) -> str:
-    """A file's sha256; of a folder, the sha256 of its files' names and hashes.
-
-    Without `manifest` only the template counts of what the folder's gramlite.json says.
-    """
-    if path.is_file():
-        return sha256_cached(path)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    if not manifest:
-        files = [file for file in files if file != manifest_path(path)]
-    listing = [[str(file.relative_to(path)), sha256_cached(file)] for file in files]
-    if not manifest:
-        recorded = read_manifest(path)
-        listing.append(["template", str(((recorded.template if recorded else None) or {}).get("sha256"))])
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

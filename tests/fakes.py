@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from gramlite.generation.decoder import Decoder, Generation
+from gramlite.backends.protocol import Backend
+from gramlite.generation.decoder import AnswerForm, Decoder, Generation, encode_answer
+from gramlite.generation.request import Ended, Request
 from gramlite.judging.confidence import Calibration, order_settings
 from gramlite.judging.judge import Judge
 
@@ -63,6 +66,35 @@ def run_script(
             logits = logits_for(wanted.pop(0) if wanted else END)
         fed += decoder.advance(logits)
     return decoder.result(), fed
+
+
+def generation(margin: float | None = None, **fields: Any) -> Generation:
+    """A finished generation whose first choice leads by so many nats; None has read nothing."""
+    defaults = {"thinking": None, "forced": False, "generated": 0}
+    return Generation(reads=() if margin is None else ((margin, 0.0),), **{**defaults, **fields})
+
+
+def request_for(key: int, prompt: Iterable[int], splits: tuple[int, ...] = (), **fields: Any) -> Request:
+    """A request of a prompt's logits, or with `form` for an answer."""
+    form = fields.pop("form", AnswerForm("", "", ""))
+    answer = encode_answer(FakeVocabulary(), form, "think")
+    return Request(key=key, prompt=tuple(prompt), answer=answer, splits=splits, **fields)
+
+
+def run_all(backend: Backend, requests: Iterable[Request]) -> list[tuple[int, Generation]]:
+    """Start requests in their order as there is room, until all have ended; raises the error of one that failed."""
+    waiting, running, ended = list(requests), 0, []
+    while waiting or running:
+        while waiting and backend.start(waiting[0]):
+            waiting.pop(0)
+            running += 1
+        for event in backend.step(1.0):
+            if isinstance(event, Ended):
+                if not isinstance(event.outcome, Generation):
+                    raise event.outcome
+                running -= 1
+                ended.append((event.key, event.outcome))
+    return ended
 
 
 def calibration_for(judge: Judge, temperature: float = 2.0, bias: float = 0.5) -> Calibration:

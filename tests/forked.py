@@ -44,7 +44,7 @@ def uses(judge: Judge, begun: Iterator[Any], fresh: Iterator[Any]) -> dict[str, 
         "grouped": judge.grouped,
         "abort": judge.abort,
         "reward": lambda: win_rate_reward(judge)(["q", "q"], ["x", "y"]),
-        "backend.generate": lambda: list(judge.backend.generate([])),
+        "backend.step": lambda: judge.backend.step(0),
         "backend.vocabulary": lambda: judge.backend.vocabulary.encode("x"),
         "backend.device": lambda: judge.backend.device,
     }

@@ -17,7 +17,7 @@ from rows.test_rows import BAD_LINES
 
 from gramlite.cli import COMMANDS, run
 from gramlite.commands.doctor import check_cuda
-from gramlite.runtime.device import Gpu, Machine
+from gramlite.runtime.machine import Gpu, Machine
 
 HEAVY = ("llama_cpp", "torch", "onnxruntime", "transformers", "scipy", "matplotlib", "gguf")
 PAIR = {"id": "p1", "prompt": "q", "response_a": "x", "response_b": "y"}

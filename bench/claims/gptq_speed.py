@@ -24,7 +24,7 @@ import gramlite
 from gramlite.backends.cache_keyword import with_cache
 from gramlite.judging.judge import Judge
 from gramlite.judging.pair import Pair
-from gramlite.runtime.device import thread_count
+from gramlite.runtime.machine import thread_count
 from gramlite.terminal import say_json
 
 Say = Callable[[dict[str, Any]], None]
@@ -48,7 +48,7 @@ def through_llama(judge: Judge) -> Reader:
 
     def read(tokens: Sequence[int]) -> None:
         backend._forget()
-        backend._prefill(list(tokens), [1], 0)
+        list(backend._prompts.prefill(list(tokens), [1], 0))
 
     def write(token: int, position: int) -> None:
         llama.begin()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gramlite.generation.request import Request
 from gramlite.judging.judge import Judge, Settings
 from gramlite.judging.pair import Pair
 from gramlite.loading import load
-from gramlite.runtime.device import thread_count
+from gramlite.runtime.machine import thread_count
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.terminal import say_json
 
@@ -43,9 +43,9 @@ class WithoutReuse:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[Any]:
-        alone = (replace(request, reuse=0) if request else None for request in requests)
-        yield from self._backend.generate(alone)
+    def start(self, request: Request) -> bool:
+        started: bool = self._backend.start(replace(request, splits=()))
+        return started
 
 
 def voting_contest(model: Path, *, votes: int, threads: int | None, tokens: int) -> list[Contender]:

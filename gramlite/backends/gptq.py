@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gramlite.errors import ModelError, ResourceError
-from gramlite.formats.artifact import Artifact, read_manifest
+from gramlite.formats.artifact import Artifact, artifact_sha256, read_manifest
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.storage import cache_folder
 
@@ -141,7 +141,5 @@ def recorded_template(folder: Path) -> dict[str, Any] | None:
 
 def twin_path(folder: Path) -> Path:
     """Where a folder's packed twin lies in the cache, packed or not; figures in its manifest don't move it."""
-    from gramlite.loading import artifact_sha256
-
     name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:60]
     return cache_folder() / "gptq" / f"{name}-{artifact_sha256(folder, manifest=False)[:16]}-{RECIPE}.gguf"

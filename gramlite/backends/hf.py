@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,8 @@ import transformers
 from gramlite.errors import GramliteError, InputError, ModelError, OutOfMemory
 from gramlite.formats.artifact import Artifact
 from gramlite.formats.model_folder import ModelFolder, read_model_folder
-from gramlite.generation.decoder import Generation, Logits
-from gramlite.generation.request import Request
+from gramlite.generation.decoder import Logits
 from gramlite.generation.tokenizer_json import read_vocabulary
-from gramlite.runtime.device import thread_count
 from gramlite.runtime.folder_memory import (
     ITEM_BYTES,
     bytes_when_quantized,
@@ -30,13 +28,14 @@ from gramlite.runtime.folder_memory import (
     stored_bytes,
     stored_type,
 )
+from gramlite.runtime.machine import thread_count
 from gramlite.runtime.options import LoadIn, RuntimeOptions
 from gramlite.runtime.placement import Placement, place, placement_below
 from gramlite.runtime.torch_devices import machine
 
 from .cache_keyword import with_cache
-from .one_sequence import OneSequence
-from .stepping_down import Steps
+from .fallback import Fallback
+from .one_sequence import OneSequenceBackend
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOADS_IN = {"nf4": 4.5, "int8": 8.1}  # bits a weight takes, its share of the scales included
@@ -45,17 +44,16 @@ Load = Callable[[Placement], tuple[Any, Any]]  # the model and its dtype
 Below = Callable[[Placement, int | None], Placement | None]
 
 
-class HfBackend:
+class HfBackend(OneSequenceBackend):
     """An open checkpoint. Use `open_artifact`."""
-
-    one_at_a_time = True
 
     def __init__(
         self, folder: ModelFolder, placement: Placement, quantization: str, *, load: Load, below: Below
     ) -> None:
+        super().__init__()
         self._open = load
         self._model: Any
-        self._steps = Steps(placement, load=self._load, free=self._free, below=below)
+        self._fallback = Fallback(placement, load=self._load, free=self._free, below=below)
         self.metadata: Mapping[str, Any] = folder.describe(quantization)
         self.vocabulary = read_vocabulary(folder, int(self._model.get_input_embeddings().num_embeddings))
 
@@ -64,7 +62,6 @@ class HfBackend:
         self._device = self._model.device
         self._dtype = str(dtype).removeprefix("torch.")
         self._cache = self._empty()
-        self._sequence = OneSequence(self._compute)
 
     def _empty(self) -> Any:
         config = self._model.config
@@ -77,16 +74,8 @@ class HfBackend:
             torch.cuda.empty_cache()
 
     @property
-    def context(self) -> int:
-        return self._steps.place.context
-
-    @property
     def device(self) -> str:
-        return f"{self._steps.place.device}, {self._dtype}"
-
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        """See Backend.generate; one after another."""
-        return self._steps.generate(requests, lambda coming: self._sequence.generate(coming))
+        return f"{self._fallback.place.device}, {self._dtype}"
 
     def _compute(self, tokens: Sequence[int], position: int) -> Logits:
         held = self._cache.get_seq_length()
@@ -106,13 +95,9 @@ class HfBackend:
 
     def _say(self, error: RuntimeError, tokens: int) -> None:
         """Raise what an error of torch means."""
-        if says_memory(error, on_gpu=self._steps.place.gpu is not None):
+        if says_memory(error, on_gpu=self._fallback.place.gpu is not None):
             raise OutOfMemory(f"at {tokens:,} tokens, {first_line(error)}") from error
         raise GramliteError(f"torch failed at {tokens:,} tokens: {first_line(error)}") from error
-
-    def abort(self) -> None:
-        self._steps.abort()
-        self._sequence.abort()
 
     def close(self) -> None:
         self._free()

@@ -1,4 +1,4 @@
-"""Generation of one request after another over a cache that can be cut back: all that a simple backend needs.
+"""One request after another over a cache that can be cut back: all that a simple backend needs.
 
 A prompt is computed in the stretches between its splits, and only whole stretches are kept for the next prompt, so
 that what is computed together, and with it every bit of a result, does not depend on what was judged before. The same
@@ -8,75 +8,96 @@ prompt again, as votes ask for it, begins from the logits that it ended with.
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from gramlite.errors import GramliteError
-from gramlite.generation.decoder import Generation, Logits
+from gramlite.generation.decoder import Decoder, Logits
 from gramlite.generation.prompt import common_prefix
 from gramlite.generation.request import Request
 from gramlite.runtime.options import PIECE
 
-Compute = Callable[[Sequence[int], int], Logits]
+from .local import LocalBackend
+from .protocol import Capabilities
 
 
-class OneSequence:
-    """Runs requests through `compute(tokens, position)`.
+class OneSequenceBackend(LocalBackend):
+    """A backend that runs a request at a time, a piece of the prompt or a token a step.
 
-    It cuts the cache back to `position` tokens, feeds it some more and returns the last one's logits, float32 of shape
-    (vocabulary,), valid until the next call.
+    One of these adds `_compute(tokens, position)`: it cuts the cache back to `position` tokens, feeds it some more and
+    returns the last one's logits, float32 of shape (vocabulary,), valid until the next call.
     """
 
-    def __init__(self, compute: Compute) -> None:
-        self._compute = compute
+    def __init__(self) -> None:
+        super().__init__()
+        self._key: Hashable = None
+        self._work: Iterator[None] = iter(())
+        self._drop()
+
+    def _compute(self, tokens: Sequence[int], position: int) -> Logits:
+        raise NotImplementedError
+
+    def _reserve(self, tokens: int) -> None:
+        """See that the cache holds so many tokens."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(sequences=1, cells=self.context, context=self.context)
+
+    @property
+    def _running(self) -> int:
+        return int(self._key is not None)
+
+    def start(self, request: Request) -> bool:
+        """See Backend.start."""
+        self._fallback.require_loaded()
+        if self._running:
+            return False
+        self._require_fit(request)
+        self._key, self._work = request.key, self._generate(request, self._decoder(request))
+        return True
+
+    def cancel(self, key: Hashable) -> None:
+        """See Backend.cancel."""
+        if key == self._key:
+            self._key, self._work = None, iter(())
+
+    def _advance(self) -> None:
+        if next(self._work, self) is self:
+            self._key = None
+
+    def _forget(self) -> None:
+        self._key, self._work = None, iter(())
+        self._drop()
+
+    def _drop(self) -> None:
+        """Compute everything anew from here on."""
         self._held: tuple[int, ...] = ()
         self._borders: frozenset[int] = frozenset()
         self._ending: Any = None  # the logits behind what is held
-        self._stop = threading.Event()
 
-    def generate(self, requests: Iterable[Request | None]) -> Generator[tuple[int, Generation], None, None]:
-        """See Backend.generate."""
-        self._stop.clear()
-        for request in requests:
-            if request:
-                yield request.key, request.decoder.result() if request.decoder.finished else self._run(request)
-
-    def abort(self) -> None:
-        """Make a running `generate` stop soon; safe to call from another thread."""
-        self._stop.set()
-
-    def forget(self) -> None:
-        """Compute everything anew from here on."""
-        self._held, self._borders = (), frozenset()
-
-    def _run(self, request: Request) -> Generation:
-        prompt, decoder = request.prompt, request.decoder
+    def _generate(self, request: Request, decoder: Decoder) -> Iterator[None]:
+        """Compute a request, one call of `_compute` between two yields."""
+        prompt = request.prompt
+        self._reserve(len(prompt) + request.most_tokens)
         common = common_prefix(self._held, prompt)
         most = common if prompt == self._held else min(common, len(prompt) - 1)
         kept = max((end for end in request.splits if end <= most and end in self._borders), default=0)
         borders = {border for border in self._borders if border <= kept} | set(request.splits)
-        self.forget()  # until the prompt is there, whatever happens
         ends = {split for split in request.splits if split > kept} | {len(prompt)}
         logits = self._ending
+        self._drop()  # until the prompt is there, whatever happens
         for start, end in itertools.pairwise(sorted({kept, *ends})):
             for begin in range(start, end, PIECE):
-                logits = self._feed(prompt[begin : min(begin + PIECE, end)], begin)
+                if begin > kept:
+                    yield
+                logits = self._compute(prompt[begin : min(begin + PIECE, end)], begin)
         self._ending = logits.copy() if kept < len(prompt) else logits
         self._held, self._borders = prompt, frozenset(borders)
         position = len(prompt)
         waiting = decoder.advance(logits)
         while not decoder.finished:
-            logits = self._feed(waiting, position)
+            yield
+            logits = self._compute(waiting, position)
             position += len(waiting)
             waiting = decoder.advance(logits)
-        return decoder.result(cached=kept)
-
-    def _feed(self, tokens: Sequence[int], position: int) -> Logits:
-        if self._stop.is_set():
-            raise GramliteError("The judging was stopped.")
-        try:
-            return self._compute(tokens, position)
-        except BaseException:
-            self.forget()  # what the cache holds now is not known
-            raise
+        self._end(request, decoder, kept)

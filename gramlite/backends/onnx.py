@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +20,16 @@ from gramlite.errors import GramliteError, InputError, ModelError, OutOfMemory, 
 from gramlite.formats.artifact import Artifact
 from gramlite.formats.model_folder import ModelFolder, read_model_folder
 from gramlite.formats.onnx_graph import OnnxGraph, present_name, read_graph
-from gramlite.generation.decoder import Generation, Logits
-from gramlite.generation.request import Request
+from gramlite.generation.decoder import Logits
 from gramlite.generation.tokenizer_json import read_vocabulary
-from gramlite.runtime.device import Machine, free_memory, has_driver, has_mps, thread_count
+from gramlite.runtime.machine import Machine, free_memory, has_driver, has_mps, thread_count
 from gramlite.runtime.onnx_folder import GENAI, footprint, graph_name, head_size
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.runtime.placement import Placement, place, placement_below
 from gramlite.runtime.torch_devices import cuda_devices
 
-from .one_sequence import OneSequence
-from .stepping_down import Steps
+from .fallback import Fallback
+from .one_sequence import OneSequenceBackend
 
 logger = logging.getLogger("gramlite")
 
@@ -53,10 +52,8 @@ def machine() -> Machine:
     return Machine(free_memory(), cuda_devices(), reason, driver=has_driver(), mps=has_mps())
 
 
-class OnnxBackend:
+class OnnxBackend(OneSequenceBackend):
     """An open ONNX folder. Use `open_artifact`."""
-
-    one_at_a_time = True
 
     def __init__(
         self,
@@ -68,14 +65,15 @@ class OnnxBackend:
         options: RuntimeOptions,
         below: Below,
     ) -> None:
+        super().__init__()
         self._graph = graph
         self._options = options
         self._head_size = head_size(folder, graph)
         self._session: Any = None
         self._buffers: dict[str, Any] = {}
-        self._running: Any = None
+        self._run_options: Any = None
         self._lock = threading.Lock()
-        self._steps = Steps(placement, load=self._load, free=self._free, below=below)
+        self._fallback = Fallback(placement, load=self._load, free=self._free, below=below)
         self.metadata: Mapping[str, Any] = folder.describe(quantization)
         self.vocabulary = read_vocabulary(folder, graph.vocabulary)
 
@@ -91,7 +89,6 @@ class OnnxBackend:
             placement = Placement(None, placement.context)
         self._gpu = placement.gpu
         self._cells = 0
-        self._sequence = OneSequence(self._compute)
         return placement
 
     def _free(self) -> None:
@@ -100,29 +97,15 @@ class OnnxBackend:
         self._session = None
 
     @property
-    def context(self) -> int:
-        return self._steps.place.context
-
-    @property
     def device(self) -> str:
-        return self._steps.place.device
-
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        """See Backend.generate; one after another."""
-        return self._steps.generate(requests, lambda coming: self._sequence.generate(self._with_room(coming)))
-
-    def _with_room(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
-        for request in requests:
-            if request:
-                self._reserve(len(request.prompt) + request.decoder.most_tokens)
-            yield request
+        return str(self._fallback.place.device)
 
     def _reserve(self, tokens: int) -> None:
         """See that the buffers hold `tokens`; larger ones start empty."""
         if tokens <= self._cells:
             return
         self._buffers.clear()
-        self._sequence.forget()
+        self._drop()
         self._cells = min(-(-tokens // CELLS) * CELLS, max(self.context, tokens))
         shape = (1, self._graph.key_value_heads, self._cells, self._head_size)
         for name in self._graph.past:  # each from an array of its own: on the CPU an OrtValue uses the array's memory
@@ -148,7 +131,7 @@ class OnnxBackend:
             binding.bind_ortvalue_output(present_name(name), buffer)
         options = onnxruntime.RunOptions()
         with self._lock:
-            self._running = options
+            self._run_options = options
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:  # onnxruntime's kinds have no common parent but this
@@ -158,7 +141,7 @@ class OnnxBackend:
             raise GramliteError(f"onnxruntime failed at {total:,} tokens: {_first_line(error)}") from error
         finally:
             with self._lock:
-                self._running = None
+                self._run_options = None
         logits: Logits = np.array(binding.get_outputs()[0].numpy()[0, -1], dtype=np.float32)
         return logits
 
@@ -168,11 +151,10 @@ class OnnxBackend:
             raise OutOfMemory(f"at {tokens:,} tokens, {_first_line(error)}") from error
 
     def abort(self) -> None:
-        self._steps.abort()
-        self._sequence.abort()
+        super().abort()
         with self._lock:
-            if self._running is not None:
-                self._running.terminate = True
+            if self._run_options is not None:
+                self._run_options.terminate = True
 
     def close(self) -> None:
         self._free()

@@ -1,33 +1,52 @@
-"""Backends: each runs one artifact format, token ids in, finished generations out. They know nothing of judging."""
+"""Backends: each runs one artifact format, requests in, events out, a step at a time. They know nothing of judging."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from gramlite.errors import InputError, ModelError
 from gramlite.forks import keep, threads_here
 from gramlite.formats.artifact import Artifact
-from gramlite.generation.decoder import Generation
-from gramlite.generation.request import Request
+from gramlite.generation.request import Event, Request
 from gramlite.generation.vocabulary import Vocabulary
 from gramlite.runtime.options import RuntimeOptions
 
 PACKAGE = "gramlite.backends"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend can do.
+
+    `sequences` are decoded together at most, `cells` is how many tokens all of them may hold, `context` how many one may,
+    prompt and generation together. `adapters` says whether requests may name LoRA adapters, `memory` how many bytes it
+    is predicted to take, None where nobody knows.
+    """
+
+    sequences: int
+    cells: int
+    context: int
+    adapters: bool = False
+    memory: int | None = None
+
+
 class Backend(Protocol):
-    """An opened artifact. It is used by one thread at a time."""
+    """An opened artifact.
+
+    One thread starts requests and steps; `wake`, `abort` and the vocabulary may be used from any. A request that was
+    started ends exactly once: with an event, when it is cancelled, or when a step raises.
+    """
 
     @property
-    def vocabulary(self) -> Vocabulary: ...
-
-    @property
-    def context(self) -> int:
-        """The most tokens one sequence may hold, prompt and generation together."""
+    def vocabulary(self) -> Vocabulary:
+        """The model's tokenizer, which stays the same when the model is loaded again elsewhere."""
         ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     @property
     def device(self) -> str:
@@ -39,37 +58,54 @@ class Backend(Protocol):
         """What the artifact says of itself: `quantization`, `chat_template`, `template` (name, sha256, text)."""
         ...
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        """Run requests, taken one by one as there is room, and yield (key, generation) as each one ends.
+    def start(self, request: Request) -> bool:
+        """Reserve what a request needs, and compute nothing; False where there is no room now.
 
-        A None among them says that the next one depends on a generation that is still running. A request whose
-        decoder is cancelled, before it begins or while it runs, ends without costing more.
+        It is never False where nothing runs: there the request starts, or an error is raised that is its own. What was
+        refused may be asked for again; others may start before it, but not without end. Making room for those that run,
+        and starting them again, is the backend's own affair.
+        """
+        ...
+
+    def step(self, wait: float) -> list[Event]:
+        """Compute at most one micro-batch of what was started, or wait at most so many seconds for something to do.
+
+        Raises OutOfMemory where memory runs out, GramliteError after an `abort`; then all that was started is dropped.
+        """
+        ...
+
+    def wake(self) -> None:
+        """End a wait; safe to call from another thread."""
+        ...
+
+    def cancel(self, key: Hashable) -> None:
+        """Drop a request between two steps, one that waits for room too; an unknown one is no error."""
+        ...
+
+    def release(self, group: Hashable) -> None:
+        """Say that no more of a group will come: what is kept computed for it alone may go."""
+        ...
+
+    def open_adapter(self, path: str | None) -> None:
+        """Load a LoRA adapter that requests are to name; one that is loaded stays what it was.
+
+        Raises InputError where requests may name none, ModelError for one that does not fit the model, ResourceError
+        when memory does not hold it.
         """
         ...
 
     def abort(self) -> None:
-        """Make a running `generate` stop soon; safe to call from another thread."""
+        """Make the running or the next step stop soon; safe to call from another thread."""
+        ...
+
+    def step_down(self) -> bool:
+        """After OutOfMemory: load the model where it takes less of that memory; False where there is no such place.
+
+        What a sequence may hold stays the same. Raises ResourceError where nothing below is left.
+        """
         ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class TakesAdapters(Protocol):
-    """A backend that changes its adapter while it is open."""
-
-    def use_adapter(self, path: str | None) -> None:
-        """Judge with a LoRA adapter, or with none, from the next request on; not while `generate` runs."""
-        ...
-
-
-@runtime_checkable
-class HoldsPrompts(Protocol):
-    """A backend that keeps whole prompts computed while more generations of them may be asked for."""
-
-    def let_go(self, prompt: tuple[int, ...]) -> None:
-        """Say that a prompt is not needed any more; one that is not held is no error."""
-        ...
 
 
 def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:

@@ -6,6 +6,8 @@ A bare file or folder from elsewhere has no manifest, and works.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -170,3 +172,20 @@ def is_intact(path: Path) -> bool:
     except ModelError:
         return False
     return True
+
+
+def artifact_sha256(path: Path, *, manifest: bool = True) -> str:
+    """A file's sha256; of a folder, the sha256 of its files' names and hashes.
+
+    Without `manifest` only the template counts of what the folder's gramlite.json says.
+    """
+    if path.is_file():
+        return sha256_cached(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    if not manifest:
+        files = [file for file in files if file != manifest_path(path)]
+    listing = [[str(file.relative_to(path)), sha256_cached(file)] for file in files]
+    if not manifest:
+        recorded = read_manifest(path)
+        listing.append(["template", str(((recorded.template if recorded else None) or {}).get("sha256"))])
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

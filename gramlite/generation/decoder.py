@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,27 +53,44 @@ class AnswerForm:
         return f"{self.opening}\n{self.closing}{self.answer}" if self.thinks else self.answer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How one generation is decoded; `budget` is the most tokens it may think, `temperature` 0 is greedy."""
+@dataclass(frozen=True)
+class Answer:
+    """An answer form in a model's tokens, as a request holds it.
 
-    mode: Mode = "think"
-    budget: int = 1024
-    temperature: float = 0.0
-    seed: int = 0
+    `opening` ends the prompt; `closing` closes the thinking on a line of its own and leads to the verdict, empty where
+    nothing is thought; `choices` are the ids whose logits are read. `form` says the same in text, for thinking whose
+    closing begins in the middle of a token.
+    """
+
+    form: AnswerForm
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    choices: tuple[int, ...]
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.closing)
+
+
+def encode_answer(vocabulary: Vocabulary, form: AnswerForm, mode: Mode) -> Answer:
+    """An answer form in the tokens of a vocabulary; raises ValueError where a choice is no single token."""
+    thinks = form.thinks and mode == "think"
+    opening = encode_trusted(vocabulary, form.opening if thinks else form.direct)
+    closing = encode_trusted(vocabulary, f"\n{form.closing}{form.answer}") if thinks else []
+    return Answer(form, tuple(opening), tuple(closing), choice_tokens(vocabulary, form))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """A finished generation.
 
-    `margin` is logit(first choice) − logit(second choice) in nats, None where there is no verdict, and then `reason`
-    says why. `forced` is true when the thinking was closed by us. `generated` counts the tokens sampled, `cached` the
-    prompt tokens that were not computed again. `ids` are all tokens behind the prompt as the model was fed them, sampled
-    and forced ones, and last the verdict's, the likelier choice.
+    `reads` holds the logits of each read's choices, empty where nothing was read, and then `reason` says why. `forced` is
+    true when the thinking was closed by us. `generated` counts the tokens sampled, `cached` the prompt tokens that were
+    not computed again. `ids` are all tokens behind the prompt as the model was fed them, sampled and forced ones, and
+    last the verdict's, the likelier choice.
     """
 
-    margin: float | None
+    reads: tuple[tuple[float, ...], ...] = ()
     thinking: str | None
     forced: bool
     generated: int
@@ -85,44 +102,42 @@ class Generation:
 class Decoder:
     """The state machine of one generation: `advance(logits)` returns the tokens to feed next, none when finished.
 
-    `prefix` belongs at the end of the prompt. `on_text` hears the thinking as it is written.
+    `budget` is the most tokens it may think; a `temperature` of 0 is greedy. `on_text` is given the thinking as it is
+    written, each piece with its place in it, in characters; after a restart it begins at 0 again.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
-        form: AnswerForm,
-        sampling: Sampling,
+        answer: Answer,
         *,
-        on_text: Callable[[str], None] | None = None,
+        budget: int = 1024,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> None:
-        self.sampling = sampling
-        self.finished = False
         self._vocabulary = vocabulary
-        self._form = form
-        self._thinks = form.thinks and sampling.mode == "think"
-        self.prefix = encode_trusted(vocabulary, form.opening if self._thinks else form.direct)
-        self._choices = choice_tokens(vocabulary, form)
-        self._closing = form.closing.encode()
-        self._margin: float | None = None
-        self._reason: str | None = None
+        self._answer = answer
+        self._budget = budget
+        self._temperature = temperature
+        self._seed = seed
+        self._closing = answer.form.closing.encode()
         self._on_text = on_text
-        self._told = 0
-        self._stream = codecs.getincrementaldecoder("utf-8")("replace")
-        self._begin()
-
-    def _begin(self) -> None:
-        self._answering = not self._thinks
-        self._tokens: list[int] = []
-        self._ids = list(self.prefix)
-        self._text = bytearray()
-        self._forced = False
-        self._random = np.random.default_rng(self.sampling.seed) if self.sampling.temperature > 0 else None
+        self.restart()
 
     def restart(self) -> None:
-        """Start again behind the prompt, unless it is finished; the listener hears only what goes beyond what it heard."""
-        if not self.finished:
-            self._begin()
+        """Start again behind the prompt."""
+        self.finished = False
+        self._answering = not self._answer.thinks
+        self._tokens: list[int] = []
+        self._ids = list(self._answer.opening)
+        self._text = bytearray()
+        self._forced = False
+        self._reads: tuple[tuple[float, ...], ...] = ()
+        self._reason: str | None = None
+        self._told = self._told_characters = 0
+        self._stream = codecs.getincrementaldecoder("utf-8")("replace")
+        self._random = np.random.default_rng(self._seed) if self._temperature > 0 else None
 
     @property
     def generated(self) -> int:
@@ -133,32 +148,21 @@ class Decoder:
         """Whether the next logits are read as the verdict."""
         return self._answering
 
-    @property
-    def most_tokens(self) -> int:
-        """The most tokens that can follow the prompt: the budget and the longest forced scaffold."""
-        if not self._thinks:
-            return 0
-        return (
-            self.sampling.budget
-            + len(encode_trusted(self._vocabulary, "\n" + self._form.closing + self._form.answer))
-            + 1
-        )
-
     def advance(self, logits: Logits) -> Sequence[int]:
         """Take the logits after the last token fed, shape (vocabulary,); return the tokens to feed next."""
         if self.finished:
             return ()
         if self._answering:
             return self._read_answer(logits)
-        fed = self._go_on(logits)
+        fed = self._think(logits)
         self._ids += fed
         return fed
 
-    def _go_on(self, logits: Logits) -> Sequence[int]:
+    def _think(self, logits: Logits) -> Sequence[int]:
         """Sample the next token of the thinking; return it with what is forced behind it."""
         token = self._sample(logits)
         if token is None:
-            return self.fail("the model's logits are not finite")
+            return self._fail("the model's logits are not finite")
         if token in self._vocabulary.end_tokens:
             return self._close()
         self._tokens.append(token)
@@ -169,29 +173,24 @@ class Decoder:
         if closed >= 0:
             self._answering = True
             return [token, *self._rest_of_scaffold()]
-        if len(self._tokens) >= self.sampling.budget or self._loops():
+        if len(self._tokens) >= self._budget or self._loops():
             return [token, *self._close()]
         return [token]
 
-    def fail(self, reason: str) -> Sequence[int]:
+    def _fail(self, reason: str) -> Sequence[int]:
         """End without a verdict."""
         self.finished = True
         self._reason = reason
         return ()
 
-    def cancel(self) -> None:
-        """End now: nobody waits for this generation any more."""
-        if not self.finished:
-            self.fail("it was not needed any more")
-
     def result(self, *, cached: int = 0) -> Generation:
         """The finished generation; `cached` is the backend's count of prompt tokens it did not compute again."""
         thinking = None
-        if self._thinks:
+        if self._answer.thinks:
             body, _, _ = bytes(self._text).partition(self._closing)
             thinking = body.decode("utf-8", "replace").strip()
         return Generation(
-            margin=self._margin,
+            reads=self._reads,
             thinking=thinking,
             forced=self._forced,
             generated=len(self._tokens),
@@ -206,16 +205,17 @@ class Decoder:
             return None
         if self._random is None:
             return best
-        weights = np.exp((logits - logits[best]) * np.float32(1 / self.sampling.temperature), dtype=np.float32)
+        weights = np.exp((logits - logits[best]) * np.float32(1 / self._temperature), dtype=np.float32)
         cumulative = np.cumsum(weights, dtype=np.float64)
         return int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
 
     def _read_answer(self, logits: Logits) -> Sequence[int]:
-        first, second = (float(logits[token]) for token in self._choices)
-        if not (np.isfinite(first) and np.isfinite(second)):
-            return self.fail("the model's logits are not finite")
-        self._margin = first - second
-        self._ids.append(self._choices[self._margin < 0])
+        choices = self._answer.choices
+        read = tuple(float(logits[token]) for token in choices)
+        if not all(map(np.isfinite, read)):
+            return self._fail("the model's logits are not finite")
+        self._reads = (read,)
+        self._ids.append(choices[read.index(max(read))])
         self.finished = True
         return ()
 
@@ -225,7 +225,7 @@ class Decoder:
         self._answering = True
         begun = self._begun_closing()
         lead = b"" if begun or not self._text or self._text.endswith(b"\n") else b"\n"
-        rest = lead + self._closing[begun:] + self._form.answer.encode()
+        rest = lead + self._closing[begun:] + self._answer.form.answer.encode()
         return encode_trusted(self._vocabulary, rest.decode())
 
     def _begun_closing(self) -> int:
@@ -235,13 +235,14 @@ class Decoder:
     def _tell(self, end: int) -> None:
         """Let the listener hear the thinking up to `end`; a tag that may be closing it is held back."""
         if self._on_text and end > self._told:
-            self._on_text(self._stream.decode(bytes(self._text[self._told : end])))
-            self._told = end
+            text = self._stream.decode(bytes(self._text[self._told : end]))
+            self._on_text(self._told_characters, text)
+            self._told, self._told_characters = end, self._told_characters + len(text)
 
     def _rest_of_scaffold(self) -> Sequence[int]:
         """What is left of the scaffold after a closing tag that the model wrote itself."""
         _, _, after = bytes(self._text).rpartition(self._closing)
-        answer = self._form.answer.encode()
+        answer = self._answer.form.answer.encode()
         rest = answer[len(after) :] if answer.startswith(after) else answer
         return encode_trusted(self._vocabulary, rest.decode())
 
@@ -275,11 +276,3 @@ def softmax_first(margin: float) -> float:
         return float(1 / (1 + np.exp(-margin)))
     weight = float(np.exp(margin))
     return weight / (1 + weight)
-
-
-def describe(sampling: Sampling) -> dict[str, Any]:
-    """The settings of a sampling that a verdict depends on."""
-    if sampling.mode == "direct":
-        return {"mode": "direct"}
-    settings: dict[str, Any] = {"mode": "think", "budget": sampling.budget, "temperature": sampling.temperature}
-    return settings | ({"seed": sampling.seed} if sampling.temperature > 0 else {})

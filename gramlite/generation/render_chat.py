@@ -25,7 +25,7 @@ MEMORY = 1 << 30
 CLOCK = datetime(2024, 7, 26)
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """The tag around what an assistant says, which marks it for training and changes nothing here."""
 
     tags = {"generation"}
@@ -53,7 +53,7 @@ def refuse(message: str) -> None:
 def render(asked: dict[str, Any]) -> list[str]:
     """The texts of a template for each of the contents; whatever it raises is the template's."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": CLOCK.strftime}

@@ -7,8 +7,6 @@ would cut short.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -25,6 +23,7 @@ from gramlite.formats.sidecar import belongs, read_sidecar, replaces, sidecar_pa
 from .judge import Judge
 from .logistic import Floats
 from .pair import Pair, Verdict
+from .settings import digest_without
 
 BUDGETS = (16, 32, 64, 128, 256, 512, 1024)
 FEWEST_PAIRS = 20
@@ -172,8 +171,7 @@ def _row(budget: int, correct: Mapping[int, Floats], verdicts: Sequence[Verdict]
 
 def settings_without_budget(settings: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of everything else that a verdict depends on."""
-    kept = {key: value for key, value in settings.items() if key not in ("budget", "seed", "calibration")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_without(settings, "budget", "seed", "calibration")
 
 
 def store(artifact: Path, table: BudgetTable) -> Path:

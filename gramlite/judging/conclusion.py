@@ -30,8 +30,7 @@ def conclude_order(
     order: Order, generations: Sequence[Generation], *, prompt_ids: tuple[int, ...], calibration: Calibration | None
 ) -> OrderVerdict:
     """Combine the votes of one order, un-swapped; `prompt_ids` are without the scaffold that opens the answer."""
-    sign = 1 if order == "ab" else -1
-    margins = [sign * generation.margin for generation in generations if generation.margin is not None]
+    margins = [margin_of(generation, order) for generation in generations if generation.reads]
     margin = mean_log_odds(margins)
     if calibration:
         margin = calibration.apply(margin, order)
@@ -53,6 +52,12 @@ def conclude_order(
         prompt_ids=prompt_ids,
         generated_ids=generations[0].ids,
     )
+
+
+def margin_of(generation: Generation, order: Order) -> float:
+    """The log-odds in nats that a generation gives the pair's response_a, which stands second in the order "ba"."""
+    first, second = generation.reads[0]
+    return first - second if order == "ab" else second - first
 
 
 def mean_log_odds(margins: list[float]) -> float:

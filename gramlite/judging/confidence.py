@@ -8,8 +8,6 @@ beside the artifact and belongs to one model and one way of asking it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from gramlite.formats.sidecar import belongs, read_sidecar, replaces, sidecar_pa
 
 from .logistic import Floats, fit_logistic, sigmoid
 from .pair import Order, Verdict, Winner
+from .settings import digest_without
 
 Rows = NDArray[np.int64]
 
@@ -254,8 +253,7 @@ def calibrate(data: Labelled, model: Mapping[str, Any], settings: Mapping[str, A
 
 def order_settings(settings: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of what one order's margin depends on: which orders are judged and a seed do not count."""
-    kept = {key: value for key, value in settings.items() if key not in ("orders", "seed", "calibration")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_without(settings, "orders", "seed", "calibration")
 
 
 def store(artifact: Path, calibration: Calibration) -> Path:

@@ -2,43 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections import deque
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from gramlite.generation.decoder import Generation
+from gramlite.generation.decoder import Answer, Generation
 from gramlite.generation.prompt import EncodedPrompt
 from gramlite.generation.request import Request
 
+from .conclusion import margin_of
 from .confidence import Calibration
 from .pair import Order, Pair
 from .settings import Settings
 from .voting import Rescale, least_votes, settled, wanting
 
 
-@dataclass
+@dataclass(eq=False, kw_only=True)
 class OpenPair:
-    """A pair that is being judged: its generations as they arrive, by order and vote, and the requests that make them.
+    """A pair that is being judged: its requests, and its generations as they arrive, by order and vote.
 
-    `asked` is how many generations of each order were asked for.
+    `splits` are the beginnings of each order's prompt that others share, `asked` is how many generations of each order
+    were asked for, `waiting` those that the backend has no room for yet, `heard` how many characters of an order's
+    thinking were passed on, and the other fields are those of the requests.
     """
 
     pair: Pair
     settings: Settings
-    flags: tuple[str, ...]
     prompts: Mapping[Order, EncodedPrompt]
-    stems: Mapping[Order, frozenset[int]]
+    answer: Answer
+    flags: tuple[str, ...] = ()
+    splits: Mapping[Order, tuple[int, ...]] = field(default_factory=dict)
+    adapter: str | None = None
+    group: Hashable = field(default_factory=object)
+    alone: bool = False
+    streams: bool = False
     calibration: Calibration | None = None
     done: dict[tuple[Order, int], Generation] = field(default_factory=dict)
-    requests: list[Request] = field(default_factory=list)
     asked: dict[Order, int] = field(default_factory=dict)
+    waiting: deque[Request] = field(default_factory=deque)
+    heard: dict[Order, int] = field(default_factory=dict)
+
+    def ask(self, *, ahead: bool = False) -> bool:
+        """Put the next vote's request behind those that wait; False where there is none."""
+        vote = self.next_vote(ahead=ahead)
+        if vote:
+            self.waiting.append(self.request(*vote))
+        return vote is not None
+
+    def take(self, key: Hashable, generation: Generation) -> None:
+        """Take in what one of the requests has come to."""
+        assert isinstance(key, tuple)
+        self.done[key[1:]] = generation
+
+    def order_of(self, key: Hashable) -> Order:
+        assert isinstance(key, tuple)
+        order: Order = key[1]
+        return order
+
+    def request(self, order: Order, vote: int) -> Request:
+        """The request for one generation."""
+        return Request(
+            key=(id(self), order, vote),
+            prompt=(*self.prompts[order].tokens, *self.answer.opening),
+            answer=self.answer,
+            budget=self.settings.budget,
+            temperature=self.settings.sampled_at,
+            seed=self._seed(order, vote),
+            adapter=self.adapter,
+            group=self.group,
+            alone=self.alone,
+            splits=self.splits.get(order, ()),
+            streams=self.streams and vote == 0,
+        )
+
+    def _seed(self, order: Order, vote: int) -> int:
+        """A seed of its own for every generation, the same whatever is judged beside it."""
+        pair = self.pair
+        text = json.dumps([self.settings.seed, pair.prompt, pair.response_a, pair.response_b, order, vote])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
     @property
     def idle(self) -> bool:
         return len(self.done) == sum(self.asked.values())
 
     @property
-    def _stops_early(self) -> bool:
+    def stops_early(self) -> bool:
+        """Whether votes that cannot change the verdict are not taken."""
         return self.settings.early_stop and self.settings.votes > 1
 
     @property
@@ -54,7 +106,7 @@ class OpenPair:
         votes, confidence = self.settings.votes, self.settings.confidence
         orders = self.settings.presented_orders
         targets = dict.fromkeys(orders, votes)
-        if self._stops_early:
+        if self.stops_early:
             cast, rescales = self._cast(), self._rescales
             targets = {
                 order: least_votes(margins, votes, confidence, rescale)
@@ -73,18 +125,18 @@ class OpenPair:
     def settled(self) -> bool:
         """Whether the pair has all the generations that it needs; one that failed leaves it no verdict."""
         votes = self.settings.votes
-        if any(generation.margin is None for generation in self.done.values()):
+        if any(not generation.reads for generation in self.done.values()):
             return True
         if len(self.done) == votes * len(self.prompts):
             return True
-        return self._stops_early and settled(self._cast(), votes, self.settings.confidence, self._rescales)
+        return self.stops_early and settled(self._cast(), votes, self.settings.confidence, self._rescales)
 
     def _cast(self) -> list[list[float]]:
         """The margins of the votes so far, un-swapped, by order."""
         cast: dict[Order, list[float]] = {order: [] for order in self.settings.presented_orders}
         for (order, _), generation in self.done.items():
-            if generation.margin is not None:
-                cast[order].append(generation.margin if order == "ab" else -generation.margin)
+            if generation.reads:
+                cast[order].append(margin_of(generation, order))
         return list(cast.values())
 
     @property

@@ -101,11 +101,11 @@ class Verdict:
     """
 
     id: Identifier
-    winner: Winner | None
-    p_a: float | None
-    margin: float | None
-    consistent: bool | None
-    reason: str | None
+    winner: Winner | None = None
+    p_a: float | None = None
+    margin: float | None = None
+    consistent: bool | None = None
+    reason: str | None = None
     flags: tuple[str, ...] = ()
     orders: tuple[OrderVerdict, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)

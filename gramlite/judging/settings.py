@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gramlite.errors import InputError
-from gramlite.generation.decoder import Mode, Sampling
+from gramlite.generation.decoder import Mode
 
 from .delimiters import Policy
 from .pair import Order
@@ -64,8 +67,15 @@ class Settings:
         """How many generations to decode together where nobody says."""
         return 1 if self.mode == "direct" else min(MOST_SEQUENCES, THINK_SEQUENCES * self.votes)
 
-    def sampling(self, seed: int = 0) -> Sampling:
-        temperature = self.temperature
-        if temperature is None:
-            temperature = SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
-        return Sampling(mode=self.mode, budget=self.budget, temperature=temperature, seed=seed)
+    @property
+    def sampled_at(self) -> float:
+        """The temperature, with what `None` stands for; 0 is greedy."""
+        if self.temperature is None:
+            return SAMPLED_TEMPERATURE if self.votes > 1 else 0.0
+        return self.temperature
+
+
+def digest_without(record: Mapping[str, Any], *names: str) -> str:
+    """Twelve hexadecimal digits of a `settings_record`, whatever these settings in it are."""
+    kept = {key: value for key, value in record.items() if key not in names}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

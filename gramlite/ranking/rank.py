@@ -14,19 +14,17 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gramlite.errors import InputError
 from gramlite.generation.decoder import softmax_first
 from gramlite.judging.conclusion import conclude
+from gramlite.judging.judge import Judge
 from gramlite.judging.logistic import Floats
 from gramlite.judging.pair import Identifier, Pair, Verdict, Winner
 
 from .bradley_terry import MOST_CYCLES, bradley_terry, cycles
 from .plans import Batch, Method, plan_for
-
-if TYPE_CHECKING:
-    from gramlite.judging.judge import Judge
 
 METHODS: tuple[Method, ...] = ("best", "tournament", "full")
 DECIMALS = 6

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from broken_gguf import FLOAT32, INT32, STRING, UINT32, adapter_pieces, byte_alphabet, model_pieces
+from fakes import request_for, run_all
 
 from gramlite import Judge, RuntimeOptions, Settings
 from gramlite.backends.gguf.adapters import PARKED
@@ -33,21 +34,29 @@ class Probe:
     then: list[Sequence[int]] = field(default_factory=list)
     seen: list[Any] = field(default_factory=list)
     finished: bool = False
-    most_tokens: int = 16
+    generated: int = 0
     answering: bool = True  # so that nothing is guessed ahead of it
 
     def advance(self, logits: Any) -> Sequence[int]:
         self.seen.append(np.array(logits, dtype=np.float32))
-        if self.then:
-            return self.then.pop(0)
+        if len(self.seen) <= len(self.then):
+            return self.then[len(self.seen) - 1]
         self.finished = True
         return ()
 
-    def restart(self) -> None:
+    def restarted(self) -> Probe:
         self.seen.clear()
+        return self
 
     def result(self, *, cached: int = 0) -> Generation:
-        return Generation(margin=0.0, thinking=None, forced=False, generated=0, cached=cached)
+        return Generation(thinking=None, forced=False, generated=0, cached=cached)
+
+
+def run_probes(backend: Any, probes: Sequence[tuple[Request, Probe]]) -> list[tuple[int, Generation]]:
+    """Run requests, each with a probe in the place of its decoder."""
+    by_key = {request.key: probe for request, probe in probes}
+    backend._decoder = lambda request: by_key[request.key].restarted()
+    return run_all(backend, [request for request, _ in probes])
 
 
 def logits_of(
@@ -55,8 +64,7 @@ def logits_of(
 ) -> tuple[list[Any], int]:
     """The logits after a prompt and after each further feed, and how many of its tokens were not computed again."""
     probe = Probe(list(then))
-    request = Request(0, tuple(prompt), probe, splits)  # type: ignore[arg-type]
-    _, generation = next(iter(backend.generate([request])))
+    ((_, generation),) = run_probes(backend, [(request_for(0, prompt, splits), probe)])
     return probe.seen, generation.cached
 
 
@@ -111,5 +119,6 @@ def tiny_judge(tiny: Path, **options: Any) -> Judge:
     adapter = options.get("adapter")
     model = {"name": "tiny", "format": "gguf", "sha256": "0" * 64} | ({"adapter": "1" * 64} if adapter else {})
     return Judge(
-        tiny_backend(tiny, **options), packaged_template(), LLAMA31, Settings(mode="direct"), model, adapter=adapter
-    )
+        tiny_backend(tiny, **{"parallel": 16, **options}), packaged_template(), LLAMA31, Settings(mode="direct"), model,
+        adapter=adapter, parallel=options.get("parallel", 1),
+    )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -109,8 +108,7 @@ def test_what_was_half_way_is_forgotten_and_the_parked_stay(tiny: Path, adapters
         assert [margin for margin, _ in found] == wanted[1] and found[0][1] > 600
         running = two.many(PAIRS)
         next(running)
-        with pytest.raises(gramlite.GramliteError, match="in the middle of"):
-            two.with_adapter(None)
+        assert orders_of(two.with_adapter(adapters[0]), PAIRS[2])[0][0] == wanted[2][0], "in the middle of another call"
         running.close()
 
 
@@ -196,25 +194,20 @@ def short_pairs(shared: Path) -> Iterator[list[Pair]]:
     yield sorted(pairs, key=lambda pair: len(pair.prompt + pair.response_a + pair.response_b))[:4]
 
 
-def compare_turns(open_base: Callable[..., Judge], adapters: list[Path], pairs: list[Pair], turns: int) -> list[float]:
-    """Let two judges take turns; every verdict is that of a judge alone. Returns the seconds each switch took."""
+def compare_turns(open_base: Callable[..., Judge], adapters: list[Path], pairs: list[Pair], turns: int) -> None:
+    """Let two judges take turns; every verdict is that of a judge alone."""
     wanted = {}
     for adapter in adapters:
         with open_base(adapter=str(adapter)) as alone:
             wanted[adapter] = [[order.margin for order in verdict.orders] for verdict in alone.many(pairs)]
     assert wanted[adapters[0]] != wanted[adapters[1]]
-    seconds = []
     with open_base() as base:
         judges = [base.with_adapter(adapter) for adapter in adapters]
         for turn in range(turns):
             adapter, number = adapters[turn % 2], turn // 2 % len(pairs)
-            started = time.perf_counter()
-            judges[turn % 2]._take_model()
-            seconds.append(time.perf_counter() - started)
             (verdict,) = judges[turn % 2].many([pairs[number]])
             assert [order.margin for order in verdict.orders] == wanted[adapter][number], "bit for bit"
             assert turn < 2 or verdict.orders[0].tokens["cached"] > 150
-    return seconds
 
 
 def test_the_reference_adapter_and_a_weaker_one_take_turns(
@@ -227,6 +220,4 @@ def test_the_reference_adapter_and_a_weaker_one_take_turns(
 def test_a_hundred_turns(
     open_base: Callable[..., Judge], reference_adapters: list[Path], short_pairs: list[Pair]
 ) -> None:
-    seconds = compare_turns(open_base, reference_adapters, short_pairs, 100)
-    middle, slowest = 1000 * sorted(seconds)[len(seconds) // 2], 1000 * max(seconds)
-    print(f"{len(seconds)} switches: median {middle:.2f} ms, slowest {slowest:.2f} ms")
+    compare_turns(open_base, reference_adapters, short_pairs, 100)

@@ -9,8 +9,8 @@ import pytest
 import gramlite
 from gramlite import Judge, RuntimeOptions, Settings
 from gramlite.backends.gguf import cells as gguf_cells
+from gramlite.backends.gguf.backend import GgufBackend
 from gramlite.backends.gguf.context import LlamaContext
-from gramlite.generation.decoder import Decoder
 
 PAIR = {"prompt": "Name the capital of Australia.", "response_a": "Canberra.", "response_b": "It is Sydney, I think."}
 SCAFFOLD = 12  # tokens, at most, that open and close a rationale
@@ -68,8 +68,8 @@ def test_where_cells_are_short_votes_start_again(
     reference_q8: Path, monkeypatch: pytest.MonkeyPatch, fed: list[int]
 ) -> None:
     again = []
-    restart = Decoder.restart
-    monkeypatch.setattr(Decoder, "restart", lambda self: (again.append(self.generated), restart(self)))
+    stop = GgufBackend._stop
+    monkeypatch.setattr(GgufBackend, "_stop", lambda self, running: (again.append(running), stop(self, running)))
     monkeypatch.setattr(gguf_cells, "LIKELY_TOKENS", 1)
     pairs = [gramlite.Pair(**PAIR), gramlite.Pair("Say hello.", "Hello!", "Goodbye.")]
     verdicts = {}

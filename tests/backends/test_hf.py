@@ -22,11 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import gramlite
 from gramlite.backends.hf import HfBackend, machine, open_artifact
-from gramlite.backends.one_sequence import PIECE
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.formats.artifact import Artifact
-from gramlite.runtime.device import Machine
-from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.machine import Machine
+from gramlite.runtime.options import PIECE, RuntimeOptions
 
 from .conftest import logits_of
 
@@ -153,16 +152,16 @@ def test_other_refusals(checkpoint_of: Callable[..., Path], tmp_path: Path) -> N
 
 def test_abort_stops_a_long_prompt(checkpoint_of: Callable[..., Path]) -> None:
     backend = opened(checkpoint_of("llama-tied", max_position_embeddings=2 * PIECE))
-    compute = backend._sequence._compute
+    compute = backend._compute
 
     def stop_after_one(*arguments: Any) -> Any:
         backend.abort()
         return compute(*arguments)
 
-    backend._sequence._compute = stop_after_one  # type: ignore[method-assign]
+    backend._compute = stop_after_one  # type: ignore[method-assign]
     with pytest.raises(GramliteError, match="stopped"):
         logits_of(backend, tokens(PIECE + 10))
-    backend._sequence._compute = compute  # type: ignore[method-assign]
+    backend._compute = compute  # type: ignore[method-assign]
     assert np.isfinite(logits_of(backend, tokens(20))[0][0]).all()
 
 

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
-from fakes import END, FakeVocabulary, logits_for
+from fakes import END, FakeVocabulary, logits_for, request_for, run_all
 
-from gramlite.backends.one_sequence import PIECE, OneSequence
+from gramlite.backends.fallback import Fallback
+from gramlite.backends.one_sequence import OneSequenceBackend
 from gramlite.errors import GramliteError
-from gramlite.generation.decoder import AnswerForm, Decoder, Sampling
+from gramlite.generation.decoder import AnswerForm, Generation
 from gramlite.generation.request import Request
+from gramlite.runtime.options import PIECE
+from gramlite.runtime.placement import Placement
 
 DIRECT = AnswerForm(opening="", closing="", answer="")
 THINK = AnswerForm(opening="<", closing=">", answer="=")
 
 
-class Recorder:
+class Recorder(OneSequenceBackend):
     """A cache of tokens; what it says next depends on all of them. `calls` are the (position, length) it was fed."""
 
+    vocabulary = FakeVocabulary()
+
     def __init__(self, script: Sequence[int] = ()) -> None:
+        super().__init__()
+        self._fallback = Fallback(
+            Placement(None, 4096), load=lambda place: None, free=lambda: None, below=lambda place, context: None
+        )
         self.cache: list[int] = []
         self.calls: list[tuple[int, int]] = []
         self.script = list(script)
 
-    def compute(self, tokens: Sequence[int], position: int) -> np.ndarray:
+    def _compute(self, tokens: Sequence[int], position: int) -> np.ndarray:
         assert position <= len(self.cache), "a hole in the cache"
         self.calls.append((position, len(tokens)))
         self.cache[position:] = tokens
@@ -34,21 +42,27 @@ class Recorder:
             return logits_for(self.script.pop(0))
         return logits_for(END, A=float(sum(index * token for index, token in enumerate(self.cache, 1)) % 97), B=0.0)
 
+    def close(self) -> None:
+        pass
 
-def request(key: int, prompt: Sequence[int], splits: tuple[int, ...] = (), form: AnswerForm = DIRECT) -> Request:
-    mode = "think" if form.thinks else "direct"
-    return Request(key, tuple(prompt), Decoder(FakeVocabulary(), form, Sampling(mode=mode, budget=8)), splits)
+
+def request(key: int, prompt: Iterable[int], splits: tuple[int, ...] = (), form: AnswerForm = DIRECT) -> Request:
+    return request_for(key, prompt, splits, form=form, budget=8)
+
+
+def run_one(model: Recorder, asked: Request) -> Generation:
+    ((_, generation),) = run_all(model, [asked])
+    return generation
 
 
 def test_stretches_between_splits_are_computed_apart_and_kept_whole() -> None:
     model = Recorder()
-    sequence = OneSequence(model.compute)
     first, second, third = [*range(10), 50], [*range(10), 60, 61], [*range(5), 70]
-    assert [key for key, _ in sequence.generate([request(0, first, (4, 8)), request(1, second, (4, 8))])] == [0, 1]
+    assert [key for key, _ in run_all(model, [request(0, first, (4, 8)), request(1, second, (4, 8))])] == [0, 1]
     assert model.calls == [(0, 4), (4, 4), (8, 3), (8, 4)]
-    generation = next(sequence.generate([request(2, third, (4,))]))[1]
+    generation = run_one(model, request(2, third, (4,)))
     assert model.calls[4:] == [(4, 2)] and generation.cached == 4
-    again = next(sequence.generate([request(3, first, (4, 8))]))[1]
+    again = run_one(model, request(3, first, (4, 8)))
     assert model.calls[5:] == [(4, 4), (8, 3)] and again.cached == 4
 
 
@@ -57,59 +71,54 @@ def test_what_was_judged_before_changes_nothing() -> None:
     alone = {}
     for key, (prompt, splits) in enumerate(prompts):
         model = Recorder()
-        alone[key] = next(OneSequence(model.compute).generate([request(key, prompt, splits)]))[1].margin
-    sequence = OneSequence(Recorder().compute)
+        alone[key] = run_one(model, request(key, prompt, splits)).reads
+    model = Recorder()
     for order in ([0, 1, 2, 3, 4], [4, 0, 3, 2, 1], [1, 1, 0, 4, 4]):
-        for key, generation in sequence.generate(request(key, *prompts[key]) for key in order):
-            assert generation.margin == alone[key]
+        for key, generation in run_all(model, [request(key, *prompts[key]) for key in order]):
+            assert generation.reads == alone[key]
 
 
 def test_a_border_that_was_not_one_before_is_not_reused() -> None:
     model = Recorder()
-    sequence = OneSequence(model.compute)
-    list(sequence.generate([request(0, range(10), (8,)), request(1, range(10), (4,))]))
+    run_all(model, [request(0, range(10), (8,)), request(1, range(10), (4,))])
     assert model.calls == [(0, 8), (8, 2), (0, 4), (4, 6)]
 
 
 def test_long_prompts_go_in_pieces() -> None:
     model = Recorder()
-    list(OneSequence(model.compute).generate([request(0, [7] * (2 * PIECE + 5))]))
+    run_all(model, [request(0, [7] * (2 * PIECE + 5))])
     assert model.calls == [(0, PIECE), (PIECE, PIECE), (2 * PIECE, 5)]
 
 
 def test_thinking_feeds_what_the_decoder_asks_for_and_leaves_the_prompt_in_the_cache() -> None:
     model = Recorder([0, ord("x"), ord(">")])  # the first is said after the stretch up to the split, and not asked for
-    sequence = OneSequence(model.compute)
     prompt = [1, 2, 3, ord("<")]
-    generation = next(sequence.generate([request(0, prompt, (3,), THINK)]))[1]
+    generation = run_one(model, request(0, prompt, (3,), THINK))
     assert generation.thinking == "x" and not generation.forced
     assert model.cache == [*prompt, ord("x"), ord(">"), ord("=")]
-    next(sequence.generate([request(1, prompt, (3,), THINK)]))
+    run_one(model, request(1, prompt, (3,), THINK))
     assert min(position for position, _ in model.calls[4:]) == 3, "the kept stretch is not computed again"
 
 
-def test_abort_stops_between_two_pieces_and_the_next_request_starts_anew() -> None:
+def test_abort_stops_between_two_pieces_and_the_next_request_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Recorder()
-    sequence = OneSequence(model.compute)
-    started = threading.Event()
+    compute = model._compute
 
     def slow(tokens: Sequence[int], position: int) -> np.ndarray:
-        started.set()
-        sequence.abort()
-        return model.compute(tokens, position)
+        model.abort()
+        return compute(tokens, position)
 
-    sequence._compute = slow
+    monkeypatch.setattr(model, "_compute", slow)
     with pytest.raises(GramliteError, match="stopped"):
-        list(sequence.generate([request(0, [5] * (PIECE + 1), (PIECE,))]))
-    assert started.is_set() and len(model.calls) == 1
-    sequence._compute = model.compute
-    assert next(sequence.generate([request(1, [5] * (PIECE + 1), (PIECE,))]))[1].cached == 0
+        run_one(model, request(0, [5] * (PIECE + 1), (PIECE,)))
+    assert len(model.calls) == 1
+    monkeypatch.setattr(model, "_compute", compute)
+    assert run_one(model, request(1, [5] * (PIECE + 1), (PIECE,))).cached == 0
 
 
-def test_after_a_failure_nothing_is_taken_for_computed() -> None:
+def test_after_a_failure_nothing_is_taken_for_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Recorder([*range(5)])
-    sequence = OneSequence(model.compute)
-    compute = model.compute
+    compute = model._compute
 
     def failing(tokens: Sequence[int], position: int) -> np.ndarray:
         if len(model.calls) == 3:
@@ -117,10 +126,19 @@ def test_after_a_failure_nothing_is_taken_for_computed() -> None:
             raise GramliteError("out of order")
         return compute(tokens, position)
 
-    sequence._compute = failing
+    monkeypatch.setattr(model, "_compute", failing)
     prompt = [*range(10), 50]
     with pytest.raises(GramliteError, match="out of order"):
-        list(sequence.generate([request(0, prompt, (4,), THINK)]))
-    sequence._compute = compute
-    again = next(sequence.generate([request(1, prompt, (4,))]))[1]
+        run_one(model, request(0, prompt, (4,), THINK))
+    monkeypatch.setattr(model, "_compute", compute)
+    again = run_one(model, request(1, prompt, (4,)))
     assert again.cached == 0 and model.calls[3:] == [(0, 4), (4, 7)]
+
+
+def test_a_request_that_is_cancelled_half_way_leaves_nothing_wrong_behind() -> None:
+    model = Recorder()
+    assert model.start(request(0, [5] * (PIECE + 1))) and not model.start(request(1, [6]))
+    assert model.step(0) == []
+    model.cancel(0)
+    wanted = run_one(Recorder(), request(2, [5] * (PIECE + 1))).reads
+    assert run_one(model, request(2, [5] * (PIECE + 1))).reads == wanted

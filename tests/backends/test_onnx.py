@@ -19,13 +19,12 @@ pytest.importorskip("tokenizers", reason="the onnx backend needs tokenizers: pip
 import onnx
 from onnx_decoder import decoder_model, numpy_logits, random_weights, save, write_decoder
 
-from gramlite.backends.one_sequence import PIECE
 from gramlite.backends.onnx import CELLS, OnnxBackend, machine, open_artifact
 from gramlite.errors import GramliteError, InputError, ModelError, ResourceError
 from gramlite.formats.artifact import Artifact
 from gramlite.formats.onnx_graph import read_graph
 from gramlite.loading import detect_format
-from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.options import PIECE, RuntimeOptions
 
 from ..export.conftest import write_tokenizer
 from .conftest import logits_of

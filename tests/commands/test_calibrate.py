@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import read_jsonl
+from fakes import generation
 from labelled_files import pairs_file
 
 from gramlite.backends.scripted import ScriptedBackend
@@ -22,7 +23,7 @@ def prefers_the_longer(self: ScriptedBackend, request: Any) -> Generation:
     text = bytes(token for token in request.prompt if token < 256).decode()
     shown = [text.rpartition(f"[The Start of Assistant {side}'s Response]")[2] for side in "AB"]
     first, second = (part.partition("[The End")[0] for part in shown)
-    return Generation(margin=math.copysign(2.0, len(first) - len(second)), thinking="", forced=False, generated=0)
+    return generation(math.copysign(2.0, len(first) - len(second)), thinking="")
 
 
 @fault

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramlite.errors import ModelError
-from gramlite.generation.decoder import Decoder, Sampling
+from gramlite.generation.decoder import encode_answer
 from gramlite.generation.prompt import Segment, encode_prompt
 from gramlite.generation.scaffold import scaffold_for
 from gramlite.judging.pair import Pair
@@ -126,7 +126,7 @@ def test_thinking_is_opened_once(opening: str) -> None:
     prompt = ours(HEAD + "{{ m.content }}" + TAIL + opening, "Why?")
     vocabulary = FakeVocabulary()
     for mode, follows in (("think", "<think>\n"), ("direct", "<think>\n\n</think>\n<answer>\n")):
-        prefix = Decoder(vocabulary, REASONING, Sampling(mode=mode)).prefix  # type: ignore[arg-type]
+        prefix = encode_answer(vocabulary, REASONING, mode).opening  # type: ignore[arg-type]
         shown = prompt + bytes(prefix).decode()
         assert shown == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n" + follows
         assert shown.count("<think>") == 1

@@ -1,38 +1,54 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from fakes import END, FakeVocabulary, logits_for, run_script
 
-from gramlite.generation.decoder import AnswerForm, Decoder, Sampling, choice_tokens, softmax_first
+from gramlite.generation.decoder import (
+    AnswerForm,
+    Decoder,
+    Generation,
+    Mode,
+    choice_tokens,
+    encode_answer,
+    softmax_first,
+)
 from gramlite.judging.template import REASONING, VERDICT_ONLY
 
 VOCABULARY = FakeVocabulary()
 CLOSED = "Feedback:\nfine\n</think>"
 
 
-def decoder(vocabulary: FakeVocabulary = VOCABULARY, **sampling: object) -> Decoder:
-    return Decoder(vocabulary, REASONING, Sampling(**sampling))  # type: ignore[arg-type]
+def decoder(
+    vocabulary: FakeVocabulary = VOCABULARY, *, mode: Mode = "think", form: AnswerForm = REASONING, **sampling: Any
+) -> Decoder:
+    return Decoder(vocabulary, encode_answer(vocabulary, form, mode), **sampling)
+
+
+def margin(generation: Generation) -> float:
+    first, second = generation.reads[0]
+    return first - second
 
 
 def test_direct_mode_is_one_step() -> None:
     direct = decoder(mode="direct")
-    assert VOCABULARY.text(direct.prefix) == "<think>\n\n</think>\n<answer>\n"
-    assert direct.most_tokens == 0
+    assert VOCABULARY.text(direct._answer.opening) == "<think>\n\n</think>\n<answer>\n"
+    assert not direct._answer.closing
     assert list(direct.advance(logits_for(END, A=3, B=1))) == []
     generation = direct.result()
-    assert generation.margin == 2 and generation.thinking is None and generation.generated == 0
+    assert margin(generation) == 2 and generation.thinking is None and generation.generated == 0
 
 
 def test_thinking_that_closes_itself() -> None:
     thinking = decoder()
-    assert VOCABULARY.text(thinking.prefix) == "<think>\n"
+    assert VOCABULARY.text(thinking._answer.opening) == "<think>\n"
     generation, fed = run_script(thinking, CLOSED.encode())
     assert VOCABULARY.text(fed) == CLOSED + "\n<answer>\n"
     assert generation.thinking == "Feedback:\nfine" and not generation.forced
-    assert generation.margin == pytest.approx(1.5) and generation.generated == len(CLOSED)
+    assert margin(generation) == pytest.approx(1.5) and generation.generated == len(CLOSED)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +63,7 @@ def test_thinking_that_closes_itself() -> None:
 def test_a_budget_that_runs_out_closes_by_force(written: str, fed_after: str) -> None:
     generation, fed = run_script(decoder(budget=len(written)), written.encode() + b"never written")
     assert VOCABULARY.text(fed) == written + fed_after
-    assert generation.forced and generation.generated == len(written) and generation.margin is not None
+    assert generation.forced and generation.generated == len(written) and generation.reads
 
 
 def test_the_end_of_the_text_closes_by_force() -> None:
@@ -77,7 +93,7 @@ def test_a_closing_tag_that_is_a_special_token() -> None:
     [(CLOSED, {}), ("all good", {"budget": 8}), ("a </th", {"budget": 6}), ("short", {}), ("x y z. " * 90, {}), ("", {"mode": "direct"})],
 )  # fmt: skip
 def test_the_ids_are_all_that_was_fed_and_then_the_verdict(
-    written: str, sampling: dict[str, object], restarted: bool
+    written: str, sampling: dict[str, Any], restarted: bool
 ) -> None:
     for a, b, verdict in ((2.0, 0.5, "A"), (0.5, 2.0, "B")):
         thinking = decoder(**sampling)
@@ -85,12 +101,12 @@ def test_the_ids_are_all_that_was_fed_and_then_the_verdict(
             thinking.advance(logits_for(ord("?")))
             thinking.restart()
         generation, fed = run_script(thinking, written.encode(), a=a, b=b)
-        assert generation.ids == (*thinking.prefix, *fed, ord(verdict))
+        assert generation.ids == (*thinking._answer.opening, *fed, ord(verdict))
 
 
 def test_a_repetition_loop_ends_the_thinking() -> None:
     generation, _ = run_script(decoder(budget=5000), b"Response A is better. " * 100)
-    assert generation.forced and generation.generated < 400 and generation.margin is not None
+    assert generation.forced and generation.generated < 400 and generation.reads
     varied = " ".join(str(n) for n in range(400)).encode()
     generation, _ = run_script(decoder(budget=5000), varied + b"</think>")
     assert not generation.forced
@@ -104,13 +120,13 @@ def test_logits_that_are_not_finite_give_no_verdict(bad: float) -> None:
         logits[ord("A")] = bad
         stopped.advance(logits)
         generation = stopped.result()
-        assert stopped.finished and generation.margin is None and "not finite" in (generation.reason or "")
+        assert stopped.finished and not generation.reads and "not finite" in (generation.reason or "")
 
 
 def test_an_answer_of_minus_infinity_gives_no_verdict() -> None:
     direct = decoder(mode="direct")
     direct.advance(logits_for(END, A=-np.inf, B=0))
-    assert direct.result().margin is None
+    assert not direct.result().reads
 
 
 def test_sampling_follows_the_temperature_and_the_seed() -> None:
@@ -127,7 +143,7 @@ def test_sampling_follows_the_temperature_and_the_seed() -> None:
 
 def test_streamed_text_is_whole_characters() -> None:
     heard: list[str] = []
-    listening = Decoder(VOCABULARY, REASONING, Sampling(), on_text=heard.append)
+    listening = decoder(on_text=lambda at, text: heard.append(text))
     run_script(listening, "naïve – ☕".encode() + b"</think>")
     assert "".join(heard) == "naïve – ☕"
     assert len(heard) == len("naïve – ☕".encode()), "each token is heard when it comes"
@@ -135,13 +151,13 @@ def test_streamed_text_is_whole_characters() -> None:
 
 def test_a_closing_tag_is_held_back_until_it_is_none() -> None:
     heard: list[str] = []
-    run_script(Decoder(VOCABULARY, REASONING, Sampling(), on_text=heard.append), b"a </thin line</think>")
+    run_script(decoder(on_text=lambda at, text: heard.append(text)), b"a </thin line</think>")
     assert "".join(heard) == "a </thin line"
 
 
 def test_verdict_only_forms_never_think() -> None:
-    answering = Decoder(VOCABULARY, VERDICT_ONLY, Sampling(mode="think"))
-    assert answering.prefix == [] and answering.answering
+    answering = decoder(form=VERDICT_ONLY)
+    assert not answering._answer.opening and answering.answering
 
 
 def test_choices_must_be_single_tokens() -> None:

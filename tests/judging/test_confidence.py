@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_jsonl
-from fakes import calibration_for
+from fakes import calibration_for, generation
 from judging.test_judge import Recording
 from ranking.test_rank import Strengths, judge_on
 from scipy import stats
@@ -251,10 +251,10 @@ class Pondering(ScriptedBackend):
         text = bytes(token for token in request.prompt if token < 256).decode()
         wanted = int(text.split("[User Question]\n")[1].split()[0])
         good_first = text.index("good") < text.rindex("bad")
-        cut = wanted > request.decoder.sampling.budget
+        cut = wanted > request.budget
         margin = (2.0 if good_first else -2.0) * (-1 if cut else 1)
-        generated = min(wanted, request.decoder.sampling.budget)
-        return Generation(margin=margin, thinking="…", forced=cut, generated=generated)
+        generated = min(wanted, request.budget)
+        return generation(margin, thinking="…", forced=cut, generated=generated)
 
 
 def test_the_smallest_budget_within_noise_is_chosen() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-from fakes import calibration_for
+from fakes import calibration_for, generation
 
 from gramlite import InputError, Pair, Settings
-from gramlite.backends.scripted import ScriptedBackend
+from gramlite.backends.scripted import Playing, ScriptedBackend
 from gramlite.generation.decoder import Generation
 from gramlite.generation.request import Request
 from gramlite.generation.scaffold import SMOLLM2
@@ -22,37 +22,26 @@ from gramlite.judging.voting import count, least_votes, means_are_fixed, refutes
 
 
 class Voting(ScriptedBackend):
-    """Runs up to `width` requests at a time; margins are drawn by the decoder's seed and lean towards the text x."""
+    """Runs up to `width` requests at a time; margins are drawn by the request's seed and lean towards the text x."""
 
     def __init__(self, width: int, lean: float, scale: float = 1.0) -> None:
-        super().__init__({})
-        self.width, self.lean, self.scale = width, lean, scale
+        super().__init__({}, sequences=width)
+        self.lean, self.scale = lean, scale
         self.ran = 0
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        waiting = iter(requests)
-        running: list[Request] = []
-        more = True
-        while more or running:
-            while more and len(running) < self.width:
-                request = next(waiting, ...)
-                more = request is not ...
-                if not isinstance(request, Request):
-                    break
-                running.append(request)
-            assert running or not more, "nothing runs and nothing is asked for"
-            if running:
-                request = running.pop(0)
-                yield request.key, self._vote(request)
+    def _write(self, one: Playing) -> None:
+        if one is self._playing[0]:  # one after another, so that some are still running when a pair is settled
+            super()._write(one)
+
+    def _run(self, request: Request) -> Generation:
+        self.ran += 1
+        return self._vote(request)
 
     def _vote(self, request: Request) -> Generation:
-        if request.decoder.finished:
-            return request.decoder.result()
-        self.ran += 1
         text = bytes(token for token in request.prompt if token < 256)
         sign = 1 if text.index(b"\nx\n") < text.index(b"\ny\n") else -1
-        margin = self.scale * random.Random(request.decoder.sampling.seed).gauss(sign * self.lean, 2)
-        return Generation(margin=margin, thinking="because", forced=False, generated=1)
+        margin = self.scale * random.Random(request.seed).gauss(sign * self.lean, 2)
+        return generation(margin, thinking="because", generated=1)
 
 
 def judge_on(backend: ScriptedBackend, **settings: object) -> Judge:
@@ -99,15 +88,18 @@ def compare_early_with_all(
 
 def test_unanimous_votes_take_the_first_stage_alone() -> None:
     backend = Voting(8, 0.0)
-    backend._vote = lambda request: Generation(  # type: ignore[method-assign]
-        margin=9.0 if request.key % 10 < 5 else -9.0, thinking="t", forced=False, generated=1
+    order = {"x": 9.0, "y": -9.0}
+    backend._vote = lambda request: generation(  # type: ignore[method-assign]
+        order[bytes(token for token in request.prompt if token < 256).decode().split("A's Response]\n")[1][0]],
+        thinking="t",
+        generated=1,
     )
     verdict = judge_on(backend, votes=8)(prompt="q", response_a="x", response_b="y")
     assert [sum(order.votes.values()) for order in verdict.orders] == [5, 5] and verdict.winner == "A"
 
 
 def test_ahead_of_those_that_run_every_vote_is_asked_for_once() -> None:
-    one = OpenPair(Pair("q", "x", "y"), Settings(votes=8), (), {}, {})
+    one = OpenPair(pair=Pair("q", "x", "y"), settings=Settings(votes=8), prompts={}, answer=None)  # type: ignore[arg-type]
     certain = list(iter(one.next_vote, None))
     ahead = list(iter(lambda: one.next_vote(ahead=True), None))
     assert sorted(certain) == [(order, vote) for order in ("ab", "ba") for vote in range(5)]
@@ -180,15 +172,11 @@ def test_a_sure_majority_needs_fewer_votes_with_confidence() -> None:
         backend = Voting(4, 0.0)
         backend.lean = 0.0
         judge = judge_on(backend, votes=64, confidence=confidence)
-        original = backend._vote
 
-        def one_sided(request: Request, original=original) -> Generation:  # type: ignore[no-untyped-def]
-            made: Generation = original(request)
-            if made.margin is None:
-                return made
+        def one_sided(request: Request) -> Generation:
             text = bytes(token for token in request.prompt if token < 256)
             margin = 5.0 if text.index(b"\nx\n") < text.index(b"\ny\n") else -5.0  # for x, wherever it stands
-            return Generation(margin=margin, thinking="t", forced=False, generated=1)
+            return generation(margin, thinking="t", generated=1)
 
         backend._vote = one_sided  # type: ignore[method-assign]
         list(judge.many(pairs))
@@ -206,18 +194,15 @@ def test_orders_decided_for_different_sides_leave_the_pair_open() -> None:
 
 def test_a_position_biased_judge_ends_as_with_all_votes() -> None:
     def biased(request: Request) -> Generation:
-        draw = random.Random(request.decoder.sampling.seed)
-        return Generation(margin=draw.gauss(3, 1), thinking="t", forced=False, generated=1)
+        draw = random.Random(request.seed)
+        return generation(draw.gauss(3, 1), thinking="t", generated=1)
 
     pairs = [Pair(f"question {number}", "x", "y") for number in range(20)]
     found = []
     for settings in ({"early_stop": False}, {"confidence": 0.95}):
         backend = Voting(4, 0.0)
         judge = judge_on(backend, votes=16, **settings)
-        plain = backend._vote
-        backend._vote = lambda request, plain=plain: (  # type: ignore[method-assign, misc]
-            plain(request) if request.decoder.finished else biased(request)
-        )
+        backend._vote = biased  # type: ignore[method-assign]
         found.append([verdict.winner for verdict in judge.many(pairs)])
     assert found[0] == found[1] and set(found[0]) == {"A", "B"}
 

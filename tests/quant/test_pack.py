@@ -22,13 +22,12 @@ from gramlite.quant.solve import GptqSettings, round_to_nearest
 from gramlite.backends.gptq import open_on_cuda, packed, twin_path
 from gramlite.errors import CannotRunHere, InputError, ModelError
 from gramlite.formats.architecture import expected_tensors, read_architecture
-from gramlite.formats.artifact import Artifact, hash_files, read_manifest, verify_files, write_manifest
+from gramlite.formats.artifact import Artifact, artifact_sha256, hash_files, read_manifest, verify_files, write_manifest
 from gramlite.formats.checkpoint import open_checkpoint
 from gramlite.formats.gguf_blocks import gguf_blocks, gguf_type, matmul_nbits
 from gramlite.formats.gptq_folder import GptqWriter, open_gptq
 from gramlite.formats.quantized_linear import QuantizedLinear
 from gramlite.formats.tensor_stream import permute_heads
-from gramlite.loading import artifact_sha256
 from gramlite.runtime.options import RuntimeOptions
 
 from ..export.conftest import checkpoint_of, last_logits  # noqa: F401

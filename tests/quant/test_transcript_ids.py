@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import request_for, run_all
 from gramlite.quant.calibration import Transcript, record_transcripts
 
 from gramlite.generation.decoder import Decoder, Generation
-from gramlite.generation.request import Request
 from gramlite.judging.judge import Judge, Settings
 from gramlite.judging.pair import Pair, Verdict
 from gramlite.loading import load
@@ -26,7 +26,6 @@ class Look:
 
     finished = False
     answering = True
-    most_tokens = 1
     generated = 0
     logits: Any = None
 
@@ -35,12 +34,14 @@ class Look:
         return ()
 
     def result(self, *, cached: int = 0) -> Generation:
-        return Generation(margin=None, thinking=None, forced=False, generated=0)
+        return Generation(thinking=None, forced=False, generated=0)
 
 
 def logits_behind(judge: Judge, ids: tuple[int, ...]) -> Any:
-    look: Any = Look()
-    list(judge.backend.generate([Request(0, ids, look)]))
+    look, backend = Look(), judge.backend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_decoder", lambda request: look)
+        run_all(backend, [request_for(0, ids)])
     return look.logits
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_jsonl
+from fakes import generation
 from rich.console import Console
 
 import gramlite
@@ -25,7 +26,7 @@ from gramlite.judging.judge import Judge
 from gramlite.judging.template import packaged_template
 from gramlite.ranking.bradley_terry import bradley_terry, cycles
 from gramlite.ranking.plans import Plan, knockout, merge_sort, round_robin, swiss
-from gramlite.ranking.rank import KnownComparisons, compare
+from gramlite.ranking.rank import KnownComparisons, compare, rank
 
 GAMES = [(0, 1, 1.0), (1, 2, 0.8), (2, 3, 0.9), (3, 0, 0.4), (0, 2, 0.7), (1, 3, 0.3), (0, 1, 0.0), (2, 1, 0.5)]
 
@@ -48,11 +49,13 @@ class Strengths(ScriptedBackend):
         margin = float(first.split()[0]) - float(second.split()[0])
         if (first, second) in self.beats or (second, first) in self.beats:
             margin = 1.0 if (first, second) in self.beats else -1.0
-        return Generation(margin=margin + self.lean, thinking=None, forced=False, generated=0)
+        return generation(margin + self.lean)
 
 
 def judge_on(backend: ScriptedBackend, **settings: object) -> Judge:
-    return Judge(backend, packaged_template(), SMOLLM2, Settings(mode="direct", **settings), {"name": "fake"})  # type: ignore[arg-type]
+    return Judge(
+        backend, packaged_template(), SMOLLM2, Settings(mode="direct", **settings), {"name": "fake"}, rank=rank
+    )  # type: ignore[arg-type]
 
 
 def played(plan: Plan, strengths: Sequence[float]) -> tuple[list[int] | None, list[tuple[int, int]]]:
@@ -150,7 +153,7 @@ def test_what_a_judge_was_loaded_as_is_part_of_who_was_asked() -> None:
     plain = judge_on(backend)
     for name in ("BF16", "NF4", "NF4"):
         model = {"sha256": "1" * 64, "quantization": name}
-        judge = Judge(backend, plain.template, plain.scaffold, plain.settings, model)
+        judge = Judge(backend, plain.template, plain.scaffold, plain.settings, model, rank=rank)
         judge.rank(prompt="q", completions=["1", "2"], known=known)
     assert len(backend.asked) == 2 + 2
 

@@ -1,4 +1,4 @@
-"""GGUF files, run by llama.cpp."""
+"""GGUF files, run by llama.cpp. May import generation and what is below it."""
 
 from .backend import open_artifact
 

@@ -10,47 +10,45 @@ tokens guessed ahead, whose logits tell how many were right.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from gramlite.backends.stepping_down import Finished, Steps
+from gramlite.backends.fallback import Fallback
+from gramlite.backends.local import Door, LocalBackend
+from gramlite.backends.protocol import Capabilities
 from gramlite.formats.artifact import Artifact
 from gramlite.formats.gguf_header import Header, check_adapter_fits, read_header
-from gramlite.generation.decoder import Generation, Logits
 from gramlite.generation.drafting import CONTEXT_TOKENS, Drafter
 from gramlite.generation.prompt import common_prefix
 from gramlite.generation.request import Request
-from gramlite.runtime.device import DRAFT_TOKENS, GPU_MARGIN, MOST_DRAFTED, Offload, offload_below, plan_offload
+from gramlite.runtime.gguf_memory import DRAFT_TOKENS, MOST_DRAFTED, LayeredFootprint
 from gramlite.runtime.options import RuntimeOptions
+from gramlite.runtime.placement import GPU_MARGIN, Offload, offload_below, plan_offload
 
 from .adapters import Adapters
-from .cells import TRUNK, HeldPrompts, Running, Stem, batches, cells_of, likely_tokens
+from .cells import Lane, Running, batches, cells_of, likely_tokens
 from .context import LlamaContext
 from .library import machine
+from .prompts import Prompts
 from .vocabulary import LlamaVocabulary, judging_metadata
 
-TILE = 64  # smaller batches take another path of flash attention: a margin was 0.05 nats off there, 0.01 here
 
-NO_MORE: Any = object()
-
-
-class GgufBackend:
+class GgufBackend(LocalBackend):
     """An open GGUF file. Use `open_artifact`."""
 
     note = ""  # what `device` says besides
     _opened: LlamaContext | None = None
+    _fallback: Fallback[Offload]
 
     def __init__(self, header: Header, options: RuntimeOptions, adapters: Sequence[Header]) -> None:
+        super().__init__()
         self.metadata = judging_metadata(header)
         self._header = header
         self._options = options
-        self._separate = options.deterministic
         self._drafter = None if options.deterministic else Drafter()
-        self._wanted = options.adapter
         self._vocabulary: LlamaVocabulary | None = None
+        normalize = header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
         plan = plan_offload(header, options, machine(), adapters=adapters)
         self._layout = plan.layout
 
@@ -60,8 +58,11 @@ class GgufBackend:
 
         try:
             if plan.gpu_layers:  # it outlives the model, which may be loaded again elsewhere
-                self._vocabulary = LlamaVocabulary.of_file(header.path, normalize=self._normalizes)
-            self._steps = Steps(plan, load=self._load, free=self._unload, below=below)
+                self._vocabulary = LlamaVocabulary.of_file(header.path, normalize=normalize)
+            self._fallback = Fallback(plan, load=self._load, free=self._unload, below=below)
+            if self._vocabulary is None:
+                self._vocabulary = LlamaVocabulary(self._llama.model, normalize=normalize)
+            self.vocabulary = self._vocabulary
         except BaseException:
             self.close()
             raise
@@ -70,215 +71,154 @@ class GgufBackend:
         self._llama = self._opened = LlamaContext(self._header.path, plan, threads=self._options.threads)
         room = room_on_gpu if plan.gpu_layers else room_in_memory
         self._adapters = Adapters(self._llama, self._header, room)
-        self._adapters.load(self._wanted)
-        self._free = list(range(self._layout.parallel, 0, -1))
-        self._held = HeldPrompts(self._llama, range(self._layout.parallel + 1, self._layout.sequences))
-        self._trunk: tuple[int, ...] = ()
-        self._root = 0  # how much of the trunk all prompts share
-        self._stem = Stem(0)  # the trunk's cells
-        self._running: list[Running] = []
+        self._adapters.load(self._options.adapter)
+        self._prompts = Prompts(self._llama, self._layout, separate=self._options.deterministic)
+        self._memory = LayeredFootprint(self._header, self._layout).at(plan.context).total
+        self._door = Door()
+        self._sequences: list[Running] = []
         self._again: list[Request] = []  # what had to make room for others and starts again
+        self._forget()
 
     def _unload(self) -> None:
         if self._opened:
             self._opened.close()
 
     @property
-    def _normalizes(self) -> bool:
-        return self._header.metadata.get("tokenizer.ggml.pre") == "qwen2"  # its tokenizer.json normalizes to NFC
-
-    @property
-    def vocabulary(self) -> LlamaVocabulary:
-        if self._vocabulary is None:
-            self._vocabulary = LlamaVocabulary(self._llama.model, normalize=self._normalizes)
-        return self._vocabulary
-
-    @property
-    def context(self) -> int:
-        return self._steps.place.context
+    def capabilities(self) -> Capabilities:
+        sequences, cells = self._layout.parallel, self.context
+        return Capabilities(sequences=sequences, cells=cells, context=cells, adapters=True, memory=self._memory)
 
     @property
     def device(self) -> str:
-        return self._steps.place.device + self.note
+        return f"{self._fallback.place.device}{self.note}"
 
-    def use_adapter(self, path: str | None) -> None:
-        """Judge with a LoRA adapter, or with none, from the next request on.
+    @property
+    def _running(self) -> int:
+        return len(self._sequences) + len(self._again)
 
-        An adapter is loaded once; see Adapters for what stays computed. Raises ModelError for one that does not fit
-        the model, ResourceError when memory does not hold it.
-        """
-        self._steps.require_loaded()
-        if path != self._adapters.active:
-            self._trunk = self._adapters.switch(path, sequence=TRUNK, root=self._trunk[: self._root])
-            self._root = len(self._trunk)
-            self._stem = Stem(len(self._trunk))
-            self._held.let_go(*self._held.prompts)
-            self._wanted = path
+    def start(self, request: Request) -> bool:
+        """See Backend.start."""
+        self._fallback.require_loaded()
+        self._require_fit(request)
+        lane = Lane(request.adapter, request.alone or self._options.deterministic)
+        if self._running:
+            joins = lane == self._adapters.lane and not lane.alone
+            waits = bool(self._again) or self._door.is_held_against(request.key)
+            if not joins or waits or not self._has_room(request):
+                return self._door.refuse(request.key)
+        elif lane != self._adapters.lane:
+            trunk = self._adapters.switch(lane, self._prompts.trunk)
+            self._prompts.clear(trunk)
+        else:
+            self._has_room(request)
+        self._add(request)
+        return self._door.enter(request.key)
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        """See Backend.generate; the order of what is yielded is that of finishing."""
-        return self._steps.generate(requests, self._run)
+    def _add(self, request: Request) -> None:
+        reserved = self._new_cells(request) + likely_tokens(request)
+        self._sequences.append(Running(request, self._decoder(request), self._free.pop(), reserved))
 
-    def _run(self, requests: Iterator[Request | None]) -> Finished:
-        self._llama.go_on()
-        self._again.clear()
-        more = True
-        upcoming: Request | None = None
-        try:
-            while more or upcoming or self._again or self._running:
-                if self._again and not upcoming:
-                    upcoming = self._again.pop()
-                elif more and not upcoming:
-                    upcoming = next(requests, NO_MORE)
-                    more = upcoming is not NO_MORE
-                    upcoming = upcoming if more else None
-                if upcoming and upcoming.decoder.finished:
-                    yield upcoming.key, upcoming.decoder.result()
-                    upcoming = None
-                elif upcoming and self._has_room(upcoming):
-                    self._running.append(self._begin(upcoming))
-                    upcoming = None
-                elif self._running:
-                    self._step()
-                for running in [r for r in self._running if r.request.decoder.finished]:
-                    self._running.remove(running)
-                    yield self._end(running)
-        except GeneratorExit:  # the caller has enough; what is computed stays, unless something was half way
-            if self._running or self._again:
-                self._forget()
-            raise
-        except BaseException:
-            self._forget()
-            raise
+    def cancel(self, key: Hashable) -> None:
+        """See Backend.cancel."""
+        self._door.forget(key)
+        self._again = [request for request in self._again if request.key != key]
+        for running in [one for one in self._sequences if one.request.key == key]:
+            self._stop(running)
+
+    def release(self, group: Hashable) -> None:
+        """See Backend.release."""
+        self._prompts.held.release(*self._prompts.held.of_group(group))
+
+    def open_adapter(self, path: str | None) -> None:
+        """See Backend.open_adapter."""
+        self._fallback.require_loaded()
+        self._adapters.open(path)
+
+    def _advance(self) -> None:
+        """Compute a piece of the first prompt that waits, and where none does a step of all that is thinking."""
+        while self._again and self._has_room(self._again[-1]):
+            self._add(self._again.pop())
+        fresh = next((running for running in self._sequences if not running.begun), None)
+        if fresh:
+            fresh.beginning = fresh.beginning or self._begin(fresh)
+            next(fresh.beginning, None)
+        else:
+            self._step()
+        for running in [running for running in self._sequences if running.decoder.finished]:
+            self._sequences.remove(running)
+            self._release(running)
+            self._end(running.request, running.decoder, running.cached)
 
     def _has_room(self, request: Request) -> bool:
-        """Whether a request may begin; prompts that are held make room for it where that is enough."""
-        if self._running and not self._free:
+        """Whether a request may start; prompts that are held make room for it where that is enough."""
+        if not self._free:
             return False
-        others = [prompt for prompt in self._held.prompts if prompt != request.prompt]
+        others = [prompt for prompt in self._prompts.held.prompts if prompt != request.prompt]
         for count in range(len(others) + 1):
             if self._fits(request, others[:count]):
-                self._held.let_go(*others[:count])
+                self._prompts.held.release(*others[:count])
                 return True
-        if not self._running:
-            self._held.let_go(*self._held.prompts)
-        return not self._running
+        if not self._sequences:
+            self._prompts.held.release(*self._prompts.held.prompts)
+        return not self._sequences
 
     def _fits(self, request: Request, gone: Sequence[tuple[int, ...]]) -> bool:
         """Whether there are likely to be cells for a request once the prompts `gone` are held no more."""
-        used = self._stem_cells(gone) + sum(running.likely for running in self._running)
-        new = 0 if self._holds(request) else len(request.prompt)
-        return used + new + likely_tokens(request) <= self.context
+        used = self._stem_cells(gone) + sum(running.likely for running in self._sequences)
+        return used + self._new_cells(request) + likely_tokens(request) <= self.context
+
+    def _new_cells(self, request: Request) -> int:
+        """The cells that a request's prompt will take, none where it is computed as a whole or is going to be."""
+        coming = any(running.request.prompt == request.prompt for running in self._sequences)
+        shares = request.splits[-1:] == (len(request.prompt),) and coming
+        return 0 if shares or self._prompts.holds(request) else len(request.prompt)
 
     def _stem_cells(self, gone: Sequence[tuple[int, ...]] = ()) -> int:
-        return cells_of([self._stem, *(running.stem for running in self._running), *self._held.stems(without=gone)])
+        return cells_of(
+            [
+                self._prompts.stem,
+                *(running.stem for running in self._sequences),
+                *self._prompts.held.stems(without=gone),
+            ]
+        )
 
     def _make_room(self) -> None:
         """Before a step: while the cells may not suffice, let go what only might be used again, then what began last."""
         while True:
-            step = sum(len(running.waiting) + DRAFT_TOKENS for running in self._running)
-            if self._stem_cells() + sum(running.own for running in self._running) + step <= self.context:
+            step = sum(len(running.waiting) + DRAFT_TOKENS for running in self._sequences)
+            if self._stem_cells() + sum(running.own for running in self._sequences) + step <= self.context:
                 return
-            if self._held.prompts:
-                self._held.let_go(self._held.prompts[0])
-            elif self._trunk and self._stem not in (running.stem for running in self._running):
-                self._llama.cut(TRUNK, 0)
-                self._trunk, self._root, self._stem = (), 0, Stem(0)
-            elif len(self._running) > 1:
-                self._again.append(self._stop(self._running[-1]))
+            if self._prompts.held.prompts:
+                self._prompts.held.release(self._prompts.held.prompts[0])
+            elif self._prompts.trunk.tokens and self._prompts.stem not in (running.stem for running in self._sequences):
+                self._prompts.cut_trunk(0)
+            elif len(self._sequences) > 1:
+                self._again.append(self._sequences[-1].request)
+                self._stop(self._sequences[-1])
             else:
                 return  # there is room for one: it was not let in without
 
-    def _stop(self, running: Running) -> Request:
-        """Give a running sequence's cells back; its request is to begin again."""
-        self._running.remove(running)
+    def _stop(self, running: Running) -> None:
+        """Take a sequence's cells back; what comes of its request is as if it had not begun."""
+        self._sequences.remove(running)
+        if running.beginning and not running.begun:
+            running.beginning.close()
+            self._prompts.cut_trunk(len(self._prompts.trunk.tokens))
         self._release(running)
-        running.request.decoder.restart()
-        return running.request
 
     def _release(self, running: Running) -> None:
         self._llama.cut(running.sequence, 0)
         self._free.append(running.sequence)
 
-    def _holds(self, request: Request) -> bool:
-        """Whether a request begins from a prompt that is computed as a whole."""
-        length = len(request.prompt)
-        may = request.splits[-1:] == (length,) and (request.reuse is None or request.reuse >= length)
-        return may and request.prompt in self._held
-
-    def let_go(self, prompt: tuple[int, ...]) -> None:
-        """See HoldsPrompts.let_go: its cells are needed by those that still run."""
-        self._held.let_go(prompt)
-
-    def _begin(self, request: Request) -> Running:
-        """Compute a request's prompt and take its first step."""
-        prompt, splits = request.prompt, request.splits
-        shared = splits[-1] if splits else 0
-        sequence = self._free.pop()
-        if self._holds(request):
-            kept, stem = len(prompt), self._held.share(prompt, sequence)
-        else:
-            kept = self._trim_trunk(request)
-            ending = self._compute(prompt, sequence, kept, splits)
-            stem = self._stem = Stem(shared, ending.copy())
-            self._trunk, self._root = prompt[:shared], splits[0] if splits else 0
-            if shared == len(prompt):
-                self._held.hold(prompt, stem)
+    def _begin(self, running: Running) -> Generator[None, None, None]:
+        """Compute a request's prompt, a micro-batch between two yields, and take its first step."""
+        prompt = running.request.prompt
+        running.cached, stem = yield from self._prompts.begin(running.request, running.sequence)
         assert stem.logits is not None
-        running = Running(
-            request,
-            sequence,
-            fed=len(prompt),
-            cached=kept,
-            waiting=request.decoder.advance(stem.logits),
-            said=list(prompt[-CONTEXT_TOKENS:]),
-            stem=stem,
-        )
-        self._hear(running)
-        return running
-
-    def _compute(self, prompt: Sequence[int], sequence: int, kept: int, splits: Sequence[int]) -> Logits:
-        """Compute a prompt but its first `kept` tokens, up to the last split in the trunk, and let a sequence share it."""
-        shared = splits[-1] if splits else 0
-        for start, end in itertools.pairwise([kept, *(split for split in splits if split > kept)]):
-            # the last stretch of the trunk goes together with what follows it
-            if end == shared and not self._separate:
-                self._llama.share(TRUNK, sequence, start)
-                return self._prefill(prompt[start:], [sequence], start, trunk_until=end)
-            logits = self._prefill(prompt[start:end], [TRUNK], start)
-        if shared == len(prompt):
-            self._llama.share(TRUNK, sequence, shared)
-            return logits
-        start = max(0, min(shared, len(prompt) - TILE))
-        self._llama.share(TRUNK, sequence, start)
-        return self._prefill(prompt[start:], [sequence], start)
-
-    def _trim_trunk(self, request: Request) -> int:
-        """Cut the trunk back to what this prompt shares with it, up to a split; returns how many tokens that is."""
-        common = min(common_prefix(self._trunk, request.prompt), len(request.prompt) - 1)
-        if request.reuse is not None:
-            common = min(common, request.reuse)
-        kept = max((split for split in request.splits if split <= common), default=0)
-        if kept < len(self._trunk):
-            self._llama.cut(TRUNK, kept)
-        return kept
-
-    def _prefill(
-        self, tokens: Sequence[int], sequences: Sequence[int], position: int, *, trunk_until: int = 0
-    ) -> Logits:
-        """Compute tokens from `position` on; those before `trunk_until` belong to the trunk too. Returns the last logits."""
-        parts = -(-len(tokens) // self._layout.micro_batch)
-        for number in range(parts):
-            start, end = (len(tokens) * edge // parts for edge in (number, number + 1))
-            part = tokens[start:end]
-            common = min(max(trunk_until - position - start, 0), len(part))
-            self._llama.begin()
-            self._llama.add(part[:common], [TRUNK, *sequences], position + start)
-            self._llama.add(part[common:], sequences, position + start + common)
-            if end == len(tokens):
-                self._llama.want(len(part) - 1)
-            self._llama.decode()
-        return self._llama.logits(self._llama.filled - 1)
+        running.begun, running.fed, running.stem = True, len(prompt), stem
+        running.said = list(prompt[-CONTEXT_TOKENS:])
+        running.waiting = running.decoder.advance(stem.logits)
+        self._learn(running)
 
     def _step(self) -> None:
         """Feed every running sequence's waiting tokens at once and let each go on from what it reads.
@@ -287,7 +227,7 @@ class GgufBackend:
         """
         self._make_room()
         together: dict[tuple[int, ...], list[Running]] = {}
-        for running in self._running:
+        for running in self._sequences:
             together.setdefault(running.state, []).append(running)
         waiting = sum(len(alike[0].waiting) for alike in together.values())
         drafted = waiting + len(together) * DRAFT_TOKENS
@@ -318,18 +258,18 @@ class GgufBackend:
 
     def _guess(self, running: Running) -> list[int]:
         """What a sequence may say next behind what waits, no more than it has room for."""
-        decoder = running.request.decoder
+        decoder = running.decoder
         if self._drafter is None or decoder.answering:
             return []
-        room = len(running.request.prompt) + decoder.most_tokens - running.fed - len(running.waiting)
+        room = len(running.request.prompt) + running.request.most_tokens - running.fed - len(running.waiting)
         return self._drafter.guess(running.said, min(DRAFT_TOKENS, room))
 
     def _read(self, running: Running, index: int) -> None:
         """Show a sequence's decoder its logits, from `index` on for as long as the guesses fed prove right."""
         guessed, right = running.guessed, 0
         while True:
-            running.waiting = running.request.decoder.advance(self._llama.logits(index))
-            self._hear(running)
+            running.waiting = running.decoder.advance(self._llama.logits(index))
+            self._learn(running)
             right = common_prefix(running.waiting, guessed)
             running.fed += right
             running.waiting, guessed = running.waiting[right:], guessed[right:]
@@ -339,32 +279,33 @@ class GgufBackend:
         if guessed:
             self._llama.cut(running.sequence, running.fed)
 
-    def _hear(self, running: Running) -> None:
+    def _learn(self, running: Running) -> None:
         running.said += running.waiting
         if self._drafter is not None:
             self._drafter.learn(running.said, len(running.waiting))
 
-    def _end(self, running: Running) -> tuple[int, Generation]:
-        self._release(running)
-        return running.request.key, running.request.decoder.result(cached=running.cached)
-
     def _forget(self) -> None:
-        """Drop everything that is computed, after a failure or an early end."""
+        """Drop everything that is started and computed."""
         self._llama.clear()
         self._free = list(range(self._layout.parallel, 0, -1))
-        self._running.clear()
+        self._sequences.clear()
         self._again.clear()
-        self._held.let_go(*self._held.prompts)
-        self._trunk, self._root, self._stem = (), 0, Stem(0)
+        self._prompts.clear()
 
     def abort(self) -> None:
-        self._steps.abort()
+        """See Backend.abort."""
+        super().abort()
         self._llama.abort()
 
+    def _resume(self) -> None:
+        super()._resume()
+        self._llama.resume()
+
     def close(self) -> None:
-        self._unload()
+        """Free the model; its vocabulary encodes no more."""
         if self._vocabulary:
             self._vocabulary.close()
+        self._unload()
 
 
 def room_in_memory() -> int:

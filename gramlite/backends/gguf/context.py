@@ -15,7 +15,8 @@ import numpy.typing as npt
 from gramlite.errors import GramliteError, ModelError, OutOfMemory, ResourceError
 from gramlite.generation.decoder import Logits
 from gramlite.interrupt import uninterrupted
-from gramlite.runtime.device import Offload, thread_count
+from gramlite.runtime.machine import thread_count
+from gramlite.runtime.placement import Offload
 
 from .library import first_words, forget_words, last_words, memory_words, start_library
 
@@ -157,8 +158,9 @@ class LlamaContext:
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def clear(self) -> None:
-        """Forget every sequence."""
-        llama_cpp.llama_memory_clear(self._memory, False)
+        """Forget every sequence, also where none is left since the model was freed."""
+        if self._context:
+            llama_cpp.llama_memory_clear(self._memory, False)
 
     @uninterrupted()
     def save(self, sequence: int) -> Saved | None:
@@ -197,7 +199,7 @@ class LlamaContext:
         """Make a running or the next `decode` stop; safe to call from another thread."""
         self._abort_text.value = b"x"
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Take an `abort` back."""
         self._abort_text.value = b""
 

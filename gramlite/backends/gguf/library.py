@@ -11,7 +11,7 @@ from pathlib import Path
 import llama_cpp
 
 from gramlite.interrupt import uninterrupted
-from gramlite.runtime.device import Gpu, Machine, free_memory, has_driver, has_mps
+from gramlite.runtime.machine import Gpu, Machine, free_memory, has_driver, has_mps
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "unable to allocate", "not enough memory")
 

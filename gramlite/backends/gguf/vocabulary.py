@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ SPECIAL = {"unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask
 
 
 class LlamaVocabulary:
-    """The vocabulary of an open model, which has to stay open as long."""
+    """The vocabulary of an open model, for any thread. It has to be closed before the model is."""
 
     def __init__(self, model: Any, *, normalize: bool) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self._own_model: Any = None
+        self._lock = threading.Lock()
+        self._open = True
         self._normalize = normalize
         self._buffer = ctypes.create_string_buffer(1024)
         self._pieces: dict[int, bytes] = {}
@@ -57,10 +61,12 @@ class LlamaVocabulary:
 
     @uninterrupted()
     def close(self) -> None:
-        """Free what `of_file` loaded."""
-        if self._own_model:
-            llama_cpp.llama_model_free(self._own_model)
-        self._own_model = None
+        """Let nobody ask the model any more, and free what `of_file` loaded."""
+        with self._lock:
+            self._open = False
+            if self._own_model:
+                llama_cpp.llama_model_free(self._own_model)
+            self._own_model = None
 
     def encode(self, text: str) -> list[int]:
         if self._normalize:
@@ -68,7 +74,8 @@ class LlamaVocabulary:
         data = text.encode("utf-8")
         room = len(data) + 8
         tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, False, False)
+        with self._asking():
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, False, False)
         if count < 0:
             raise GramliteError(f"llama.cpp could not tokenize a text of {len(data)} bytes.")
         return list(tokens[:count])
@@ -76,9 +83,17 @@ class LlamaVocabulary:
     def piece(self, token: int) -> bytes:
         known = self._pieces.get(token)
         if known is None:
-            length = llama_cpp.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
-            known = self._pieces[token] = self._buffer.raw[: max(length, 0)]
+            with self._asking():
+                length = llama_cpp.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
+                known = self._pieces[token] = self._buffer.raw[: max(length, 0)]
         return known
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        with self._lock:
+            if not self._open:
+                raise GramliteError("This judge is closed. Load it again with gramlite.load(...).")
+            yield
 
 
 def judging_metadata(header: Header) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import uses
+from fakes import request_for
 from gramlite.bench.turns import Contender
 
 from gramlite.generation.request import Request
@@ -21,20 +22,19 @@ class Recorder:
     vocabulary = "words"
 
     def __init__(self) -> None:
-        self.asked: list[Request | None] = []
+        self.asked: list[Request] = []
 
-    def generate(self, requests: Any) -> Any:
-        self.asked = list(requests)
-        return iter(())
+    def start(self, request: Request) -> bool:
+        self.asked.append(request)
+        return True
 
 
 def test_a_backend_without_reuse_reuses_nothing_and_is_the_same_otherwise() -> None:
     backend = Recorder()
     without_reuse = uses.WithoutReuse(backend)
-    asked = Request(1, (1, 2, 3), None, splits=(2,), reuse=None)  # type: ignore[arg-type]
-    assert list(without_reuse.generate([asked, None])) == [] and without_reuse.vocabulary == "words"
-    first, second = backend.asked
-    assert first and (first.key, first.prompt, first.reuse) == (1, (1, 2, 3), 0) and second is None
+    assert without_reuse.start(request_for(1, (1, 2, 3), (2,))) and without_reuse.vocabulary == "words"
+    (asked,) = backend.asked
+    assert (asked.key, asked.prompt, asked.splits) == (1, (1, 2, 3), ())
 
 
 def test_tasks_are_middling_prompts_with_responses_of_a_length() -> None:

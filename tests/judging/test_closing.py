@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from fakes import calibration_for
@@ -15,50 +15,39 @@ from gramlite.generation.request import Request
 from gramlite.generation.scaffold import SMOLLM2
 from gramlite.judging.judge import Judge
 from gramlite.judging.template import packaged_template
+from gramlite.ranking.rank import rank
 
 PAIRS = [Pair(f"q{number}", "x", "y") for number in range(50)]
 TEXTS = {"prompt": "q", "response_a": "x", "response_b": "y"}
 
 
 class Native(ScriptedBackend):
-    """Memory that must be there while it is used: `computing` is set meanwhile, and waits for `go_on` or a stop.
-
-    As llama.cpp does, a run that begins takes an earlier stop back.
-    """
+    """Memory that must be there while it is used: `computing` is set meanwhile, and waits for `go_on` or a stop."""
 
     def __init__(self) -> None:
         super().__init__({})
         self.freed = 0
-        self.computing, self.go_on, self.stopped = threading.Event(), threading.Event(), threading.Event()
+        self.computing, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Generation]]:
-        self.stopped.clear()
-        try:
-            for request in requests:
-                if request:
-                    yield request.key, self._run(request)
-        finally:
-            assert not self.freed, "what is computed is given back while there is something to give it to"
+    def _forget(self) -> None:
+        assert not self.freed, "what is computed is given back while there is something to give it to"
+        super()._forget()
 
     def _run(self, request: Request) -> Generation:
         self.computing.set()
-        while not self.go_on.wait(0.01) and not self.stopped.is_set():
+        while not self.go_on.wait(0.01):
             assert not self.freed, "freed under whoever is asking"
+            self._require_going()
         assert not self.freed, "freed under whoever is asking"
-        if self.stopped.is_set():
-            raise GramliteError("The judging was stopped.")
         return super()._run(request)
-
-    def abort(self) -> None:
-        self.stopped.set()
 
     def close(self) -> None:
         self.freed += 1
 
 
 def judge_on(backend: ScriptedBackend) -> Judge:
-    return Judge(backend, packaged_template(), SMOLLM2, Settings(mode="direct"), {"name": "fake"})
+    return Judge(backend, packaged_template(), SMOLLM2, Settings(mode="direct"), {"name": "fake"}, rank=rank)
 
 
 def test_a_closed_judge_refuses_every_use() -> None:
@@ -132,7 +121,6 @@ def test_closing_stops_another_thread_and_waits_for_it(begun: bool) -> None:
 def test_closing_does_not_wait_for_an_iterator_that_nobody_asks() -> None:
     judge = judge_on(Native())
     begun, over = threading.Event(), threading.Event()
-    raised: list[str] = []
 
     def begin() -> None:
         verdicts = judge.many(PAIRS)
@@ -145,19 +133,13 @@ def test_closing_does_not_wait_for_an_iterator_that_nobody_asks() -> None:
     thread.start()
     assert begun.wait(5)
 
-    def wait_for_a_turn() -> None:
-        try:
-            judge(**TEXTS)
-        except GramliteError as error:
-            raised.append(str(error))
-
-    waiting = threading.Thread(target=wait_for_a_turn)
-    waiting.start()
+    assert judge(**TEXTS).winner, "nor does another call"
     judge.close()
-    waiting.join(5)
+    with pytest.raises(GramliteError, match="is closed"):
+        judge(**TEXTS)
     over.set()
     thread.join(5)
-    assert not waiting.is_alive() and "is closed" in raised[0]
+    assert not thread.is_alive()
 
 
 def test_a_judge_is_not_closed_from_inside_its_own_verdict() -> None:

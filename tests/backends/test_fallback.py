@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 import pytest
 from broken_gguf import UINT32, model_pieces
 
-from gramlite.backends.stepping_down import Finished, Steps
-from gramlite.errors import GramliteError, OutOfMemory, ResourceError
+from gramlite.backends.fallback import Fallback
+from gramlite.errors import OutOfMemory, ResourceError
 from gramlite.formats.gguf_header import Header, read_header
-from gramlite.generation.decoder import Generation
-from gramlite.generation.request import Request
 from gramlite.runtime.gguf_memory import LayeredFootprint, choose_layout
 from gramlite.runtime.machine import Gpu, Machine, has_driver, has_mps
 from gramlite.runtime.memory import Footprint
@@ -41,30 +38,11 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
 
 
 @dataclass
-class Decoding:
-    """A decoder that is done after three steps."""
-
-    steps: int = 0
-    restarts: int = 0
-    finished: bool = False
-    most_tokens: int = 3
-
-    def step(self) -> None:
-        self.steps += 1
-        self.finished = self.steps == 3
-
-    def restart(self) -> None:
-        if not self.finished:
-            self.steps, self.restarts = 0, self.restarts + 1
-
-
-@dataclass
 class FakeDevice:
-    """Runs requests three at a time; loading fails in the first `loads` places, and step `after` in the first `runs`."""
+    """Loading fails in the first `loads` places, and judging in the first `runs` after them."""
 
     loads: int = 0
     runs: int = 0
-    after: int = 2
     loaded: list[str] = field(default_factory=list)
     held: str | None = None
 
@@ -77,24 +55,6 @@ class FakeDevice:
 
     def free(self) -> None:
         self.held = None
-
-    def run(self, requests: Iterator[Request | None]) -> Finished:
-        place, steps = len(self.loaded), 0
-        waiting: list[Request] = []
-        more = True
-        while more or waiting:
-            while more and len(waiting) < 3:
-                request = next(requests, None)
-                more = request is not None
-                waiting += [request] if request else []
-            steps += 1
-            if steps > self.after and place <= self.loads + self.runs:
-                raise OutOfMemory("cudaMalloc failed: out of memory")
-            for request in waiting:
-                request.decoder.step()  # type: ignore[attr-defined]
-            for request in [one for one in waiting if one.decoder.finished]:
-                waiting.remove(request)
-                yield request.key, Generation(margin=float(request.key), thinking=None, forced=False, generated=3)
 
 
 @dataclass(frozen=True)
@@ -211,13 +171,12 @@ WHOLE_MODEL = [
 ]  # fmt: skip
 
 
-def judge_seven(situation: Situation, steps: Steps[Any], device: FakeDevice) -> None:
-    """Seven requests, of which each ends once, and those that were running when memory ran out began again."""
-    requests = [Request(key, (1,), Decoding(), ()) for key in range(7)]  # type: ignore[arg-type]
-    finished = [key for key, _ in steps.generate(iter(requests), device.run)]
-    assert sorted(finished) == list(range(7)) and all(request.decoder.finished for request in requests)
-    restarts = [request.decoder.restarts for request in requests]  # type: ignore[attr-defined]
-    assert restarts == [situation.runs] * 3 + [0] * 4
+def judge_three(device: FakeDevice, fallback: Fallback[Any]) -> str:
+    """Judge three requests, which start again as often as memory runs out; where they end."""
+    while len(device.loaded) <= device.loads + device.runs:
+        fallback.step_down(OutOfMemory("cudaMalloc failed: out of memory"), 3)
+    fallback.require_loaded()
+    return str(fallback.place.device)
 
 
 def check_said(situation: Situation, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,9 +206,7 @@ def test_a_model_that_is_offloaded_by_layers(
 
     def run() -> str:
         plan = plan_offload(header, options, machine)
-        steps = Steps(plan, load=device.load, free=device.free, below=below)
-        judge_seven(situation, steps, device)
-        return steps.place.device
+        return judge_three(device, Fallback(plan, load=device.load, free=device.free, below=below))
 
     check_run(situation, run, device, caplog)
 
@@ -266,9 +223,7 @@ def test_a_model_that_goes_somewhere_as_a_whole(situation: Situation, caplog: py
 
     def run() -> str:
         placement = place("m", 4096, options, situation.machine, cpu=SIZE, gpu=SIZE)
-        steps = Steps(placement, load=device.load, free=device.free, below=below)
-        judge_seven(situation, steps, device)
-        return steps.place.device
+        return judge_three(device, Fallback(placement, load=device.load, free=device.free, below=below))
 
     check_run(situation, run, device, caplog)
 
@@ -323,35 +278,23 @@ def test_half_of_the_layers_are_passed_over_where_the_others_fit_no_memory(heade
         offload_below(plan, header, replace(options, context=plan.context), Machine(others - 1, (BIG,)))
 
 
-def test_a_stop_is_not_undone_by_stepping_down_and_a_lost_model_is_not_asked(header: Header) -> None:
-    device = FakeDevice(runs=1)
-    machine = Machine(8 * GiB, (BIG,))
-    plan = plan_offload(header, RuntimeOptions(), machine)
-    steps = Steps(
-        plan,
+def test_a_lost_model_is_not_asked(header: Header) -> None:
+    device, machine = FakeDevice(), Machine(8 * GiB, (BIG,))
+    fallback = Fallback(
+        plan_offload(header, RuntimeOptions(), machine),
         load=device.load,
         free=device.free,
         below=lambda at, context: offload_below(at, header, RuntimeOptions(), machine),
     )
-    requests = [Request(key, (1,), Decoding(), ()) for key in range(3)]  # type: ignore[arg-type]
-
-    def stopping() -> Iterator[Request]:
-        yield from requests[:2]
-        steps.abort()
-        yield requests[2]
-
-    with pytest.raises(GramliteError, match="stopped"):
-        list(steps.generate(stopping(), device.run))
-    assert device.loaded == [ALL], "nothing was loaded again"
 
     def refuse(place: Any) -> None:
         raise ResourceError("the disk is gone")
 
-    steps._load = refuse
+    fallback._load = refuse
     with pytest.raises(ResourceError, match="the disk is gone"):
-        list(steps.generate(iter([Request(0, (1,), Decoding(), ())]), device.run))  # type: ignore[arg-type]
+        fallback.step_down(OutOfMemory("full"), 1)
     with pytest.raises(ResourceError, match="not loaded any more"):
-        list(steps.generate(iter([]), device.run))
+        fallback.require_loaded()
 
 
 def test_a_driver_is_looked_for_without_failing(tmp_path: Path) -> None:
