@@ -82,3 +82,19 @@ def test_where_cells_are_short_votes_start_again(
         assert [sum(order.votes.values()) for order in tight.orders] == [4, 4]
         for before, after in zip(roomy.orders, tight.orders, strict=True):
             assert after.p_a == pytest.approx(before.p_a, abs=0.3)
+
+
+@pytest.mark.slow
+def test_deterministic_votes_do_not_tell_of_the_pairs_beside_them(reference_q8: Path) -> None:
+    settings, runtime = Settings(votes=4, budget=40), RuntimeOptions(device="cpu", context=4096, deterministic=True)
+    pairs = [
+        gramlite.Pair(**PAIR),
+        gramlite.Pair("Say hello.", "Hello!", "Goodbye."),
+        gramlite.Pair("1 + 1?", "2", "3"),
+    ]
+    with gramlite.load(reference_q8, settings=settings, runtime=runtime) as judge:
+        together = [[order.margin for order in verdict.orders] for verdict in judge.many(pairs)]
+    for pair, wanted in zip(pairs, together, strict=True):
+        with gramlite.load(reference_q8, settings=settings, runtime=runtime) as judge:
+            (verdict,) = judge.many([pair])
+        assert [order.margin for order in verdict.orders] == wanted, "bit for bit"
