@@ -38,7 +38,6 @@ KNOWN_CIRCLES: set[str] = set()
 KNOWN_CLASSES: set[str] = set()
 KNOWN_SILENT: set[str] = set()
 KNOWN_LONG: set[str] = {
-    "tests/judging/test_engine.py",
     "tests/bench/test_suites.py",
     "tests/bench/test_sweep.py",
     "tests/broken_gguf.py",
