@@ -345,7 +345,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "blocks-zero": (put("llama.block_count", UINT32, 0), "block_count"),
     "blocks-negative": (put("llama.block_count", INT32, -1), "block_count"),
     "blocks-too-many": (put("llama.block_count", UINT32, 1001), "block_count"),
-    "blocks-more-than-tensors": (put("llama.block_count", UINT32, 3), "blk.2.attn_norm.weight"),
+    "blocks-more-than-tensors": (put("llama.block_count", UINT32, 3), "blk.2.attn_q.weight"),
     "blocks-fewer-than-tensors": (put("llama.block_count", UINT32, 1), "block_count"),
     "context-missing": (drop("llama.context_length"), "context_length"),
     "context-zero": (put("llama.context_length", UINT32, 0), "context_length"),

@@ -118,7 +118,7 @@ def _is_ready(stream: Any) -> bool:
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    named = (getattr(sys.modules[module], error) for module, error in DAMAGES.items() if module in sys.modules)
+    named = (getattr(sys.modules[module], error) for module, error in DAMAGES.items() if sys.modules.get(module))
     return EOFError, OSError, *named
 
 

@@ -21,14 +21,14 @@ from click.testing import CliRunner
 from gramlite.export.genai import initializers
 from gramlite.quant.onnx import choose_method, command, quantize_onnx
 from gramlite.quant.pack import command as pack_command
-from gramlite.quant.pack_onnx import dequantize, pack_onnx, packed_nodes, read
+from gramlite.quant.pack_onnx import dequantize, pack_onnx, packed_nodes
 from gramlite.quant.solve import GptqSettings
 
 from gramlite.backends.onnx import open_artifact
 from gramlite.errors import InputError, ModelError
 from gramlite.formats.artifact import Artifact, read_manifest, verify_files
 from gramlite.formats.gptq_folder import open_gptq
-from gramlite.formats.onnx_graph import parse
+from gramlite.formats.onnx_graph import parse, read_values
 from gramlite.runtime.options import RuntimeOptions
 from gramlite.storage import sha256_file
 
@@ -126,7 +126,7 @@ def assert_same_weights(gptq: Path, output: Path) -> int:
     tensors, compared = initializers(path), 0
     for entry in packed_nodes(folder, parse(path)):
         wanted = np.concatenate([folder.read_linear(name).dequantize() for name in entry.modules])
-        assert np.array_equal(dequantize(entry, lambda name: read(path, tensors[name])), wanted), entry.modules
+        assert np.array_equal(dequantize(entry, lambda name: read_values(path, tensors[name])), wanted), entry.modules
         compared += len(entry.modules)
     return compared
 

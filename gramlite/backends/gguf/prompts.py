@@ -89,7 +89,7 @@ class Prompts:
         """
         common = min(common_prefix(self.trunk.tokens, request.prompt), len(request.prompt) - 1)
         if request.group != self.trunk.group:
-            common = min(common, *request.splits[:1])
+            common = min([common, *request.splits[:1]])
         kept = max((split for split in request.splits if split <= common), default=0)
         if kept < len(self.trunk.tokens):
             self.cut_trunk(kept)
