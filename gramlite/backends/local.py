@@ -20,7 +20,8 @@ class LocalBackend:
     """The half of the Backend protocol that does not depend on what computes.
 
     A backend adds `vocabulary`, `metadata`, `device`, `capabilities`, `start`, `cancel`, and here `_advance` (one
-    micro-batch, whose events are appended to `_events`), `_forget` (drop all that was started) and `_running`.
+    micro-batch, whose events are appended to `_events`), `_forget` (drop all that was started) and `_running`, `close`,
+    and the `_fallback` that loads it; one that is placed nowhere has `context` and `step_down` of its own.
     """
 
     vocabulary: Any

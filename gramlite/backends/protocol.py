@@ -50,12 +50,16 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it runs, in words: `cpu`, `cuda (28 of 28 layers)`."""
+        """Where it runs, in words that begin with cpu or cuda: `cpu`, `cuda (28 of 28 layers)`."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the artifact says of itself: `quantization`, `chat_template`, `template` (name, sha256, text)."""
+        """What the artifact says of itself: `quantization`, `chat_template`, `template` (name, sha256, text).
+
+        `chat_template` is Jinja text, `template` may have a built-in name alone; where either is missing the user has to
+        say it. `bos`, `eos` and `special` are what a chat template of its own may write.
+        """
         ...
 
     def start(self, request: Request) -> bool:
@@ -139,5 +143,8 @@ def open_backend(artifact: Artifact, options: RuntimeOptions) -> Backend:
     if not getattr(module, "OWN_THREADS", False):
         options = replace(options, threads=threads_here(options.threads))
     backend: Backend = module.open_artifact(artifact, options)
+    if options.adapter and not backend.capabilities.adapters:
+        backend.close()
+        raise InputError(f"The {artifact.format} backend takes no --adapter, and would judge without it. Drop it.")
     keep(backend, refuse=True)
     return backend

@@ -1,6 +1,7 @@
 """A backend without a model, for tests and for trying a pipeline: its verdicts are a hash of the prompt.
 
-Its artifact is a JSON file `{"format": "scripted", "name": ..., "seconds": 0.01, "rationale": "..."}`.
+Its artifact is a JSON file `{"format": "scripted", "seconds": 0.01, "rationale": "...", "metadata": {...}}`, where the
+metadata are a backend's; without a chat template in them `--chat-template` has to be given.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 class Manifest:
     """What is recorded of an artifact.
 
-    `format` is a backend's file name (gguf, onnx, gptq, hf, bnb); `quantization` is spelled as llama.cpp spells it
+    `format` is a backend's file name (gguf, onnx, gptq, hf); `quantization` is spelled as llama.cpp spells it
     where it has a name for it; `source` names the checkpoint and its sha256; `settings` are the method's own
     options; `calibration` says what data calibrated it, with its hash; `tools` maps package to version;
     `template` holds `name`, `sha256` and, where the artifact cannot hold it itself, `text`; `files` maps each

@@ -221,3 +221,10 @@ def test_a_hundred_turns(
     open_base: Callable[..., Judge], reference_adapters: list[Path], short_pairs: list[Pair]
 ) -> None:
     compare_turns(open_base, reference_adapters, short_pairs, 100)
+
+
+def test_a_backend_that_takes_none_refuses_it(scripted: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.gguf"
+    adapter.write_bytes(valid_adapter())
+    with pytest.raises(InputError, match="scripted backend takes no --adapter"):
+        gramlite.load(scripted, runtime=RuntimeOptions(adapter=str(adapter)))

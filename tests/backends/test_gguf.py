@@ -215,6 +215,7 @@ def test_a_tiny_budget_closes_by_force(judge: Judge) -> None:
     assert verdict.winner and all(order.forced and order.tokens["generated"] == 5 for order in verdict.orders)
 
 
+@pytest.mark.slow  # the contract asks it of every format
 def test_sampling_is_reproducible(reference_q8: Path) -> None:
     texts = {"prompt": "Name a colour.", "response_a": "Blue.", "response_b": "Seven."}
     settings = Settings(budget=24, votes=2, orders="ab", seed=3)
@@ -245,6 +246,7 @@ def test_abort_from_another_thread(judge: Judge) -> None:
     assert judge(prompt="q", response_a="x", response_b="y").winner, "it goes on as if nothing had happened"
 
 
+@pytest.mark.slow  # the engine's tests ask it with fewer verdicts
 def test_many_threads_equal_one(judge: Judge) -> None:
     texts = [{"prompt": f"Is {n} even?", "response_a": "Yes.", "response_b": "No."} for n in range(4)]
     serial = [judge(**text).to_json()["orders"] for text in texts]

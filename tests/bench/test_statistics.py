@@ -66,7 +66,13 @@ def test_bootstrap_is_seeded_and_fast() -> None:
 
 @pytest.mark.parametrize(
     ("n", "lost", "gained"),
-    [(200, 0.10, 0.05), (200, 0.05, 0.05), (400, 0.08, 0.04), (1000, 0.03, 0.01), (1000, 0.15, 0.10)],
+    [
+        (200, 0.10, 0.05),
+        (200, 0.05, 0.05),
+        (400, 0.08, 0.04),
+        pytest.param(1000, 0.03, 0.01, marks=pytest.mark.slow),
+        pytest.param(1000, 0.15, 0.10, marks=pytest.mark.slow),
+    ],
 )
 def test_paired_bootstrap_covers_the_truth(n: int, lost: float, gained: float) -> None:
     generator = np.random.default_rng(11)
@@ -80,6 +86,7 @@ def test_paired_bootstrap_covers_the_truth(n: int, lost: float, gained: float) -
     assert hits / len(tables) == pytest.approx(0.95, abs=0.015)
 
 
+@pytest.mark.slow
 def test_paired_bootstrap_covers_the_truth_with_clusters() -> None:
     generator = np.random.default_rng(12)
     prompts, rows, hits, naive_hits, models = 150, 4, 0, 0, 2000

@@ -78,7 +78,7 @@ def test_a_plain_file_is_llama_cpps_own(kind: str, exact: Path, tmp_path: Path) 
     assert (manifest.quantization, manifest.method) == (kind, "llama.cpp")
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "IQ2_XS"])
+@pytest.mark.parametrize("kind", ["Q4_0", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
 def test_so_is_one_with_an_importance_matrix(
     kind: str, exact: Path, importance: ImportanceMatrix, tmp_path: Path
 ) -> None:
