@@ -210,6 +210,7 @@ def compare_turns(open_base: Callable[..., Judge], adapters: list[Path], pairs: 
             assert turn < 2 or verdict.orders[0].tokens["cached"] > 150
 
 
+@pytest.mark.slow
 def test_the_reference_adapter_and_a_weaker_one_take_turns(
     open_base: Callable[..., Judge], reference_adapters: list[Path], short_pairs: list[Pair]
 ) -> None:

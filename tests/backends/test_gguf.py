@@ -187,6 +187,7 @@ def test_reuse_is_counted(judge: Judge) -> None:
     assert [order.tokens["cached"] for order in again.orders] == [fixed, swapped], "a question is kept for its pair"
 
 
+@pytest.mark.slow
 def test_thinking_ends_by_itself_and_batching_agrees(judge: Judge, shared: Path) -> None:
     thinking = judge.with_settings(mode="think", budget=256)
     pairs = pairs_of(shared / "benchmarks/hhh.small.jsonl", 3)

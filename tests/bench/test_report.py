@@ -137,6 +137,7 @@ def test_the_same_runs_give_the_same_report(report: Path, tmp_path: Path) -> Non
         assert (tmp_path / f"out{suffix}").read_bytes() == report.with_suffix(suffix).read_bytes(), suffix
 
 
+@pytest.mark.slow
 def test_a_thousand_long_pairs_stay_under_three_megabytes(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, 1000, length=4000)
     flips = [sum(runs[0].rows[i]["verdict"] != row["verdict"] for i, row in run.rows.items()) for run in runs[1:]]
