@@ -136,6 +136,7 @@ def test_of_a_shared_prefix_the_mean_is_estimated(
         assert torch.corrcoef(torch.stack([before, wanted]))[0, 1] > 0.8
 
 
+@pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time(make_checkpoint: Make, transcripts: list[Transcript]) -> None:
     checkpoint = open_checkpoint(
         make_checkpoint(hidden_size=512, intermediate_size=1024, num_hidden_layers=24, head_dim=128)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gptq_speed
+import pytest
 from gptq_speed import Reader
 
 import gramlite
@@ -43,6 +44,7 @@ def test_tokens_that_were_computed_are_counted(scripted: Path) -> None:
     assert counts == [sum(each["prompt"] - each["cached"] + each["generated"] for each in orders)] and counts[0] > 0
 
 
+@pytest.mark.slow
 def test_twins_on_a_real_model(reference_q8: Path) -> None:
     runtime = gramlite.RuntimeOptions(device="cpu", threads=1)
     settings = gramlite.Settings(budget=4)
