@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
+import broken_gguf
 import numpy
 import pytest
 
@@ -26,16 +26,6 @@ from gramlite.formats.gguf_header import check_adapter_fits, hyperparameters, re
 TIME_LIMIT_S = 2.0  # of processor time, so that a busy machine does not fail the tests
 
 
-def load_sibling(name: str) -> ModuleType:
-    """Import a plain module from this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    assert spec and spec.loader
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-broken_gguf = load_sibling("broken_gguf")
 MODELS = broken_gguf.broken_files()
 ADAPTERS = broken_gguf.broken_adapters()
 FIELDS = broken_gguf.named_fields()

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import broken_gguf
 import pytest
 
 from gramlite.errors import ResourceError
@@ -68,18 +68,6 @@ for case in cases:
     llama_cpp.llama_free(context)
     print(json.dumps({name: float(size) for name, size in sizes.items()}))
 """
-
-
-def load_sibling(name: str) -> ModuleType:
-    """Import a plain module from this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    assert spec and spec.loader
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-broken_gguf = load_sibling("broken_gguf")
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def machine() -> Machine:
 
 def _gpus() -> list[Gpu]:
     """The CUDA devices that ggml enumerates, through its own device interface (ggml-backend.h)."""
-    ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    ending = "dylib" if sys.platform == "darwin" else "so"
     folder = Path(llama_cpp.__file__).parent / "lib"
     try:
         library, base = (ctypes.CDLL(str(folder / f"lib{name}.{ending}")) for name in ("ggml", "ggml-base"))
